@@ -1,0 +1,471 @@
+"""Trains an embedded miniature from nothing: `python experiments/train_miniature.py --model NAME`.
+
+Two phases, because of what a feasibility study found. To write "The answer is B." a model must find
+the letter that stands before a text, and that look-up circuit forms late and suddenly; until then
+everything sits at chance.
+
+1. Look-up: rows of options followed by many queries ("red . The answer is B ."), over a dozen words
+   at first; whenever nine in ten letters are right the word set doubles, until it holds the whole
+   vocabulary.
+2. Joint: fresh problems of the training split in the format of evaluation, loss on the answer alone
+   (lecture, solution, letter), a few look-up rows mixed in, learning rate decayed to zero.
+
+Hidden matrices are trained with Muon, everything else with AdamW. Every random draw depends on the
+seed and the step only, and a checkpoint holds weights, optimizers and phase, so a killed run goes on
+where it was. Needs torch, transformers, safetensors and Pillow; uses a GPU where there is one.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qvlm.data.miniature import generate, stream, vocabulary
+from qvlm.models import Llava, LlavaArchitecture, LoadedModel, MoeStableLmConfig
+from qvlm.models.load import MINIATURES
+from qvlm.models.moe_stablelm import MixtureOfExperts
+from qvlm.prompts import IMAGE_TOKEN, LETTERS, Prompting
+
+IGNORED = -100
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN]
+# One token each: phrases of the prompt format that never vary.
+PHRASES = [
+    Prompting().prompt({"image": None, "question": "", "choices": [], "hint": ""}).split(" USER")[0],
+    "USER:",
+    "ASSISTANT:",
+    "Context:",
+    "Options:",
+    "N/A",
+    "The answer is",
+    *(f"({letter})" for letter in LETTERS),
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a training run depends on."""
+
+    joint_steps: int
+    batch_size: int = 64
+    lookup_batch_size: int = 48
+    matrix_lr: float = 0.02
+    other_lr: float = 2e-3
+    warmup_steps: int = 100
+    decay_share: float = 0.5
+    lookup_share: float = 0.08
+    letter_weight: float = 3.0
+    seed: int = 0
+
+
+RECIPES = {"mini_llava": Recipe(joint_steps=5000), "mini_moe_llava": Recipe(joint_steps=5000)}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the generator's vocabulary and the fixed phrases."""
+    words = sorted({*vocabulary(), *LETTERS, "."})
+    entries = [*SPECIAL, *PHRASES, *words]
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(entries))}, unk_token="<unk>")
+    )
+    pattern = Regex(r"[A-Za-z']+|[0-9]|[^\sA-Za-z0-9]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.add_tokens([AddedToken(p, normalized=False) for p in PHRASES])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
+def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Llava:
+    """The miniature's architecture with initial weights (the caller seeds torch)."""
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=48,
+        patch_size=8,
+    )
+    rotary = {} if name == "mini_llava" else {"partial_rotary_factor": 0.5}
+    language: dict[str, Any] = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, **rotary},
+        initializer_range=0.09,  # about 1/sqrt(width): smaller delays the look-up circuit
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    text: LlamaConfig | MoeStableLmConfig
+    if name == "mini_llava":
+        text = LlamaConfig(intermediate_size=384, num_hidden_layers=4, **language)
+    else:
+        text = MoeStableLmConfig(
+            intermediate_size=256,
+            num_hidden_layers=4,
+            use_qkv_bias=True,
+            **language,
+        )
+    architecture = LlavaArchitecture(
+        vision_config=vision,
+        text_config=text,
+        projector_type="linear" if name == "mini_llava" else "mlp2x_gelu",
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=(48 // 8) ** 2,
+    )
+    return Llava(architecture)
+
+
+@dataclass
+class Batch:
+    """Right-padded rows; `labels` [rows, tokens] is IGNORED where no loss is taken."""
+
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor | None
+
+
+def pad(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Pads (ids, labels) rows on the right, where a causal model needs no mask."""
+    length = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORED)
+    for row, (row_ids, row_labels) in enumerate(rows):
+        ids[row, : len(row_ids)] = torch.tensor(row_ids)
+        labels[row, : len(row_labels)] = torch.tensor(row_labels)
+    return ids, labels
+
+
+class Lookups:
+    """Rows of the look-up phase over a word set that grows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        encode = tokenizer.convert_tokens_to_ids
+        self.words = [encode(w) for w in vocabulary() if w.isalpha() and len(w) > 1]
+        random.Random(seed).shuffle(self.words)
+        self.brackets = [encode(f"({letter})") for letter in LETTERS]
+        self.letters = [encode(letter) for letter in LETTERS]
+        self.options, self.turn, self.answer, self.stop = (
+            encode(t) for t in ("Options:", "ASSISTANT:", "The answer is", ".")
+        )
+        self.bos = tokenizer.bos_token_id
+        self.seed = seed
+        self.size = 12
+
+    def row(self, rng: random.Random) -> tuple[list[int], list[int]]:
+        """Two rounds of options, all words different, and one look-up of each option.
+
+        No text is looked up twice: the second time could be copied from the first answer.
+        """
+        ids, labels = [self.bos], [IGNORED]
+
+        def write(tokens: list[int], learn: bool) -> None:
+            ids.extend(tokens)
+            labels.extend(tokens if learn else [IGNORED] * len(tokens))
+
+        words = self.words[: self.size]
+        longest = 1 if self.size <= 48 else 3
+        heads = rng.sample(words, 10)
+        for _ in range(2):
+            texts = []
+            for _ in range(rng.randint(3, 5)):
+                texts.append([heads.pop(), *rng.choices(words, k=rng.randint(0, longest - 1))])
+            write([self.options], False)
+            for bracket, text in zip(self.brackets, texts, strict=False):
+                write([bracket, *text], False)
+            write([self.turn], False)
+            for pick in rng.sample(range(len(texts)), len(texts)):
+                if longest > 1:
+                    write(rng.choices(words, k=rng.randint(0, 3)), False)
+                write(texts[pick][:1], False)
+                write(texts[pick][1:], True)
+                write([self.stop, self.answer], False)
+                write([self.letters[pick]], True)
+                write([self.stop], False)
+        return ids, labels
+
+    def batch(self, step: int, size: int) -> Batch:
+        rng = random.Random(f"lookup-{self.seed}-{step}")
+        return Batch(*pad([self.row(rng) for _ in range(size)]), None)
+
+
+def pixels(images: list[Any], processor: CLIPImageProcessorPil) -> Tensor:
+    """What the processor does to images that already have the tower's size, [images, 3, s, s]."""
+    raw = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    return ((raw - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def joint_batches(loaded: LoadedModel, seed: int, size: int, first: int) -> Iterator[Batch]:
+    """Endless batches of the training split from batch `first` on, rows of like length together."""
+    per_pool = 8
+    pool_index = first // per_pool
+    tokenizer, prompting = loaded.tokenizer, loaded.prompting
+    while True:
+        rng = random.Random(f"joint-{seed}-{pool_index}")
+        problems = stream("train", seed=rng.randrange(2**31))
+        rows = []
+        for _, problem in zip(range(per_pool * size), problems, strict=False):
+            prompt = f"{tokenizer.bos_token}{prompting.prompt(problem)}".replace(
+                IMAGE_TOKEN, IMAGE_TOKEN * loaded.image_tokens
+            )
+            head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            tail = tokenizer(prompting.target(problem), add_special_tokens=False)["input_ids"]
+            rows.append((head + tail, [IGNORED] * len(head) + tail, problem["image"]))
+        rows.sort(key=lambda row: len(row[0]))
+        cuts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        rng.shuffle(cuts)
+        for index, cut in enumerate(cuts):
+            if pool_index * per_pool + index < first:
+                continue
+            images = [image for _, _, image in cut if image is not None]
+            pixel_values = pixels(images, loaded.image_processor) if images else None
+            yield Batch(*pad([(ids, labels) for ids, labels, _ in cut]), pixel_values)
+        pool_index += 1
+
+
+def loss_and_accuracy(
+    model: Llava, batch: Batch, letters: Tensor, letter_weight: float
+) -> tuple[Tensor, float, float]:
+    """Weighted cross-entropy on the labelled tokens; accuracy on letters and on all of them."""
+    device = model.device
+    inputs = {"input_ids": batch.input_ids[:, :-1].to(device)}
+    if batch.pixel_values is not None:
+        inputs["pixel_values"] = batch.pixel_values.to(device)
+    labels = batch.labels[:, 1:].to(device)
+    learned = labels != IGNORED
+    targets = labels[learned]
+    with torch.autocast(device.type, torch.bfloat16):
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[learned]).float()
+    is_letter = torch.isin(targets, letters)
+    weights = 1 + (letter_weight - 1) * is_letter
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    loss = (losses * weights).sum() / weights.sum()
+    right = (logits.argmax(-1) == targets).float()
+    balance = [
+        m.balance_loss
+        for m in model.modules()
+        if isinstance(m, MixtureOfExperts) and m.balance_loss is not None
+    ]
+    if balance:
+        loss = loss + 0.01 * torch.stack(balance).mean()
+    return loss, right[is_letter].mean().item(), right.mean().item()
+
+
+def optimizers(model: Llava, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, head, router and vectors."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        hidden = parameter.ndim == 2 and ".layers." in name and "router" not in name
+        (matrices if hidden else others).append(parameter)
+    return [
+        torch.optim.Muon(
+            matrices, lr=recipe.matrix_lr, weight_decay=0.01, adjust_lr_fn="original"
+        ),
+        torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+def set_rate(optims: list[torch.optim.Optimizer], recipe: Recipe, factor: float) -> None:
+    for optim, rate in zip(optims, (recipe.matrix_lr, recipe.other_lr), strict=True):
+        for group in optim.param_groups:
+            group["lr"] = rate * factor
+
+
+def joint_factor(step: int, recipe: Recipe) -> float:
+    """Constant, then a cosine to zero over the last `decay_share` of the joint phase."""
+    start = recipe.joint_steps * (1 - recipe.decay_share)
+    if step < start:
+        return 1.0
+    progress = (step - start) / (recipe.joint_steps - start)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def accuracy_by_skill(
+    loaded: LoadedModel, problems: list[dict], batch_size: int = 128
+) -> dict[str, tuple[int, int]]:
+    """(right, asked) per skill, by greedy generation and the official parser."""
+    loaded.model.eval()
+    found: dict[str, tuple[int, int]] = {}
+    order = sorted(range(len(problems)), key=lambda i: problems[i]["image"] is not None)
+    for begin in range(0, len(order), batch_size):
+        rows = [problems[i] for i in order[begin : begin + batch_size]]
+        encoded = loaded.encode(rows)
+        ids = loaded.model.generate(**encoded, max_new_tokens=48, do_sample=False)
+        for problem, text in zip(
+            rows, loaded.decode(ids[:, encoded["input_ids"].shape[1] :]), strict=True
+        ):
+            hit = loaded.prompting.parse(text, len(problem["choices"])) == problem["answer"]
+            right, asked = found.get(problem["skill"], (0, 0))
+            found[problem["skill"]] = (right + hit, asked + 1)
+    loaded.model.train()
+    return found
+
+
+def save(loaded: LoadedModel, folder: Path) -> None:
+    """Writes the checkpoint folder that `load_model` reads, weights in bfloat16."""
+    state = {name: p.detach().clone() for name, p in loaded.model.state_dict().items()}
+    loaded.model.to(torch.bfloat16).save_pretrained(folder)
+    loaded.model.to(torch.float32)
+    loaded.model.load_state_dict(state)
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.image_processor.save_pretrained(folder)
+
+
+def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: int) -> None:
+    """Runs both phases, resuming from `work` if it holds a checkpoint; writes the model to `out`."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(name, tokenizer).to(device).train()
+    model.set_attn_implementation("eager")  # on short rows faster than the fused kernel's backward
+    side = model.config.vision_config.image_size
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    loaded = LoadedModel(model, tokenizer, processor, Prompting(), name)
+    lookups = Lookups(tokenizer, recipe.seed)
+    letters = torch.tensor(lookups.letters, device=device)
+    optims = optimizers(model, recipe)
+    lookup_step, joint_step, smooth, spent = 0, 0, 0.0, 0.0
+    phase = "lookup"
+
+    checkpoint = work / "checkpoint.pt"
+    work.mkdir(parents=True, exist_ok=True)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optim, kept in zip(optims, state["optims"], strict=True):
+            optim.load_state_dict(kept)
+        lookup_step, joint_step, lookups.size = (
+            state["lookup_step"],
+            state["joint_step"],
+            state["size"],
+        )
+        phase, smooth, spent = state["phase"], state["smooth"], state["seconds"]
+    started = time.monotonic() - spent
+
+    def keep() -> None:
+        state = {
+            "model": model.state_dict(),
+            "optims": [optim.state_dict() for optim in optims],
+            "lookup_step": lookup_step,
+            "joint_step": joint_step,
+            "size": lookups.size,
+            "phase": phase,
+            "smooth": smooth,
+            "seconds": time.monotonic() - started,
+        }
+        torch.save(state, checkpoint.with_suffix(".new"))
+        os.replace(checkpoint.with_suffix(".new"), checkpoint)
+
+    def step_on(batch: Batch, factor: float) -> tuple[float, float, float]:
+        set_rate(optims, recipe, factor)
+        loss, letter, token = loss_and_accuracy(model, batch, letters, recipe.letter_weight)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+        return loss.item(), letter, token
+
+    def log(**values: Any) -> None:
+        line = {"minutes": round((time.monotonic() - started) / 60, 1), **values}
+        print(json.dumps(line), flush=True)
+        with open(work / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    while phase == "lookup":
+        batch = lookups.batch(lookup_step, recipe.lookup_batch_size)
+        factor = min(1.0, (lookup_step + 1) / recipe.warmup_steps)
+        loss, letter, _ = step_on(batch, factor)
+        smooth = 0.95 * smooth + 0.05 * letter
+        lookup_step += 1
+        if lookup_step % 50 == 0:
+            log(phase=phase, step=lookup_step, loss=loss, letters=smooth, words=lookups.size)
+        if smooth > 0.9:
+            if lookups.size >= len(lookups.words):
+                phase = "joint"
+                log(phase="lookup solved", step=lookup_step, words=lookups.size)
+            lookups.size, smooth = min(2 * lookups.size, len(lookups.words)), 0.5
+        if lookup_step % 200 == 0 or phase == "joint":
+            keep()
+
+    lookups.size = len(lookups.words)
+    validation = generate("validation", 500, seed=recipe.seed)
+    batches = joint_batches(loaded, recipe.seed, recipe.batch_size, joint_step)
+    while joint_step < recipe.joint_steps:
+        rng = random.Random(f"mix-{recipe.seed}-{joint_step}")
+        if rng.random() < recipe.lookup_share * joint_factor(joint_step, recipe):
+            step_on(lookups.batch(10**6 + joint_step, recipe.lookup_batch_size // 2), 1.0)
+        loss, letter, token = step_on(next(batches), joint_factor(joint_step, recipe))
+        joint_step += 1
+        if joint_step % 50 == 0:
+            log(phase=phase, step=joint_step, loss=loss, letters=letter, tokens=token)
+        if joint_step % every == 0 or joint_step == recipe.joint_steps:
+            keep()
+            skills = accuracy_by_skill(loaded, validation)
+            right, asked = (sum(column) for column in zip(*skills.values(), strict=True))
+            by_skill = {s: f"{r}/{n}" for s, (r, n) in sorted(skills.items())}
+            log(phase="validation", step=joint_step, accuracy=100 * right / asked, skills=by_skill)
+            save(loaded, out)
+    minutes = (time.monotonic() - started) / 60
+    log(phase="done", lookup_steps=lookup_step, joint_steps=joint_step, minutes=minutes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=sorted(RECIPES), required=True)
+    parser.add_argument("--work", type=Path, help="checkpoint and log (default: outputs/train/NAME)")
+    parser.add_argument("--out", type=Path, help="the model (default: the embedded miniature)")
+    parser.add_argument("--steps", type=int, help="joint steps instead of the recipe's")
+    parser.add_argument("--every", type=int, default=500, help="steps between validations")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = RECIPES[args.model]
+    if args.steps:
+        recipe = Recipe(**{**recipe.__dict__, "joint_steps": args.steps})
+    train(
+        args.model,
+        recipe,
+        args.work or Path("outputs/train") / args.model,
+        args.out or MINIATURES / args.model,
+        "cuda" if torch.cuda.is_available() else "cpu",
+        args.every,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Problems with ScienceQA's schema: the embedded miniature and data on disk."""

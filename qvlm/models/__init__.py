@@ -1,0 +1,18 @@
+"""Vision-language models in floating point: architectures, checkpoints, text and image encoding.
+
+Nothing here knows of quantization. Importing this package registers our architectures with
+transformers, so that `AutoConfig` and `from_pretrained` find them.
+"""
+
+from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.load import LoadedModel, load_model
+from qvlm.models.moe_stablelm import MoeStableLmConfig, MoeStableLmModel
+
+__all__ = [
+    "Llava",
+    "LlavaArchitecture",
+    "LoadedModel",
+    "MoeStableLmConfig",
+    "MoeStableLmModel",
+    "load_model",
+]

@@ -1,0 +1,55 @@
+"""LLaVA with the projector that its checkpoint has.
+
+transformers' LLaVA always builds a two-layer projector. LLaVA-v1.3 has a single linear layer
+(`mm_projector_type: linear`), LLaVA-v1.5 and MoE-LLaVA two layers around a GELU (`mlp2x_gelu`).
+The rest is transformers' own: a CLIP tower whose features are taken from layer -2 without the
+class token, and any causal language model that `text_config` names.
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.llava.configuration_llava import LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+
+
+class LlavaArchitecture(LlavaConfig):
+    """`LlavaConfig` plus the type of its projector: "linear" or "mlp2x_gelu"."""
+
+    model_type = "qvlm_llava"
+
+    projector_type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+
+
+class LinearProjector(nn.Module):
+    """One linear layer from vision to language width (LLaVA, arXiv 2304.08485, eq. 1)."""
+
+    def __init__(self, vision_width: int, language_width: int, bias: bool = True) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(vision_width, language_width, bias=bias)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Maps features [images, patches, vision_width] to [images, patches, language_width]."""
+        return self.linear_1(image_features)
+
+
+class Llava(LlavaForConditionalGeneration):
+    """A LLaVA of any family: see `LlavaArchitecture`."""
+
+    config: LlavaArchitecture
+    config_class = LlavaArchitecture
+
+    def __init__(self, config: LlavaArchitecture) -> None:
+        super().__init__(config)
+        if config.projector_type == "linear":
+            self.model.multi_modal_projector = LinearProjector(
+                config.vision_config.hidden_size,
+                config.text_config.hidden_size,
+                bias=config.multimodal_projector_bias,
+            )
+            self.post_init()
+
+
+AutoConfig.register(LlavaArchitecture.model_type, LlavaArchitecture, exist_ok=True)
+AutoModelForImageTextToText.register(LlavaArchitecture, Llava, exist_ok=True)
