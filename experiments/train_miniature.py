@@ -5,7 +5,7 @@ the letter that stands before a text, and that look-up circuit forms late and su
 everything sits at chance.
 
 1. Look-up: rows of options followed by many queries ("red . The answer is B ."), over a dozen words
-   at first; whenever nine in ten letters are right the word set doubles, until it holds the whole
+   at first; whenever four in five letters are right the word set doubles, until it holds the whole
    vocabulary.
 2. Joint: fresh problems of the training split in the format of evaluation, loss on the answer alone
    (lecture, solution, letter), a few look-up rows mixed in, learning rate decayed to zero.
@@ -16,6 +16,7 @@ where it was. Needs torch, transformers, safetensors and Pillow; uses a GPU wher
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -47,6 +48,7 @@ from qvlm.models.moe_stablelm import MixtureOfExperts
 from qvlm.prompts import IMAGE_TOKEN, LETTERS, Prompting
 
 IGNORED = -100
+VALIDATION_PROBLEMS = 500
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN]
 # One token each: phrases of the prompt format that never vary.
 PHRASES = [
@@ -73,6 +75,7 @@ class Recipe:
     warmup_steps: int = 100
     decay_share: float = 0.5
     lookup_share: float = 0.08
+    lookup_target: float = 0.8
     letter_weight: float = 3.0
     seed: int = 0
 
@@ -335,10 +338,8 @@ def accuracy_by_skill(
 
 def save(loaded: LoadedModel, folder: Path) -> None:
     """Writes the checkpoint folder that `load_model` reads, weights in bfloat16."""
-    state = {name: p.detach().clone() for name, p in loaded.model.state_dict().items()}
-    loaded.model.to(torch.bfloat16).save_pretrained(folder)
-    loaded.model.to(torch.float32)
-    loaded.model.load_state_dict(state)
+    # A copy, because rounding would reach the rotary frequencies too and stay in them.
+    copy.deepcopy(loaded.model).to(torch.bfloat16).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     loaded.image_processor.save_pretrained(folder)
 
@@ -413,8 +414,8 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: 
         lookup_step += 1
         if lookup_step % 50 == 0:
             log(phase=phase, step=lookup_step, loss=loss, letters=smooth, words=lookups.size)
-        if smooth > 0.9:
-            if lookups.size >= len(lookups.words):
+        if smooth > recipe.lookup_target:
+            if lookups.size == len(lookups.words):
                 phase = "joint"
                 log(phase="lookup solved", step=lookup_step, words=lookups.size)
             lookups.size, smooth = min(2 * lookups.size, len(lookups.words)), 0.5
@@ -422,7 +423,7 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: 
             keep()
 
     lookups.size = len(lookups.words)
-    validation = generate("validation", 500, seed=recipe.seed)
+    validation = generate("validation", VALIDATION_PROBLEMS, seed=recipe.seed)
     batches = joint_batches(loaded, recipe.seed, recipe.batch_size, joint_step)
     while joint_step < recipe.joint_steps:
         rng = random.Random(f"mix-{recipe.seed}-{joint_step}")

@@ -50,12 +50,17 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             first = nn.functional.one_hot(chosen[:, 0], len(self.experts)).to(gates.dtype)
             self.balance_loss = len(self.experts) * (first.mean(0) * gates.mean(0)).sum()
-        output = torch.zeros_like(tokens)
-        for index, expert in enumerate(self.experts):
-            token, slot = (chosen == index).nonzero(as_tuple=True)
-            if token.numel():
-                routed = expert(tokens[token]) * weights[token, slot, None]
-                output = output.index_add(0, token, routed)
+        # Each token's copies, sorted by expert, so that an expert runs once on a contiguous slice.
+        order = chosen.flatten().argsort(stable=True)
+        token = order // self.top_k
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        routed = [
+            expert(part)
+            for expert, part in zip(self.experts, tokens[token].split(counts), strict=True)
+            if len(part)
+        ]
+        mixed = torch.cat(routed).to(tokens.dtype) * weights.flatten()[order, None]
+        output = torch.zeros_like(tokens).index_add(0, token, mixed)
         return output.view_as(hidden_states)
 
 

@@ -56,7 +56,9 @@ class Canvas:
 
         def place(points: tuple[int, ...]) -> list[tuple[int, int]]:
             pairs = list(zip(points[::2], points[1::2], strict=True))
-            return [(x + a * turn[0] - b * turn[1], y + a * turn[1] + b * turn[0]) for a, b in pairs]
+            return [
+                (x + a * turn[0] - b * turn[1], y + a * turn[1] + b * turn[0]) for a, b in pairs
+            ]
 
         (x0, y0), (x1, y1) = place(shaft)
         self.box((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), color)

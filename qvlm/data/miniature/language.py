@@ -54,7 +54,9 @@ def rhyme(rng: Random) -> Draft:
     groups = rng.sample(range(len(RHYMES)), 3)
     word, right = rng.sample(RHYMES[groups[0]], 2)
     wrong = [rng.choice(RHYMES[group]) for group in groups[1 : rng.randint(2, 3)]]
-    return Draft(f"Which word rhymes with {word}?", right, wrong, f"A word that ends like {word} is")
+    return Draft(
+        f"Which word rhymes with {word}?", right, wrong, f"A word that ends like {word} is"
+    )
 
 
 ORDERED = (
@@ -110,7 +112,9 @@ def synonyms(rng: Random) -> Draft:
     word, right = rng.sample(rng.choice(pairs), 2)
     others = [w for pair in (*SAME, *OPPOSITE) if word not in pair for w in pair]
     wrong = pick_others(rng, others, right, rng.randint(1, 3))
-    return Draft(f"Which word {relation} {word}?", right, wrong, f"The word that {relation} {word} is")
+    return Draft(
+        f"Which word {relation} {word}?", right, wrong, f"The word that {relation} {word} is"
+    )
 
 
 def run_on(rng: Random) -> Draft:

@@ -93,9 +93,7 @@ def particles(rng: Random) -> Draft:
         ]
     else:
         cells = [(8 + 11 * i, 8 + 11 * j) for i in range(4) for j in range(4)]
-        spots = [
-            (x + rng.randint(-2, 2), y + rng.randint(-2, 2)) for x, y in rng.sample(cells, 5)
-        ]
+        spots = [(x + rng.randint(-2, 2), y + rng.randint(-2, 2)) for x, y in rng.sample(cells, 5)]
     for x, y in spots:
         canvas.disc(x, y, 3, color)
     options = ["solid", "liquid", "gas"]
@@ -338,7 +336,9 @@ def _skill(
 SKILLS = (
     _skill("Predict magnet forces", "physics", 5, (3, 8), "Opposite poles attract.", magnets),
     _skill("Compare concentrations", "chemistry", 5, (6, 9), "", concentration),
-    _skill("Compare kinetic energies", "physics", 5, (6, 9), "Hot particles move fast.", thermometers),
+    _skill(
+        "Compare kinetic energies", "physics", 5, (6, 9), "Hot particles move fast.", thermometers
+    ),
     _skill("Identify states from particles", "chemistry", 5, (4, 8), "", particles),
     _skill("Relate force and motion", "physics", 5, (2, 6), "A force changes motion.", force),
     _skill("Interpret food webs", "biology", 3, (3, 8), "", food_web),

@@ -13,7 +13,20 @@ from typing import Any
 from PIL import Image
 
 NAMES = (
-    *("Ana", "Beth", "Cora", "Dina", "Emma", "Faye", "Gina", "Hana", "Iris", "Jane", "Kira", "Lena"),
+    *(
+        "Ana",
+        "Beth",
+        "Cora",
+        "Dina",
+        "Emma",
+        "Faye",
+        "Gina",
+        "Hana",
+        "Iris",
+        "Jane",
+        "Kira",
+        "Lena",
+    ),
     *("Abe", "Bob", "Carl", "Dan", "Evan", "Finn", "Greg", "Hugo", "Ivan", "Jack", "Kurt", "Leo"),
 )
 GIRLS, BOYS = NAMES[:12], NAMES[12:]

@@ -1,0 +1,55 @@
+# Needs Python 3.11 or newer, make and a package index; `make help` says what there is to make.
+#
+# PyTorch is installed by name, which on Linux may mean the large CUDA build; it runs on a CPU too.
+# To choose, name PyTorch's own index for a build (its path ends in /cpu, /cu130, ...):
+#
+#     make install TORCH_INDEX=URL
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STAMP := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install table2 test lint format miniature preview clean
+
+help:  ## lists these targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## makes the environment in .venv with pinned packages
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) -e '.[dev]'
+	touch $@
+
+table2: install  ## regenerates Table 2: models x methods x bits; reuses what is recorded
+	$(BIN)/python run.py -m experiment=table2
+	$(BIN)/python -m qvlm.tables.table2 --runs results/runs --out results
+
+test: install  ## runs the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: install  ## checks style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy qvlm hydra_plugins run.py experiments
+
+format: install  ## rewrites the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+miniature: install  ## trains both embedded models from nothing (hours; goes on where it stopped)
+	$(BIN)/python experiments/train_miniature.py --model mini_llava
+	$(BIN)/python experiments/train_miniature.py --model mini_moe_llava
+
+preview: install  ## writes a contact sheet of generated problems, per skill
+	$(BIN)/python -m qvlm.data.preview
+
+clean:  ## removes the environment and all caches; results stay
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,300 @@
+"""What a run can be told, as dataclasses: the schema that Hydra holds every YAML and override to.
+
+One dataclass per config group; `RunConfig` is the whole. Hydra checks keys and types while it
+composes; `__post_init__` checks values as soon as a `RunConfig` exists, whoever made it; and
+`from_hydra` closes the door that Hydra leaves open, a key added with `+`. The `method` node is
+open, because every method has its own parameters: `qvlm.prepare` holds them to the signature of the
+method's `_target_`.
+
+Imports nothing heavy, so that a mistyped option is answered at once.
+"""
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from qvlm.errors import UserError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+FULL_PRECISION = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
+
+
+def _one_of(key: str, value: object, accepted: Collection[str]) -> None:
+    if value not in accepted:
+        raise UserError(f"{key}: {value!r} is unknown; accepted are {', '.join(accepted)}")
+
+
+def _within(key: str, value: float | None, low: float, high: float | None = None) -> None:
+    if value is None or not (value >= low and (high is None or value <= high)):
+        accepted = f"from {low:g} to {high:g}" if high is not None else f"of at least {low:g}"
+        raise UserError(f"{key}: {value} is not accepted; give a number {accepted}")
+
+
+@dataclass
+class ModelConfig:
+    """A checkpoint folder (or an embedded miniature) and what it was tuned with."""
+
+    name: str = MISSING
+    path: str = MISSING
+    prompt_format: str = "QCM-LEA"
+    conversation: str = "vicuna_v1"
+    dtype: str = "float32"
+    weight_group_size: int = 128
+
+    def __post_init__(self) -> None:
+        _one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _within("model.weight_group_size", self.weight_group_size, 1)
+
+
+@dataclass
+class BitsConfig:
+    """Bits per weight and per activation; both null is full precision."""
+
+    weights: int | None = None
+    activations: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.weights is None) != (self.activations is None):
+            raise UserError(
+                "bits.weights and bits.activations are both null (full precision) or both from "
+                f"2 to 8; got {self.weights} and {self.activations}"
+            )
+        if self.weights is not None:
+            _within("bits.weights", self.weights, 2, 8)
+            _within("bits.activations", self.activations, 2, 8)
+
+    @property
+    def label(self) -> str:
+        """As tables print it: "FP", "W4A4"."""
+        return "FP" if self.weights is None else f"W{self.weights}A{self.activations}"
+
+
+@dataclass
+class GranularityConfig:
+    """Which elements share a scale; `qvlm.quantization.QuantSpec` says what there is."""
+
+    granularity: str = MISSING
+    group_size: int = 128
+
+
+@dataclass
+class QuantizerConfig:
+    """The quantizer that every method shares.
+
+    Attributes:
+        weight: of every quantized linear layer.
+        language: activations of projector and language model.
+        vision: activations of the vision tower.
+        vision_tower: whether the vision tower is quantized at all.
+        ranges: "lp", clipped to the least lp distance, or "minmax".
+        p: the exponent of that distance.
+    """
+
+    weight: GranularityConfig = field(default_factory=GranularityConfig)
+    language: GranularityConfig = field(default_factory=GranularityConfig)
+    vision: GranularityConfig = field(default_factory=GranularityConfig)
+    vision_tower: bool = True
+    ranges: str = "lp"
+    p: float = 0.5
+
+
+@dataclass
+class DataConfig:
+    """Problems in ScienceQA's schema.
+
+    Attributes:
+        name: what records call the data.
+        source: "miniature", which is generated, or a folder.
+        split: the one that is evaluated.
+        seed: of the generator; apart from the run's seed, so that a new seed meets the same
+            questions and two runs can be compared question by question.
+    """
+
+    name: str = MISSING
+    source: str = MISSING
+    split: str = "test"
+    seed: int = 0
+
+
+@dataclass
+class CalibrationConfig:
+    """The problems, with their answers, from which activation ranges are taken."""
+
+    split: str = "train"
+    samples: int = 64
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _within("calibration.samples", self.samples, 1)
+        _within("calibration.batch_size", self.batch_size, 1)
+
+
+@dataclass
+class EvaluationConfig:
+    """How answers are generated and scored.
+
+    Attributes:
+        temperature: 0 is greedy; above, tokens are sampled.
+        unparsable: an answer without a letter is "wrong", or "random" as the official script has
+            it, which lifts a broken model by 20 to 50 points.
+        limit: evaluate only so many questions; null is all of them.
+    """
+
+    batch_size: int = 128
+    max_new_tokens: int = 64
+    unparsable: str = "wrong"
+    temperature: float = 0.0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _within("evaluation.batch_size", self.batch_size, 1)
+        _within("evaluation.temperature", self.temperature, 0)
+        _within("evaluation.max_new_tokens", self.max_new_tokens, 1)
+        _one_of("evaluation.unparsable", self.unparsable, ("wrong", "random"))
+        if self.limit is not None:
+            _within("evaluation.limit", self.limit, 1)
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases: "offline" needs no account and no network, "off" writes nothing."""
+
+    mode: str = "offline"
+    project: str = "qvlm"
+    entity: str | None = None
+    dir: str = MISSING
+    examples: int = 8
+
+    def __post_init__(self) -> None:
+        _one_of("tracking.mode", self.mode, ("offline", "online", "off"))
+        _within("tracking.examples", self.examples, 0)
+
+
+@dataclass
+class RunConfig:
+    """One cell: one model, quantized by one method to one bit width, evaluated on one data set.
+
+    Attributes:
+        method: `_target_` and its parameters.
+        method_name: the name of the method's YAML; names the record's folder.
+        group: cells that belong together, in Weights & Biases.
+        table: module that makes a table of the records once a sweep is complete; null is none.
+        device: "auto" is the first GPU, or the CPU where there is none.
+        threads: of PyTorch on the CPU; null leaves its choice.
+        force: compute even if a complete record exists.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: dict[str, Any] = field(default_factory=dict)
+    bits: BitsConfig = field(default_factory=BitsConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    seed: int = 0
+    results_dir: str = "results"
+    device: str = "auto"
+    threads: int | None = None
+    force: bool = False
+    group: str = "cells"
+    table: str | None = None
+    method_name: str = MISSING
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method.get("_target_"), str):
+            raise UserError("method._target_: give the import path of a class, pkg.module.Class")
+        if self.threads is not None:
+            _within("threads", self.threads, 1)
+
+    @property
+    def runs_dir(self) -> Path:
+        """Where the records are."""
+        return Path(self.results_dir) / "runs"
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether nothing is quantized: bits=fp with any method is the same cell as method=fp."""
+        return self.bits.weights is None or self.method == FULL_PRECISION
+
+
+def canonical(config: RunConfig) -> RunConfig:
+    """The same cell under its one name: full precision has no bits and no other method."""
+    if not config.full_precision:
+        return config
+    return replace(config, method=dict(FULL_PRECISION), method_name="fp", bits=BitsConfig())
+
+
+def influences(config: RunConfig) -> dict[str, Any]:
+    """The part of a configuration that changes a number: what a record is identified by.
+
+    The content of the checkpoint counts as well, and is hashed beside it (`qvlm.prepare`). Where the work happens (device, threads), where it is written and how it is shown do not count.
+    Full precision does not depend on quantizer and calibration.
+    """
+    config = canonical(config)
+    parts = ["model", "method", "bits", "data", "evaluation", "seed"]
+    if not config.full_precision:
+        parts += ["quantizer", "calibration"]
+    whole = asdict(config)
+    del whole["model"]["path"]  # what is there counts, not where it is
+    return {part: whole[part] for part in parts}
+
+
+def from_hydra(composed: DictConfig) -> RunConfig:
+    """The typed configuration of a composed one.
+
+    Raises:
+        UserError: for a key that is not in the schema, a missing one, or a value that is refused.
+        OmegaConfBaseException: for a value of a wrong type or an interpolation that leads nowhere.
+    """
+    schema = OmegaConf.structured(RunConfig)
+    _compare_keys(composed, schema, "")
+    for key in sorted(OmegaConf.missing_keys(composed)):
+        if not key.startswith("hydra."):
+            raise UserError(f"{key} is missing; give {key}=VALUE")
+    container = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(container, dict)
+    container.pop("hydra", None)
+    config = OmegaConf.to_object(OmegaConf.merge(schema, container))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _compare_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
+    """Refuses keys that were added with `+` or deleted with `~`, here and in the nodes below."""
+    accepted = [str(key) for key in schema.keys()]  # noqa: SIM118
+    present = [str(key) for key in given.keys()]  # noqa: SIM118 - `in` skips missing values
+    for key in present:
+        if key not in accepted and f"{prefix}{key}" != "hydra":
+            raise UserError(
+                f"unknown key {prefix}{key}; accepted are {', '.join(sorted(accepted))}"
+            )
+    for key in accepted:
+        if key not in present:
+            raise UserError(f"{prefix}{key} cannot be deleted; give it a value")
+        inner = schema._get_node(key)
+        if isinstance(inner, DictConfig) and OmegaConf.get_type(inner) is not dict:
+            below = given._get_node(key)
+            if not isinstance(below, DictConfig) or below._is_none():
+                raise UserError(f"{prefix}{key} cannot be null; give it a value")
+            _compare_keys(below, inner, f"{prefix}{key}.")
+
+
+def register() -> None:
+    """Makes the schema known to Hydra, and what `-m` does (`hydra_plugins.qvlm_sweeper`)."""
+    store = ConfigStore.instance()
+    schema = OmegaConf.structured(RunConfig)
+    OmegaConf.set_struct(schema.method, False)  # a method's parameters are its own affair
+    store.store(name="schema", node=schema)
+    sweeper = {
+        "_target_": "hydra_plugins.qvlm_sweeper.CellSweeper",
+        "max_batch_size": None,
+        "params": None,
+    }
+    store.store(group="hydra/sweeper", name="cells", node=sweeper)

@@ -1,0 +1,130 @@
+"""lm-eval's view of a model that is already in memory: batched generation, nothing else.
+
+lm-eval's own wrappers load a checkpoint by name and fail on a batch without an image; a model that
+was quantized a minute ago has no name. The adapter encodes exactly the context and the image that
+lm-eval hands over. It offers no log-likelihoods, because ScienceQA's official score comes from the
+generated text.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import datasets
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from PIL.Image import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from qvlm.errors import RunError, UserError
+from qvlm.models.load import LoadedModel
+
+_IMAGE = datasets.Image(mode="RGB")
+
+
+class InMemoryModel(LM):
+    """Wraps a `LoadedModel` for lm-eval.
+
+    Args:
+        loaded: the model with its encoding.
+        batch_size: questions per batch.
+        progress: one bar over the questions; silent anyway when stderr is no terminal.
+    """
+
+    MULTIMODAL = True
+
+    def __init__(self, loaded: LoadedModel, batch_size: int, progress: bool = True) -> None:
+        super().__init__()
+        self.loaded = loaded
+        self.batch_size = batch_size
+        self.progress = progress
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Generates one text per request, in the order of the requests.
+
+        The batches go from long to short, those with images first: little padding, no vision tower
+        for the rest, and a batch too large for the memory fails at once rather than at the end.
+        """
+        longest_first = sorted(range(len(requests)), key=lambda row: _size(requests[row]))[::-1]
+        texts = [""] * len(requests)
+        with tqdm(
+            total=len(requests),
+            desc=f"{self.loaded.name}: questions",
+            unit="q",
+            disable=None if self.progress else True,
+        ) as bar:
+            for start in range(0, len(requests), self.batch_size):
+                rows = longest_first[start : start + self.batch_size]
+                for row, text in zip(rows, self._batch([requests[r] for r in rows]), strict=True):
+                    texts[row] = text
+                bar.update(len(rows))
+        return texts
+
+    @torch.inference_mode()
+    def _batch(self, requests: Sequence[Instance]) -> list[str]:
+        settings = requests[0].args[1]  # the task has one set of them
+        names = [request.doc["question_id"] for request in requests]
+        inputs = self.loaded.encode_prompts(
+            [request.args[0] for request in requests], [_decode(request) for request in requests]
+        )
+        options: dict[str, Any] = {
+            **inputs,
+            "max_new_tokens": settings["max_gen_toks"],
+            "do_sample": settings["do_sample"],
+            "eos_token_id": self.loaded.tokenizer.eos_token_id,
+            "pad_token_id": self.loaded.tokenizer.pad_token_id,
+            "logits_processor": LogitsProcessorList([_RefuseNonFinite(self.loaded.name, names)]),
+        }
+        if settings["do_sample"]:  # from the distribution itself, without a default cut-off
+            options |= {"temperature": settings["temperature"], "top_k": 0, "top_p": 1.0}
+        model: Any = self.loaded.model  # the types of `generate` do not admit a subclass of ours
+        generated = model.generate(**options)
+        return self.loaded.decode(generated[:, inputs["input_ids"].shape[1] :])
+
+    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
+        """Not offered: see the module's docstring."""
+        raise NotImplementedError("this adapter generates text; it scores no continuations")
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> NoReturn:
+        """Not offered: see the module's docstring."""
+        raise NotImplementedError("this adapter generates text; it scores no texts")
+
+
+class _RefuseNonFinite(LogitsProcessor):
+    """Stops generation at a NaN, which the argmax would silently turn into some token."""
+
+    def __init__(self, model: str, questions: Sequence[str]) -> None:
+        self.model = model
+        self.questions = questions
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns the logits [batch, vocabulary] unchanged, or raises RunError."""
+        finite = scores.amax(dim=-1).isfinite()  # the largest: NaN spreads, a masked -inf does not
+        if not finite.all():
+            question = self.questions[int(finite.logical_not().nonzero()[0])]
+            raise RunError(
+                f"model {self.model}: the logits for question {question} are not finite; check "
+                "its weights for NaN or Inf and the scales of its quantized layers"
+            )
+        return scores
+
+
+def _size(request: Instance) -> tuple[bool, int]:
+    context, _, extra = request.args
+    return bool(extra["visual"]), len(context)
+
+
+def _decode(request: Instance) -> Image | None:
+    """The image of a request in RGB; `datasets` leaves one that is decoded already as it is."""
+    images = request.args[2]["visual"]
+    if not images:
+        return None
+    try:
+        return _IMAGE.decode_example(images[0])
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
+        raise UserError(
+            f"data: the image of question {request.doc['question_id']} does not decode; accepted "
+            "are whole files in a format that Pillow reads, such as PNG or JPEG"
+        ) from error

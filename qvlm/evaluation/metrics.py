@@ -1,0 +1,190 @@
+"""Accuracy per class with its uncertainty, and whether two methods really differ.
+
+The gains at stake are one or two points in 4,000 questions, less than the interval of either
+accuracy. But both methods answer the same questions, so they are compared question by question:
+exact McNemar for whether, a paired interval for how much, Holm over the methods of a table.
+
+Only closed forms, in standard-library arithmetic; nothing here knows of models or files.
+Shares are in percent unless a docstring says otherwise.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+_Z = NormalDist().inv_cdf(0.975)
+
+
+def _subject(name: str) -> Callable[[pd.DataFrame], pd.Series]:
+    return lambda frame: frame["subject"] == name
+
+
+def _grades(low: int, high: int) -> Callable[[pd.DataFrame], pd.Series]:
+    return lambda frame: frame["grade"].str.removeprefix("grade").astype("int64").between(low, high)
+
+
+# The paper's columns. TXT and IMG overlap; each of the other groups of columns is a partition.
+CLASSES: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    "NAT": _subject("natural science"),
+    "SOC": _subject("social science"),
+    "LAN": _subject("language science"),
+    "TXT": lambda frame: frame["has_text"],
+    "IMG": lambda frame: frame["has_image"],
+    "NO": lambda frame: ~frame["has_text"] & ~frame["has_image"],
+    "G1-6": _grades(1, 6),
+    "G7-12": _grades(7, 12),
+    "Avg": lambda frame: pd.Series(True, index=frame.index),
+}
+
+
+def class_metrics(predictions: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Summarises predictions per class, in the order of `CLASSES`.
+
+    Returns:
+        Per class `n`, and in percent `accuracy`, its Wilson 95 % interval `ci_low` and `ci_high`,
+        and `unparsable`, the share of answers that named no choice; None where `n` is 0.
+    """
+    return {name: _summary(predictions[of(predictions)]) for name, of in CLASSES.items()}
+
+
+def skill_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The same summary per skill: a row each with `subject` and `skill`, sorted by both."""
+    rows = [
+        {"subject": subject, "skill": skill, **_summary(frame)}
+        for (subject, skill), frame in predictions.groupby(["subject", "skill"], sort=True)
+    ]
+    columns = ["subject", "skill", *_summary(predictions)]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _summary(frame: pd.DataFrame) -> dict[str, Any]:
+    n = len(frame)
+    if n == 0:
+        return {"n": 0, **dict.fromkeys(("accuracy", "ci_low", "ci_high", "unparsable"))}
+    correct = int(frame["correct"].sum())
+    low, high = wilson(correct, n)
+    return {
+        "n": n,
+        "accuracy": 100 * correct / n,
+        "ci_low": 100 * low,
+        "ci_high": 100 * high,
+        "unparsable": 100 * int(frame["prediction"].isna().sum()) / n,
+    }
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of k successes in n trials, as shares in [0, 1].
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927:
+    `(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`.
+
+    Raises:
+        ValueError: unless 0 <= k <= n and n >= 1.
+    """
+    if n < 1 or not 0 <= k <= n:
+        raise ValueError(f"an interval needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
+    share, z2n = k / n, _Z * _Z / n
+    centre = share + z2n / 2
+    half = sqrt(z2n * (share * (1 - share) + z2n / 4))
+    low, high = (centre - half) / (1 + z2n), (centre + half) / (1 + z2n)
+    return (0.0 if k == 0 else low, 1.0 if k == n else high)  # rounding would miss the ends
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """How often just one of two methods was right, and how likely that imbalance is by chance.
+
+    Attributes:
+        only_a: questions that only the first answered rightly.
+        only_b: questions that only the second answered rightly.
+        p_value: two-sided, exact.
+    """
+
+    only_a: int
+    only_b: int
+    p_value: float
+
+
+def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
+    """Tests whether two methods are equally often right on the same questions.
+
+    Exact binomial test on the questions where they differ (Q. McNemar, 1947): twice the smaller
+    tail of Binomial(only_a + only_b, 1/2), at most 1.
+
+    Args:
+        correct_a: whether the first method answered each question rightly, [questions].
+        correct_b: the same for the second, in the same order.
+
+    Raises:
+        ValueError: if the two are not of one length, or empty.
+    """
+    only_a, only_b, _ = _discordant(correct_a, correct_b)
+    total = only_a + only_b
+    tail = sum(comb(total, k) for k in range(min(only_a, only_b) + 1))
+    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**total))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Accuracy of the first method minus that of the second with a 95 % interval, in points."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedDifference:
+    """How many percentage points the first method is ahead of the second.
+
+    The interval is Bonett and Price's adjusted Wald interval ("Adjusted Wald confidence interval
+    for a difference of binomial proportions based on paired data", 2012). With
+    `a = (only_a + 1) / (n + 2)` and `b = (only_b + 1) / (n + 2)` it is
+    `a - b -+ z sqrt((a + b - (a - b)^2) / (n + 2))`, cut to [-100, 100]. It holds its level where
+    the plain Wald interval fails, at few or no differing questions, and needs no iteration.
+    `difference` itself is not adjusted.
+
+    Args and Raises: as `mcnemar`.
+    """
+    only_a, only_b, n = _discordant(correct_a, correct_b)
+    a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = _Z * sqrt((a + b - (a - b) ** 2) / (n + 2))
+    return PairedDifference(
+        difference=100 * (only_a - only_b) / n,
+        low=100 * max(-1.0, a - b - half),
+        high=100 * min(1.0, a - b + half),
+    )
+
+
+def _discordant(correct_a: ArrayLike, correct_b: ArrayLike) -> tuple[int, int, int]:
+    a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
+    if a.shape != b.shape or a.ndim != 1 or a.size == 0:
+        raise ValueError(
+            f"two methods are compared on the same questions, at least one: got {a.shape} answers "
+            f"against {b.shape}"
+        )
+    return int((a & ~b).sum()), int((b & ~a).sum()), a.size
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusts p-values for being tested together (S. Holm, 1979), in the order given.
+
+    The i-th smallest of m is multiplied by m - i + 1 and made no smaller than those before it;
+    rejecting what is at most alpha keeps the chance of any false rejection below alpha.
+
+    Raises:
+        ValueError: if a value is not within [0, 1].
+    """
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if not 0 <= p_values[index] <= 1:
+            raise ValueError(f"{p_values[index]} is no p-value")
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted

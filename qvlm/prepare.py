@@ -1,0 +1,230 @@
+"""Turns a configuration into the things that a cell works with, and says early if it cannot.
+
+`check` runs before any cell of a sweep does: it builds everything that is cheap to build, so that a
+mistyped option costs seconds and not the hours of the cells before it. What only shows once model
+and data are loaded (a truncated checkpoint, a missing column, too small a split) is a `UserError`
+of the cell itself, which has written nothing by then.
+"""
+
+import inspect
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+
+from qvlm import provenance
+from qvlm.config import RunConfig, influences
+from qvlm.data.scienceqa import load_scienceqa
+from qvlm.errors import UserError
+from qvlm.methods.base import Method
+from qvlm.models.load import MINIATURES, LoadedModel, load_model
+from qvlm.prompts import Prompting
+from qvlm.quantization import QuantizationConfig, QuantSpec
+from qvlm.records import identify, require_writable
+
+CHECKPOINT_FILES = (".safetensors", ".json")
+DATA_FILES = (".parquet", ".json", ".arrow")
+
+
+def check(config: RunConfig) -> dict[str, Any]:
+    """Makes sure that a cell can start, and returns what identifies it.
+
+    Returns:
+        `hash`, and what it was made from: `influences`, `code`, `files`.
+
+    Raises:
+        UserError: naming the option that is wrong and what it accepts.
+    """
+    build_method(config.method)
+    prompting(config)
+    find_device(config.device)
+    if not config.full_precision:
+        quantization_config(config)
+    require_writable(config.runs_dir)
+    files = {"model": provenance.content_hash(checkpoint_folder(config), CHECKPOINT_FILES)}
+    if Path(config.data.source).is_dir():
+        files["data"] = provenance.content_hash(Path(config.data.source), DATA_FILES)
+    code = provenance.code_version(method_file(config.method))
+    parts = influences(config)
+    return {
+        "hash": identify(parts, code, files),
+        "influences": parts,
+        "code": code,
+        "files_hashed": files,
+    }
+
+
+def record_path(config: RunConfig, identity: Mapping[str, Any]) -> Path:
+    """The folder of a cell's record."""
+    names = (config.model.name, config.method_name, config.bits.label.lower(), identity["hash"][:8])
+    return config.runs_dir / "-".join(names)
+
+
+def method_class(node: Mapping[str, Any]) -> Any:
+    """What `method._target_` names.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    target = node["_target_"]
+    try:
+        return get_object(target)
+    except Exception as error:  # anything can happen while a stranger's module is imported
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(
+            f"method._target_: {target} cannot be imported ({reason}); give the import path of a "
+            "class, and its folder as --config-dir or in PYTHONPATH"
+        ) from error
+
+
+def method_file(node: Mapping[str, Any]) -> Path:
+    """The file in which a method is written."""
+    return Path(inspect.getfile(method_class(node)))
+
+
+def build_method(node: Mapping[str, Any]) -> Method:
+    """Makes the method that `_target_` names from the parameters beside it.
+
+    Raises:
+        UserError: for a parameter that it does not take, lacks or refuses.
+    """
+    target = method_class(node)
+    given = {key for key in node if key != "_target_"}
+    parameters = inspect.signature(target).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for key in sorted(given - {p.name for p in parameters}):
+            accepted = ", ".join(p.name for p in parameters) or "no parameters at all"
+            raise UserError(f"unknown key method.{key}; {target.__name__} accepts {accepted}")
+    try:
+        method = instantiate(dict(node), _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        reason = str(cause or error).splitlines()[0]
+        raise UserError(f"method: {target.__name__} refuses its parameters: {reason}") from error
+    if not callable(getattr(method, "quantize", None)) or not hasattr(method, "name"):
+        raise UserError(
+            f"method._target_: {node['_target_']} is no method; a method has a name and "
+            "quantize(walk)"
+        )
+    return method
+
+
+def quantization_config(config: RunConfig) -> QuantizationConfig:
+    """Which tensors are quantized how, for the bit widths of this cell.
+
+    Raises:
+        UserError: naming the option.
+    """
+    bits, quantizer = config.bits, config.quantizer
+    assert bits.weights is not None
+    assert bits.activations is not None
+    specs = {}
+    for part, width in (
+        ("weight", bits.weights),
+        ("language", bits.activations),
+        ("vision", bits.activations),
+    ):
+        shape = getattr(quantizer, part)
+        try:
+            specs[part] = QuantSpec(
+                width, shape.granularity, shape.group_size, quantizer.p, quantizer.ranges
+            )
+        except UserError as error:
+            raise UserError(f"quantizer, {part}: {error}") from error
+    try:
+        return QuantizationConfig(**specs, vision_tower=quantizer.vision_tower)
+    except UserError as error:
+        raise UserError(f"quantizer: {error}") from error
+
+
+def prompting(config: RunConfig) -> Prompting:
+    """Prompt format and conversation template of the checkpoint."""
+    try:
+        return Prompting(config.model.prompt_format, config.model.conversation)
+    except UserError as error:
+        raise UserError(f"model: {error}") from error
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    """Where the checkpoint is: an embedded miniature by name, or a folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for folder in (MINIATURES / config.model.path, Path(config.model.path)):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"model.path: {config.model.path} is no folder; give one with a checkpoint")
+
+
+def find_device(name: str) -> str:
+    """Resolves "auto", and refuses a device that is not here.
+
+    Raises:
+        UserError: naming the devices that are.
+    """
+    present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return present[1] if len(present) > 1 else "cpu"
+    if name == "cuda" and len(present) > 1:
+        return "cuda:0"
+    if name not in present:
+        raise UserError(f"device: {name!r} is not here; accepted are auto, {', '.join(present)}")
+    return name
+
+
+def settle(config: RunConfig, device: str) -> None:
+    """Seeds every generator, asks for deterministic kernels, silences the libraries' own bars."""
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    datasets.disable_progress_bars()  # they show without a terminal too
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load(config: RunConfig, device: str) -> LoadedModel:
+    """The model in floating point.
+
+    Raises:
+        UserError: if a file of the checkpoint is missing, truncated or does not fit.
+    """
+    name, dtype = config.model.name, config.model.dtype
+    return load_model(checkpoint_folder(config), name, prompting(config), device, dtype)
+
+
+def load_questions(config: RunConfig) -> datasets.Dataset:
+    """The problems to evaluate."""
+    data = config.data
+    return load_scienceqa(data.source, data.split, config.evaluation.limit, data.seed)
+
+
+def draw_calibration(config: RunConfig) -> tuple[list[dict[str, Any]], list[int]]:
+    """Draws the calibration problems, without replacement, and their rows in the split.
+
+    Raises:
+        UserError: if the split has fewer.
+    """
+    data, calibration = config.data, config.calibration
+    pool = load_scienceqa(data.source, calibration.split, None, data.seed)
+    if calibration.samples > len(pool):
+        raise UserError(
+            f"calibration.samples: {calibration.samples} is more than split {calibration.split} "
+            f"has; accepted are 1 to {len(pool)}"
+        )
+    rows = sorted(random.Random(calibration.seed).sample(range(len(pool)), calibration.samples))
+    return [pool[row] for row in rows], rows

@@ -1,0 +1,201 @@
+"""Walks a model block by block, holding the activations of one block only.
+
+The inputs of the first block are caught where the model itself produces them: a hook stops the
+forward pass there. A method then quantizes the block in place, the walk runs it, and its outputs
+are the next block's inputs: what a block sees is what it will see when everything before it is
+quantized (X_q). Order: vision layers, projector, decoder layers. Entering the projector and the
+first decoder layer, the model is run up to there once more, which costs another pass of the vision
+tower but leaves feature selection, image placement, masks and positions to the model's own code.
+
+A block is valid until the next one is asked for. Walking without replacing anything is a walk over
+the float model, and `blocks` can be called again, so a method may look first and quantize later.
+
+Not handled: decoders whose layers differ in their attention mask (sliding window in some layers).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qvlm.errors import RunError, UserError
+from qvlm.quantization.block import Block, Call, advance
+from qvlm.quantization.experts import unfuse_experts
+from qvlm.quantization.layout import block_layers, quantizable
+from qvlm.quantization.ranges import check_group_size
+from qvlm.quantization.spec import QuantizationConfig
+
+
+class Walk:
+    """A model, the data to calibrate it with, and what is to be quantized how.
+
+    Fused experts are taken apart at construction, so that they can be walked.
+
+    Args:
+        model: a LLaVA in evaluation mode; methods quantize it in place.
+        batches: keyword arguments of its forward, rows of equal length (see `batch_by_length`).
+        quantization: which spec goes where.
+        keep_float_stream: also carry the float model's activations along (`Block.float_inputs`),
+            which doubles what is held; a method that needs them sets it before it asks for blocks.
+
+    Attributes:
+        uncalibrated: full names of the layers that were quantized without a calibration token.
+
+    Raises:
+        UserError: for an empty calibration set, or a group size that does not divide a layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        quantization: QuantizationConfig,
+        keep_float_stream: bool = False,
+    ) -> None:
+        if not batches:
+            raise UserError("the calibration set is empty: at least one problem is needed")
+        text_config = getattr(getattr(model, "config", None), "text_config", None)
+        if len(set(getattr(text_config, "layer_types", None) or [])) > 1:
+            raise UserError("the decoder layers differ in attention: accepted is one type for all")
+        unfuse_experts(model)
+        self.model = model
+        self.batches = list(batches)
+        self.quantization = quantization
+        self.keep_float_stream = keep_float_stream
+        self.uncalibrated: list[str] = []
+        self._layers = block_layers(model, quantization.vision_tower)
+        for name, (_, module) in self._layers.items():
+            for linear_name, linear in quantizable(module).items():
+                check_group_size(linear.in_features, quantization.weight, f"{name}.{linear_name}")
+
+    @property
+    def names(self) -> list[str]:
+        """The full names of the layers that `blocks` visits, in order."""
+        return list(self._layers)
+
+    def blocks(self, partition: Sequence[Sequence[str]] | None = None) -> Iterator[Block]:
+        """Yields the blocks in order; after each, the block as it is then is run to go on.
+
+        Args:
+            partition: runs of consecutive layers of one kind that form a block together, covering
+                `names` in order; by default each layer is a block.
+
+        Raises:
+            UserError: if the partition does not.
+        """
+        runs = [[name] for name in self._layers] if partition is None else partition
+        self._check_partition(runs)
+        return self._visit(runs)
+
+    def _visit(self, runs: Sequence[Sequence[str]]) -> Iterator[Block]:
+        # With the float stream, every entry is caught before anything is quantized.
+        entries = {names[0] for names in runs if self._is_entry(names[0])}
+        early = {name: self._catch(name) for name in entries} if self.keep_float_stream else {}
+        inputs: list[Call] = []
+        float_inputs: list[Call] | None = None
+        for position, names in enumerate(runs):
+            if names[0] in entries:
+                inputs = self._catch(names[0])
+                float_inputs = early.pop(names[0], None)
+            last = position + 1 == len(runs) or runs[position + 1][0] in entries
+            layers = {name: self._layers[name][1] for name in names}
+            block = Block(
+                layers,
+                self._layers[names[0]][0],
+                inputs,
+                float_inputs,
+                self.quantization,
+                self.uncalibrated,
+            )
+            if float_inputs is not None and not last:
+                # Now, while the linears are still float.
+                float_inputs = advance(block.module, list(float_inputs))
+            yield block
+            block.close()
+            inputs = [] if last else advance(block.module, inputs)
+
+    def _is_entry(self, name: str) -> bool:
+        """Whether the layer is the first of its kind."""
+        kind = self._layers[name][0]
+        return next(other for other, (k, _) in self._layers.items() if k == kind) == name
+
+    def _check_partition(self, runs: Sequence[Sequence[str]]) -> None:
+        for names in runs:
+            kinds = {self._layers[name][0] for name in names if name in self._layers}
+            if len(kinds) != 1:
+                raise UserError(f"a block must hold layers of one kind: got {list(names)}")
+        covered = [name for names in runs for name in names]
+        if covered != self.names:
+            missing = [name for name in self.names if name not in covered]
+            raise UserError(
+                "the blocks must cover all layers once and in order: "
+                + (f"{missing[0]} is missing" if missing else "their order or number differs")
+            )
+
+    def _catch(self, name: str) -> list[Call]:
+        """The calls that reach a layer when the model, as it is now, runs on the batches."""
+        kind, layer = self._layers[name]
+        caught: list[Call] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append((args, kwargs))
+            raise _Caught
+
+        hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            for batch in self.batches:
+                if kind != "language" and batch.get("pixel_values") is None:
+                    continue
+                try:
+                    with torch.no_grad():
+                        self.model(**batch, use_cache=False)
+                except _Caught:
+                    continue
+                raise RunError(f"the model's forward pass does not reach {name}")
+        finally:
+            hook.remove()
+        return caught
+
+
+class _Caught(Exception):
+    """Stops a forward pass once the inputs of a layer are known."""
+
+
+class Encodes(Protocol):
+    """Whatever turns problems into a batch: a loaded model."""
+
+    def encode(
+        self, problems: Sequence[Mapping[str, Any]], with_target: bool = False
+    ) -> dict[str, Tensor]: ...
+
+
+def batch_by_length(
+    loaded_model: Encodes, problems: Sequence[Mapping[str, Any]], batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Encodes prompt and target of each problem, in batches that need no padding.
+
+    Padding tokens would be calibrated on like any other. Problems are therefore batched with those
+    of the same length and kind (with or without image), in the order in which each first occurs.
+
+    Args:
+        loaded_model: its `encode` turns problems into a batch.
+        problems: a problem per row.
+        batch_size: the most rows in a batch.
+
+    Raises:
+        UserError: if there is no problem or the batch size is below 1.
+    """
+    if not len(problems):
+        raise UserError("the calibration set is empty: at least one problem is needed")
+    if batch_size < 1:
+        raise UserError(f"calibration batch_size={batch_size}: accepted are whole numbers from 1")
+    alike: dict[tuple[bool, int], list[dict[str, Tensor]]] = {}
+    for problem in problems:
+        row = loaded_model.encode([problem], with_target=True)
+        alike.setdefault(("pixel_values" in row, row["input_ids"].shape[1]), []).append(row)
+    return [
+        {key: torch.cat([row[key] for row in rows[start : start + batch_size]]) for key in rows[0]}
+        for rows in alike.values()
+        for start in range(0, len(rows), batch_size)
+    ]

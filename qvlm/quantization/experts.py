@@ -1,0 +1,135 @@
+"""Takes fused experts apart, so that a walk over `nn.Linear` finds them.
+
+transformers keeps the experts of Mixtral, Qwen2-MoE, OLMoE, PhiMoE, DeepSeek-V2 and many others as
+two 3-D parameters. Each expert's projections need their own calibration samples and scales, so the
+fused module is replaced by a list of expert modules with the same forward arguments.
+
+There are variants (transposed, interleaved, with bias or a norm, other gates). Rather than knowing
+them all, the replacement is run against the original on probe tokens, and a family whose outputs
+differ is refused by name.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qvlm.errors import UserError
+
+_PROBE_TOKENS = 16
+
+
+class Expert(nn.Module):
+    """One gated feed-forward expert: `down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, act_fn: nn.Module) -> None:
+        """Takes weights gate, up [intermediate, hidden] and down [hidden, intermediate]."""
+        super().__init__()
+        self.gate_proj = _linear(gate)
+        self.up_proj = _linear(up)
+        self.down_proj = _linear(down)
+        self.act_fn = act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps tokens [tokens, hidden] to [tokens, hidden]."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.ModuleList):
+    """The experts of one layer, called as transformers calls its fused module."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sums each token's experts.
+
+        Args:
+            hidden_states: [tokens, hidden].
+            top_k_index: the experts of each token, [tokens, k].
+            top_k_weights: their weights, [tokens, k].
+
+        Returns:
+            [tokens, hidden]. An expert without a token is not run.
+        """
+        output = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self):
+            token, slot = (top_k_index == index).nonzero(as_tuple=True)
+            if token.numel():
+                routed = expert(hidden_states[token]) * top_k_weights[token, slot, None]
+                output = output.index_add(0, token, routed.to(output.dtype))
+        return output
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold several experts' weights in one parameter, by full name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(
+            parameter.ndim == 3 and parameter_name.endswith("_proj")
+            for parameter_name, parameter in module.named_parameters(recurse=False)
+        )
+    }
+
+
+def unfuse_experts(model: nn.Module) -> int:
+    """Replaces every fused module by separate experts with equal outputs, one at a time.
+
+    Returns:
+        How many experts were taken apart.
+
+    Raises:
+        UserError: for a family whose experts are laid out in a way that is not supported.
+    """
+    count = 0
+    for name, fused in fused_experts(model).items():
+        experts = _take_apart(fused)
+        if experts is None or not _agree(fused, experts):
+            raise UserError(
+                f"the experts of {name} ({type(fused).__name__}) are fused in a layout that is not "
+                "supported: accepted is gate_up_proj [E, 2I, H], down_proj [E, H, I] without bias"
+            )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, experts)
+        count += len(experts)
+    return count
+
+
+def _take_apart(fused: nn.Module) -> Experts | None:
+    gate_up, down = (getattr(fused, part, None) for part in ("gate_up_proj", "down_proj"))
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
+        return None
+    rows, hidden = gate_up.shape[1:]
+    act_fn = getattr(fused, "act_fn", None)
+    if rows % 2 or down.shape[1:] != (hidden, rows // 2) or not isinstance(act_fn, nn.Module):
+        return None
+    half = rows // 2
+    return Experts(
+        Expert(gate_up[e, :half], gate_up[e, half:], down[e], act_fn)
+        for e in range(gate_up.shape[0])
+    )
+
+
+@torch.no_grad()
+def _agree(fused: nn.Module, experts: Experts) -> bool:
+    """Whether both give the same on probe tokens that visit every expert twice."""
+    down = experts.get_submodule("0.down_proj")
+    assert isinstance(down, nn.Linear)
+    weight = down.weight  # [hidden, intermediate]
+    tokens = max(_PROBE_TOKENS, len(experts))
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, weight.shape[0], generator=random).to(weight)
+    mix = torch.rand(tokens, 2, generator=random).to(weight)
+    first = torch.arange(tokens, device=weight.device) % len(experts)
+    chosen = torch.stack([first, (first + 1) % len(experts)], dim=1)
+    try:
+        expected = fused(hidden, chosen, mix)
+    except (TypeError, RuntimeError):
+        return False
+    tolerance = 8 * torch.finfo(weight.dtype).eps * expected.abs().max().clamp_min(1e-30)
+    # Both sides round differently over a sum of `intermediate` terms: its square root is generous.
+    worst = (expected - experts(hidden, chosen, mix)).abs().max()
+    return bool(worst <= tolerance * weight.shape[1] ** 0.5)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    # A clone of the slice: a view would keep the fused parameter alive.
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    return linear

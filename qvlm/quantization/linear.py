@@ -1,0 +1,152 @@
+"""A linear layer that computes with quantized weights and inputs, simulated in float32.
+
+The weight is stored dequantized, so that a forward pass quantizes only its input; its integers are
+`integers()`, since encoding dequantized values gives back their codes.
+
+A static scale per input channel cannot be pulled out of an integer product: it sits inside the sum.
+It is therefore folded into the weight before that is quantized:
+
+    y_n = sum_k (q_k - z_k) s_k W_nk + b_n = sum_k (q_k - z_k) W'_nk + b_n,    W' = W diag(s)
+
+so the layer quantizes W' and multiplies it with q - z. What the simulation computes is then exactly
+what integers compute (q W' minus the constant z W', which an integer layer keeps as a bias).
+
+Left out: packed storage and integer kernels; nothing here is smaller or faster than float.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qvlm.errors import RunError
+from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
+
+
+class QuantLinear(nn.Module):
+    """Simulates `y = x_hat W_hat^T + b`.
+
+    Build it with `from_linear`. With `keep_float` the float weight stays as a parameter and is
+    quantized in every forward pass with straight-through gradients, and so does the bias, for
+    fine-tuning with quantization in the loop; `freeze` ends that.
+
+    Attributes:
+        weight: dequantized weight [out, in], float32; None while the float weight is kept. Of a
+            folding input quantizer it is that of W' (see above).
+        float_weight: the float weight [out, in] before quantization, or None.
+        layer_name: the full name in the model, for errors and records.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_quantizer: Quantizer,
+        input_quantizer: Quantizer,
+        layer_name: str = "",
+    ) -> None:
+        """Takes a weight that is already quantized and dequantized by `weight_quantizer`."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight_quantizer = weight_quantizer
+        self.input_quantizer = input_quantizer
+        self.layer_name = layer_name
+        self.float_weight: nn.Parameter | None = None
+        self.register_buffer("weight", weight.detach().float())
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        weight_quantizer: Quantizer,
+        input_quantizer: Quantizer,
+        keep_float: bool = False,
+        layer_name: str = "",
+    ) -> "QuantLinear":
+        """Quantizes a linear.
+
+        Args:
+            linear: left as it is.
+            weight_quantizer: made for `folded_weight(linear.weight, input_quantizer)`.
+            input_quantizer: of the layer's input.
+            keep_float: keep the float weight trainable.
+            layer_name: the full name in the model.
+        """
+        weight = folded_weight(linear.weight, input_quantizer)
+        layer = cls(
+            weight_quantizer(weight), linear.bias, weight_quantizer, input_quantizer, layer_name
+        )
+        if keep_float:
+            layer.float_weight = nn.Parameter(weight.clone())
+            layer.weight = None
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(layer.bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., in] to [..., out] in the dtype of `x`.
+
+        Raises:
+            RunError: if `x` holds NaN or infinity; clamping would hide the latter.
+        """
+        self._check_finite(x)
+        folding = _folding(self.input_quantizer)
+        x_hat = folding.centered(x) if folding else self.input_quantizer(x)
+        return F.linear(x_hat, self.quantized_weight(), self.bias).to(x.dtype)
+
+    def quantized_weight(self) -> Tensor:
+        """The dequantized weight [out, in], folded; differentiable while the float one is kept."""
+        if self.float_weight is not None:
+            return self.weight_quantizer(self.float_weight)
+        assert self.weight is not None
+        return self.weight
+
+    def integers(self) -> Tensor:
+        """The codes of the weight, [out, in] uint8."""
+        return self.weight_quantizer.encode(self.quantized_weight().detach())
+
+    def unfolded_weight(self) -> Tensor:
+        """The weight [out, in] that acts on x_hat in its own units."""
+        weight = self.quantized_weight().detach()
+        folding = _folding(self.input_quantizer)
+        return weight / folding.scale if folding else weight
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Quantizes the float weight for good and drops it; nothing to do if there is none."""
+        weight, bias = self.quantized_weight(), self.bias
+        self.float_weight = None
+        self.weight = weight
+        if isinstance(bias, nn.Parameter):
+            del self.bias
+            self.register_buffer("bias", bias.detach())
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def _check_finite(self, x: Tensor) -> None:
+        # One pass: a sum is not finite if any element is not. It may also overflow: look closely
+        # before accusing.
+        if not math.isfinite(x.detach().sum(dtype=torch.float32).item()) and not bool(
+            torch.isfinite(x).all()
+        ):
+            raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
+
+
+def folded_weight(weight: Tensor, input_quantizer: Quantizer) -> Tensor:
+    """The float weight [out, in] to quantize: W, or W diag(s) if the input's scales are folded."""
+    weight = weight.detach().float()
+    folding = _folding(input_quantizer)
+    return weight * folding.scale if folding else weight
+
+
+def _folding(input_quantizer: Quantizer) -> UniformQuantizer | None:
+    """The input's quantizer if its scales are moved into the weight."""
+    if isinstance(input_quantizer, UniformQuantizer) and input_quantizer.folds:
+        return input_quantizer
+    return None

@@ -1,0 +1,77 @@
+"""The paper's numbers, as data, and two checks of Table 2 that anyone can repeat.
+
+They stand in `paper/*.csv` as printed, inconsistencies included; `paper/README.md` says where they
+come from. What a table shows of them is always on a row that names the paper's model.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from qvlm.errors import UserError
+
+FOLDER = Path(__file__).resolve().parent / "paper"
+
+# Questions in ScienceQA's test split, as far as the paper's text fixes them.
+CLASS_SIZES = {"NAT": 2252, "SOC": 889, "LAN": 1100, "IMG": 2017, "Avg": 4241}
+SUBJECTS = ("NAT", "SOC", "LAN")
+ROW = ["model", "bits", "method"]
+
+
+def published(name: str) -> pd.DataFrame:
+    """One file of the folder: "table1" to "table6", "models" or "variants"."""
+    return pd.read_csv(FOLDER / f"{name}.csv")
+
+
+def label(model: str) -> str:
+    """How the paper calls one of its models: "LLaVA-13B".
+
+    Raises:
+        UserError: if it has no such model.
+    """
+    labels = published("models").set_index("model")["label"]
+    if model not in labels.index:
+        raise UserError(
+            f"model.stands_for: {model!r} is no model of the paper; accepted are null, "
+            f"{', '.join(labels.index)}"
+        )
+    return str(labels[model])
+
+
+def table2_values(model: str) -> dict[tuple[str, str], dict[str, float]]:
+    """Table 2 of one of the paper's models: (bits, method) -> class -> accuracy in percent."""
+    rows = published("table2").query("model == @model").set_index(["bits", "method"])
+    values = rows.drop(columns="model").to_dict("index")
+    return {
+        (str(bits), str(method)): {str(name): float(value) for name, value in row.items()}
+        for (bits, method), row in values.items()
+    }
+
+
+def average_gaps(table: pd.DataFrame, tolerance: float = 0.05) -> pd.DataFrame:
+    """Rows whose Avg is not the mean of their subjects, weighted by the number of questions.
+
+    Args:
+        table: rows of `published("table2")`.
+        tolerance: the gap that rounding may explain, in points.
+
+    Returns:
+        `model`, `bits`, `method`, `printed`, `computed` and `gap` = printed - computed.
+    """
+    questions = pd.Series({name: CLASS_SIZES[name] for name in SUBJECTS})
+    computed = (table[list(SUBJECTS)] * questions).sum(axis=1) / questions.sum()
+    gaps = table[ROW].assign(printed=table["Avg"], computed=computed, gap=table["Avg"] - computed)
+    return gaps[gaps["gap"].abs() > tolerance].reset_index(drop=True)
+
+
+def fractional_questions(table: pd.DataFrame) -> pd.DataFrame:
+    """Cells that no whole number of right answers gives, to two decimals.
+
+    Returns:
+        `model`, `bits`, `method`, `class` and `accuracy`, for the classes of `CLASS_SIZES`.
+    """
+    cells = table.melt(ROW, list(CLASS_SIZES), var_name="class", value_name="accuracy")
+    n = cells["class"].map(CLASS_SIZES)
+    right = (cells["accuracy"] * n / 100).round()
+    whole = (100 * right / n - cells["accuracy"]).abs() < 0.005 + 1e-9
+    return cells[~whole].reset_index(drop=True)

@@ -1,0 +1,152 @@
+"""Architectures, routing against a written-out reference, encoding, and checkpoints that fail."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from qvlm.data import miniature
+from qvlm.errors import UserError
+from qvlm.models import LoadedModel, MoeStableLmConfig, load_model
+from qvlm.models.load import MINIATURES
+from qvlm.models.moe_stablelm import MixtureOfExperts
+
+NAMES = ("mini_llava", "mini_moe_llava")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    return load_model(request.param, request.param)
+
+
+def test_routing_equals_a_slow_reference() -> None:
+    torch.manual_seed(0)
+    config = MoeStableLmConfig(hidden_size=16, intermediate_size=24, num_experts=4)
+    mixture = MixtureOfExperts(config).eval()
+    hidden = torch.randn(3, 7, 16)
+    expected = torch.zeros_like(hidden)
+    for row in range(3):
+        for token in range(7):
+            x = hidden[row, token]
+            gates = torch.softmax(mixture.router(x), 0)
+            first = int(gates.argmax())
+            second = max((e for e in range(4) if e != first), key=lambda e: float(gates[e]))
+            total = gates[first] + gates[second]
+            for expert in (first, second):
+                expected[row, token] += gates[expert] / total * mixture.experts[expert](x)
+    assert torch.allclose(mixture(hidden), expected, atol=1e-5)
+
+
+def test_balance_loss_is_one_for_an_even_load_and_grows_with_collapse() -> None:
+    config = MoeStableLmConfig(hidden_size=4, intermediate_size=8, num_experts=4)
+    mixture = MixtureOfExperts(config).train()
+    mixture.router.weight.data = torch.eye(4) * 50
+    mixture(torch.eye(4))
+    assert mixture.balance_loss is not None
+    assert mixture.balance_loss.item() == pytest.approx(1.0, abs=1e-4)
+    mixture(torch.eye(4)[:1].repeat(8, 1))
+    assert mixture.balance_loss.item() == pytest.approx(4.0, abs=1e-3)
+
+
+def test_answer_does_not_depend_on_the_batch(loaded: LoadedModel) -> None:
+    problems = miniature.generate("validation", 12, seed=3)
+    together = loaded.encode(problems)
+    with torch.no_grad():
+        logits = loaded.model(**together).logits[:, -1]
+        for row, problem in enumerate(problems):
+            alone = loaded.model(**loaded.encode([problem])).logits[0, -1]
+            assert torch.allclose(logits[row], alone, atol=2e-3)
+
+
+def test_encoding_pads_left_and_expands_the_image(loaded: LoadedModel) -> None:
+    problems = miniature.generate("validation", 40, seed=1)
+    pictured = next(p for p in problems if p["image"] is not None)
+    plain = min(
+        (p for p in problems if p["image"] is None), key=lambda p: len(loaded.prompting.prompt(p))
+    )
+    batch = loaded.encode([pictured, plain])
+    token = loaded.model.config.image_token_id
+    assert (batch["input_ids"] == token).sum(1).tolist() == [loaded.image_tokens, 0]
+    assert batch["pixel_values"].shape == (1, 3, loaded.image_size, loaded.image_size)
+    assert batch["attention_mask"][1, 0] == 0
+    assert batch["attention_mask"][:, -1].tolist() == [1, 1]
+    assert "pixel_values" not in loaded.encode([plain])
+
+
+def test_prompt_without_its_image_is_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(ValueError, match="exactly one <image>"):
+        loaded.encode_prompts(["no picture here"], [Image.new("RGB", (48, 48))])
+
+
+def test_every_word_of_every_problem_is_known(loaded: LoadedModel) -> None:
+    for problem in miniature.generate("test", 600, seed=5):
+        ids = loaded.encode([problem], with_target=True)["input_ids"]
+        assert loaded.tokenizer.unk_token_id not in ids, problem
+
+
+def test_decoded_target_parses(loaded: LoadedModel) -> None:
+    for problem in miniature.generate("validation", 60, seed=2):
+        ids = loaded.tokenizer(loaded.prompting.target(problem), add_special_tokens=False)
+        text = loaded.decode(torch.tensor([ids["input_ids"]]))[0]
+        assert loaded.prompting.parse(text, len(problem["choices"])) == problem["answer"], text
+
+
+def test_features_come_from_the_layer_before_the_last(loaded: LoadedModel) -> None:
+    problem = next(p for p in miniature.generate("validation", 20) if p["image"] is not None)
+    pixels = loaded.encode([problem])["pixel_values"]
+    with torch.no_grad():
+        before = loaded.model.get_image_features(pixels).pooler_output[0]
+        last = loaded.model.model.vision_tower.encoder.layers[-1]
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        after = loaded.model.get_image_features(pixels).pooler_output[0]
+    assert before.shape == (loaded.image_tokens, loaded.model.config.text_config.hidden_size)
+    assert torch.equal(before, after)
+
+
+def test_the_two_miniatures_have_the_architectures_they_stand_for() -> None:
+    llava = json.loads((MINIATURES / "mini_llava/config.json").read_text())
+    moe = json.loads((MINIATURES / "mini_moe_llava/config.json").read_text())
+    assert (llava["projector_type"], llava["text_config"]["model_type"]) == ("linear", "llama")
+    assert moe["projector_type"] == "mlp2x_gelu"
+    assert moe["text_config"]["num_experts"] == 4
+    assert moe["text_config"]["num_experts_per_token"] == 2
+    for config in (llava, moe):
+        assert config["vision_feature_layer"] == -2
+        assert config["vision_feature_select_strategy"] == "default"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_fit_the_repository(name: str) -> None:
+    assert (MINIATURES / name / "model.safetensors").stat().st_size <= 12 * 2**20
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"]
+)
+def test_missing_file_is_named(tmp_path: Path, file: str) -> None:
+    folder = shutil.copytree(MINIATURES / "mini_llava", tmp_path / "model")
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=f"{file} is missing"):
+        load_model(folder, "broken")
+
+
+def test_truncated_weights_are_named(tmp_path: Path) -> None:
+    folder = shutil.copytree(MINIATURES / "mini_llava", tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(UserError, match="does not load"):
+        load_model(folder, "broken")
+
+
+def test_config_of_another_shape_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(MINIATURES / "mini_llava", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not fit its config.json: .* missing keys"):
+        load_model(folder, "broken")

@@ -1,0 +1,114 @@
+"""The training script: rows of the look-up phase, masks of the joint phase, resumption."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments import train_miniature as training
+from qvlm.data import miniature
+from qvlm.models import LoadedModel, load_model
+
+TOKENIZER = training.build_tokenizer()
+
+
+def test_fixed_phrases_are_one_token_each() -> None:
+    for phrase in training.PHRASES:
+        assert len(TOKENIZER(phrase, add_special_tokens=False)["input_ids"]) == 1, phrase
+
+
+def test_lookup_rows_have_one_right_answer() -> None:
+    lookups = training.Lookups(TOKENIZER, seed=0)
+    for size in (12, len(lookups.words)):
+        lookups.size = size
+        for seed in range(50):
+            ids, labels = lookups.row(random.Random(seed))
+            options: dict[int, int] = {}
+            answered = 0
+            for at, (token, label) in enumerate(zip(ids, labels, strict=True)):
+                if token == lookups.options:
+                    options = {}
+                if token in lookups.brackets:
+                    options[ids[at + 1]] = lookups.brackets.index(token)
+                if label in lookups.letters:
+                    begin = max(i for i in range(at) if ids[i] in (lookups.stop, lookups.turn))
+                    begin = max(
+                        i for i in range(at - 2) if ids[i] in (lookups.stop, lookups.turn)
+                    )
+                    asked = [options[t] for t in ids[begin:at] if t in options]
+                    assert lookups.letters.index(label) in asked
+                    answered += 1
+            assert 6 <= answered <= 10
+
+
+def test_fast_pixels_equal_the_processor() -> None:
+    loaded = load_model("mini_llava", "mini_llava")
+    noise = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels) for pixels in noise]
+    expected = loaded.image_processor(images, return_tensors="pt")["pixel_values"]
+    assert torch.allclose(training.pixels(images, loaded.image_processor), expected, atol=1e-6)
+
+
+def first_batches(first: int, count: int) -> tuple[LoadedModel, list[training.Batch]]:
+    loaded = load_model("mini_llava", "mini_llava")
+    batches = training.joint_batches(loaded, 0, 8, first)
+    return loaded, [next(batches) for _ in range(count)]
+
+
+def test_loss_is_taken_on_the_answer_alone() -> None:
+    loaded, batches = first_batches(0, 4)
+    for batch in batches:
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+            learned = labels != training.IGNORED
+            text = loaded.decode(labels[learned][None])[0]
+            assert "The answer is" in text
+            assert "Options:" not in text
+            assert torch.equal(ids[learned], labels[learned])
+
+
+def test_batches_do_not_depend_on_where_a_run_was_cut() -> None:
+    _, whole = first_batches(0, 12)
+    _, rest = first_batches(9, 3)
+    for one, other in zip(whole[9:], rest, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+
+
+@pytest.mark.parametrize("name", sorted(training.RECIPES))
+def test_a_resumed_run_ends_with_the_same_weights(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "VALIDATION_PROBLEMS", 8)
+    recipe = replace(
+        training.RECIPES[name],
+        joint_steps=4,
+        batch_size=4,
+        lookup_batch_size=4,
+        lookup_target=-1.0,  # the word set grows at every step
+    )
+    training.train(name, recipe, tmp_path / "a", tmp_path / "whole", "cpu", every=2)
+
+    class Killed(Exception):
+        pass
+
+    def die(*args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "accuracy_by_skill", die)
+        with pytest.raises(Killed):
+            training.train(name, recipe, tmp_path / "b", tmp_path / "cut", "cpu", every=2)
+    training.train(name, recipe, tmp_path / "b", tmp_path / "cut", "cpu", every=2)
+    whole, cut = (load_model(tmp_path / f, name).model.state_dict() for f in ("whole", "cut"))
+    for key, value in whole.items():
+        assert torch.equal(value, cut[key]), key
+
+
+def test_training_problems_never_reach_the_test_split() -> None:
+    drawn = miniature.stream("train", seed=11)
+    trained = {miniature.fingerprint(next(drawn)) for _ in range(1500)}
+    tested = {miniature.fingerprint(p) for p in miniature.generate("test", 1500, seed=0)}
+    assert not trained & tested
