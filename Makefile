@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 table2: install  ## regenerates Table 2: models x methods x bits; reuses what is recorded
 	$(BIN)/python run.py -m experiment=table2
-	$(BIN)/python -m qvlm.tables.table2 --runs results/runs --out results
+	$(BIN)/python -m qvlm.tables.table2 --runs results/runs --out results --command 'make table2'
 
 test: install  ## runs the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

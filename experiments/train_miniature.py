@@ -1,18 +1,20 @@
 """Trains an embedded miniature from nothing: `python experiments/train_miniature.py --model NAME`.
 
-Two phases, because of what a feasibility study found. To write "The answer is B." a model must find
-the letter that stands before a text, and that look-up circuit forms late and suddenly; until then
-everything sits at chance.
+Three phases, because a small model that starts with everything at once stays at chance for long.
+To write "The answer is B." it must find the letter that stands before a text, and that look-up
+circuit forms late and suddenly; and through an untrained tower it gets hardly any gradient.
 
-1. Look-up: rows of options followed by many queries ("red . The answer is B ."), over a dozen words
+1. Vision: the tower alone, with a throw-away head that predicts the words of the solution from the
+   features that the language model will see and the words of the question.
+2. Look-up: rows of options followed by many queries ("red . The answer is B ."), over a dozen words
    at first; whenever four in five letters are right the word set doubles, until it holds the whole
    vocabulary.
-2. Joint: fresh problems of the training split in the format of evaluation, loss on the answer alone
+3. Joint: fresh problems of the training split in the format of evaluation, loss on the answer alone
    (lecture, solution, letter), a few look-up rows mixed in, learning rate decayed to zero.
 
 Hidden matrices are trained with Muon, everything else with AdamW. Every random draw depends on the
-seed and the step only, and a checkpoint holds weights, optimizers and phase, so a killed run goes on
-where it was. Needs torch, transformers, safetensors and Pillow; uses a GPU where there is one.
+seed and the step only, and a checkpoint holds weights, optimizers and phase, so a killed run goes
+on where it was. Needs torch, transformers, safetensors and Pillow; uses a GPU where there is one.
 """
 
 import argparse
@@ -23,8 +25,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qvlm.data.miniature import generate, stream, vocabulary
+from qvlm.data.miniature import SKILLS, generate, stream, vocabulary
 from qvlm.models import Llava, LlavaArchitecture, LoadedModel, MoeStableLmConfig
 from qvlm.models.load import MINIATURES
 from qvlm.models.moe_stablelm import MixtureOfExperts
@@ -50,9 +53,16 @@ from qvlm.prompts import IMAGE_TOKEN, LETTERS, Prompting
 IGNORED = -100
 VALIDATION_PROBLEMS = 500
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN]
+SYSTEM_SENTENCE, _, _ = (
+    Prompting()
+    .prompt({"image": None, "question": "", "choices": [], "hint": ""})
+    .partition(" USER:")
+)
 # One token each: phrases of the prompt format that never vary.
 PHRASES = [
-    Prompting().prompt({"image": None, "question": "", "choices": [], "hint": ""}).split(" USER")[0],
+    Prompting()
+    .prompt({"image": None, "question": "", "choices": [], "hint": ""})
+    .split(" USER")[0],
     "USER:",
     "ASSISTANT:",
     "Context:",
@@ -70,17 +80,23 @@ class Recipe:
     joint_steps: int
     batch_size: int = 64
     lookup_batch_size: int = 48
+    vision_steps: int = 700
+    vision_batch_size: int = 128
     matrix_lr: float = 0.02
+    joint_matrix_lr: float = 0.008
     other_lr: float = 2e-3
     warmup_steps: int = 100
-    decay_share: float = 0.5
+    decay_share: float = 0.8
     lookup_share: float = 0.08
     lookup_target: float = 0.8
     letter_weight: float = 3.0
     seed: int = 0
 
 
-RECIPES = {"mini_llava": Recipe(joint_steps=5000), "mini_moe_llava": Recipe(joint_steps=5000)}
+RECIPES = {
+    "mini_llava": Recipe(joint_steps=5000, decay_share=0.7),
+    "mini_moe_llava": Recipe(joint_steps=3200, decay_share=0.8),
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -287,22 +303,79 @@ def loss_and_accuracy(
 
 def optimizers(model: Llava, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, head, router and vectors."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         hidden = parameter.ndim == 2 and ".layers." in name and "router" not in name
         (matrices if hidden else others).append(parameter)
     return [
-        torch.optim.Muon(
-            matrices, lr=recipe.matrix_lr, weight_decay=0.01, adjust_lr_fn="original"
-        ),
+        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.01, adjust_lr_fn="original"),
         torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 
 
-def set_rate(optims: list[torch.optim.Optimizer], recipe: Recipe, factor: float) -> None:
-    for optim, rate in zip(optims, (recipe.matrix_lr, recipe.other_lr), strict=True):
+def set_rates(optims: list[torch.optim.Optimizer], rates: tuple[float, float]) -> None:
+    """Sets the learning rates of Muon and AdamW."""
+    for optim, rate in zip(optims, rates, strict=True):
         for group in optim.param_groups:
-            group["lr"] = rate * factor
+            group["lr"] = rate
+
+
+class SolutionWords(nn.Module):
+    """Predicts which words the solution holds, from patch features and the question's words."""
+
+    def __init__(self, features: int, vocabulary_size: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.seen = nn.Linear(features, hidden)
+        self.asked = nn.EmbeddingBag(vocabulary_size, hidden, mode="mean", padding_idx=0)
+        self.words = nn.Linear(hidden, vocabulary_size)
+
+    def forward(self, patches: Tensor, question: Tensor) -> Tensor:
+        """Logits [images, vocabulary] from patches [images, n, width] and ids [images, words]."""
+        mixed = self.seen(patches.flatten(1)) + self.asked(question)
+        return self.words(nn.functional.gelu(mixed))
+
+
+def train_tower(loaded: LoadedModel, recipe: Recipe, log: Callable[..., None]) -> None:
+    """The vision phase: trains the tower of `loaded` in place."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    config = model.config
+    width = config.vision_config.hidden_size * loaded.image_tokens
+    torch.manual_seed(recipe.seed)
+    head = SolutionWords(width, len(tokenizer)).to(model.device)
+    tower = model.model.vision_tower
+    parameters = [*tower.parameters(), *head.parameters()]
+    optim = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    pictured = [name for name, skill in SKILLS.items() if skill.make(random.Random(0)).image]
+    problems = stream("train", recipe.seed, pictured)
+    for step in range(recipe.vision_steps):
+        drawn = list(islice(problems, recipe.vision_batch_size))
+        images = pixels([problem["image"] for problem in drawn], loaded.image_processor)
+
+        def encode(texts: list[str]) -> Tensor:
+            rows = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+            return rows["input_ids"].to(model.device)
+
+        solution = encode([problem["solution"] for problem in drawn])
+        present = torch.zeros(len(drawn), len(tokenizer), device=model.device)
+        present.scatter_(1, solution, 1.0)
+        present[:, tokenizer.pad_token_id] = 0
+        with torch.autocast(model.device.type, torch.bfloat16):
+            states = tower(images.to(model.device), output_hidden_states=True).hidden_states
+            patches = states[config.vision_feature_layer][:, 1:]
+            question = encode([f"{problem['question']} {problem['hint']}" for problem in drawn])
+            logits = head(patches, question).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, present, reduction="none")
+        loss = loss.sum(1).mean()
+        factor = min(1.0, (step + 1) / recipe.warmup_steps, 2 * (1 - step / recipe.vision_steps))
+        optim.param_groups[0]["lr"] = 1e-3 * factor
+        optim.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optim.step()
+        if (step + 1) % 50 == 0:
+            exact = ((logits > 0) == (present > 0)).all(1).float().mean().item()
+            log(phase="vision", step=step + 1, loss=loss.item(), exact=exact)
 
 
 def joint_factor(step: int, recipe: Recipe) -> float:
@@ -345,7 +418,7 @@ def save(loaded: LoadedModel, folder: Path) -> None:
 
 
 def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: int) -> None:
-    """Runs both phases, resuming from `work` if it holds a checkpoint; writes the model to `out`."""
+    """Runs all phases, resuming from a checkpoint in `work` if there is one; writes to `out`."""
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer()
     model = build_model(name, tokenizer).to(device).train()
@@ -359,7 +432,7 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: 
     letters = torch.tensor(lookups.letters, device=device)
     optims = optimizers(model, recipe)
     lookup_step, joint_step, smooth, spent = 0, 0, 0.0, 0.0
-    phase = "lookup"
+    phase = "vision"
 
     checkpoint = work / "checkpoint.pt"
     work.mkdir(parents=True, exist_ok=True)
@@ -390,8 +463,8 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: 
         torch.save(state, checkpoint.with_suffix(".new"))
         os.replace(checkpoint.with_suffix(".new"), checkpoint)
 
-    def step_on(batch: Batch, factor: float) -> tuple[float, float, float]:
-        set_rate(optims, recipe, factor)
+    def step_on(batch: Batch, matrix_lr: float, factor: float) -> tuple[float, float, float]:
+        set_rates(optims, (matrix_lr * factor, recipe.other_lr * factor))
         loss, letter, token = loss_and_accuracy(model, batch, letters, recipe.letter_weight)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -406,10 +479,14 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: 
         with open(work / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
+    if phase == "vision":
+        train_tower(loaded, recipe, log)
+        phase = "lookup"
+        keep()
     while phase == "lookup":
         batch = lookups.batch(lookup_step, recipe.lookup_batch_size)
         factor = min(1.0, (lookup_step + 1) / recipe.warmup_steps)
-        loss, letter, _ = step_on(batch, factor)
+        loss, letter, _ = step_on(batch, recipe.matrix_lr, factor)
         smooth = 0.95 * smooth + 0.05 * letter
         lookup_step += 1
         if lookup_step % 50 == 0:
@@ -427,9 +504,11 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: 
     batches = joint_batches(loaded, recipe.seed, recipe.batch_size, joint_step)
     while joint_step < recipe.joint_steps:
         rng = random.Random(f"mix-{recipe.seed}-{joint_step}")
-        if rng.random() < recipe.lookup_share * joint_factor(joint_step, recipe):
-            step_on(lookups.batch(10**6 + joint_step, recipe.lookup_batch_size // 2), 1.0)
-        loss, letter, token = step_on(next(batches), joint_factor(joint_step, recipe))
+        factor = joint_factor(joint_step, recipe)
+        if rng.random() < recipe.lookup_share * factor:
+            extra = lookups.batch(10**6 + joint_step, recipe.lookup_batch_size // 2)
+            step_on(extra, recipe.joint_matrix_lr, factor)
+        loss, letter, token = step_on(next(batches), recipe.joint_matrix_lr, factor)
         joint_step += 1
         if joint_step % 50 == 0:
             log(phase=phase, step=joint_step, loss=loss, letters=letter, tokens=token)
@@ -447,7 +526,7 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=sorted(RECIPES), required=True)
-    parser.add_argument("--work", type=Path, help="checkpoint and log (default: outputs/train/NAME)")
+    parser.add_argument("--work", type=Path, help="checkpoint and log (default: checkpoints/NAME)")
     parser.add_argument("--out", type=Path, help="the model (default: the embedded miniature)")
     parser.add_argument("--steps", type=int, help="joint steps instead of the recipe's")
     parser.add_argument("--every", type=int, default=500, help="steps between validations")
@@ -461,7 +540,7 @@ def main() -> None:
     train(
         args.model,
         recipe,
-        args.work or Path("outputs/train") / args.model,
+        args.work or Path("checkpoints") / args.model,
         args.out or MINIATURES / args.model,
         "cuda" if torch.cuda.is_available() else "cpu",
         args.every,

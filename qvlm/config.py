@@ -37,10 +37,18 @@ def _within(key: str, value: float | None, low: float, high: float | None = None
 
 @dataclass
 class ModelConfig:
-    """A checkpoint folder (or an embedded miniature) and what it was tuned with."""
+    """A checkpoint and what it was tuned with.
+
+    Attributes:
+        name: in records and tables.
+        path: a folder, or the name of an embedded miniature.
+        stands_for: the model of the paper whose numbers tables show beside this one's.
+        weight_group_size: weights that share a scale, where the quantizer groups them.
+    """
 
     name: str = MISSING
     path: str = MISSING
+    stands_for: str | None = None
     prompt_format: str = "QCM-LEA"
     conversation: str = "vicuna_v1"
     dtype: str = "float32"
@@ -184,7 +192,6 @@ class RunConfig:
         method: `_target_` and its parameters.
         method_name: the name of the method's YAML; names the record's folder.
         group: cells that belong together, in Weights & Biases.
-        table: module that makes a table of the records once a sweep is complete; null is none.
         device: "auto" is the first GPU, or the CPU where there is none.
         threads: of PyTorch on the CPU; null leaves its choice.
         force: compute even if a complete record exists.
@@ -204,7 +211,6 @@ class RunConfig:
     threads: int | None = None
     force: bool = False
     group: str = "cells"
-    table: str | None = None
     method_name: str = MISSING
 
     def __post_init__(self) -> None:
@@ -234,15 +240,16 @@ def canonical(config: RunConfig) -> RunConfig:
 def influences(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that changes a number: what a record is identified by.
 
-    The content of the checkpoint counts as well, and is hashed beside it (`qvlm.prepare`). Where the work happens (device, threads), where it is written and how it is shown do not count.
-    Full precision does not depend on quantizer and calibration.
+    The content of the checkpoint counts as well and is hashed beside it (`qvlm.prepare`). Where the
+    work happens (device, threads), where it is written and how it is shown do not count. Full
+    precision does not depend on quantizer and calibration.
     """
     config = canonical(config)
     parts = ["model", "method", "bits", "data", "evaluation", "seed"]
     if not config.full_precision:
         parts += ["quantizer", "calibration"]
     whole = asdict(config)
-    del whole["model"]["path"]  # what is there counts, not where it is
+    del whole["model"]["path"], whole["model"]["stands_for"]
     return {part: whole[part] for part in parts}
 
 

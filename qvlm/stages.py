@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 INTERVAL = 0.02  # seconds
 MIB = 2**20
+FORMAT = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
 
 
 class Stages:
@@ -33,7 +34,7 @@ class Stages:
 
     def __init__(self, title: str, count: int) -> None:
         self.costs: dict[str, dict[str, float]] = {}
-        self._bar: tqdm[Any] = tqdm(total=count, desc=title, unit="stage", disable=None)
+        self._bar: tqdm[Any] = tqdm(total=count, desc=title, bar_format=FORMAT, disable=None)
 
     def __enter__(self) -> "Stages":
         return self

@@ -43,9 +43,7 @@ def seen_by(
     def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: seen[name].append(args[0].clone())
 
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(record(name)) for name in names
-    ]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
     with torch.no_grad():
         for batch in batches:
             model(**batch)

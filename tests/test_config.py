@@ -171,7 +171,7 @@ def test_what_changes_a_number_changes_the_identity(override: str) -> None:
     "override",
     [
         *("tracking=off", "results_dir=/elsewhere", "device=cpu", "threads=1", "force=true"),
-        *("group=other", "seed=0", "bits=w4a4"),
+        *("group=other", "seed=0", "bits=w4a4", "model.path=/copy", "model.stands_for=null"),
     ],
 )
 def test_what_changes_no_number_keeps_the_identity(override: str) -> None:

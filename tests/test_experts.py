@@ -93,7 +93,10 @@ def test_an_expert_sees_the_tokens_routed_to_it() -> None:
     for index, tokens in seen.items():
         assert torch.equal(tokens, hidden[(chosen == index).any(1)])
     expected = torch.stack(
-        [experts[a](token) + experts[b](token) for token, (a, b) in zip(hidden, chosen.tolist())]
+        [
+            experts[a](token) + experts[b](token)
+            for token, (a, b) in zip(hidden, chosen.tolist(), strict=True)
+        ]
     )
     torch.testing.assert_close(output, expected)
 

@@ -148,5 +148,5 @@ def test_config_of_another_shape_is_refused(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] += 1
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="does not fit its config.json: .* missing keys"):
+    with pytest.raises(UserError, match=r"does not fit its config.json: .* missing keys"):
         load_model(folder, "broken")

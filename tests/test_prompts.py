@@ -89,5 +89,5 @@ def test_plain_layout_has_its_own_pattern() -> None:
 
 @pytest.mark.parametrize("option", ["format", "conversation"])
 def test_unknown_names_are_refused_with_the_accepted_ones(option: str) -> None:
-    with pytest.raises(UserError, match="'nonsense': accepted are .*(QCM-LEA|vicuna_v1)"):
+    with pytest.raises(UserError, match=r"'nonsense': accepted are .*(QCM-LEA|vicuna_v1)"):
         Prompting(**{option: "nonsense"})

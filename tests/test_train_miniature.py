@@ -14,6 +14,7 @@ from qvlm.data import miniature
 from qvlm.models import LoadedModel, load_model
 
 TOKENIZER = training.build_tokenizer()
+ARROWS = ("Relate force and motion", "Follow a road on a map")
 
 
 def test_fixed_phrases_are_one_token_each() -> None:
@@ -35,10 +36,8 @@ def test_lookup_rows_have_one_right_answer() -> None:
                 if token in lookups.brackets:
                     options[ids[at + 1]] = lookups.brackets.index(token)
                 if label in lookups.letters:
-                    begin = max(i for i in range(at) if ids[i] in (lookups.stop, lookups.turn))
-                    begin = max(
-                        i for i in range(at - 2) if ids[i] in (lookups.stop, lookups.turn)
-                    )
+                    ends = (lookups.stop, lookups.turn)
+                    begin = max(i for i in range(at - 2) if ids[i] in ends)
                     asked = [options[t] for t in ids[begin:at] if t in options]
                     assert lookups.letters.index(label) in asked
                     answered += 1
@@ -88,6 +87,8 @@ def test_a_resumed_run_ends_with_the_same_weights(
         batch_size=4,
         lookup_batch_size=4,
         lookup_target=-1.0,  # the word set grows at every step
+        vision_steps=2,
+        vision_batch_size=4,
     )
     training.train(name, recipe, tmp_path / "a", tmp_path / "whole", "cpu", every=2)
 
@@ -105,6 +106,20 @@ def test_a_resumed_run_ends_with_the_same_weights(
     whole, cut = (load_model(tmp_path / f, name).model.state_dict() for f in ("whole", "cut"))
     for key, value in whole.items():
         assert torch.equal(value, cut[key]), key
+
+
+def test_the_vision_phase_learns_to_read_arrows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SKILLS", {n: miniature.SKILLS[n] for n in ARROWS})
+    loaded = load_model("mini_llava", "mini_llava")
+    torch.manual_seed(0)
+    fresh = training.build_model("mini_llava", TOKENIZER)
+    loaded.model.load_state_dict(fresh.state_dict())
+    recipe = replace(training.RECIPES["mini_llava"], vision_steps=60, vision_batch_size=32)
+    losses: list[float] = []
+    language = loaded.model.model.language_model.layers[0].mlp.up_proj.weight.clone()
+    training.train_tower(loaded, recipe, lambda **line: losses.append(line["loss"]))
+    assert losses[-1] < 20  # from about 0.7 for each of 700 words
+    assert torch.equal(language, loaded.model.model.language_model.layers[0].mlp.up_proj.weight)
 
 
 def test_training_problems_never_reach_the_test_split() -> None:

@@ -6,11 +6,13 @@
 3. Per block, decide what each linear becomes: `block.quantize_linear` is the shared default (the
    lp-minimal ranges that every method starts from); pass `input_quantizer` or `weights` to differ.
 4. Candidates are tried with `block.replace`, `block.run` and `block.restore`; the target to
-   compare with is `block.float_outputs()`.
+   compare with is `block.float_outputs()`. `walk.blocks(partition)` joins layers into one block;
+   walking first without replacing anything is a look at the float model.
 5. When the next block is asked for, every linear of the block must have been replaced: the walk
    runs it as it is, and the proof of bits refuses a model with a float layer left in it.
 6. Return a `MethodReport`: what the search cost, and what a reader of the record should know.
-7. Equal inputs and seed must give equal integers; do not read the clock or global random state.
+7. Equal inputs and seed must give equal integers: no choice may hang on time or global random
+   state.
 """
 
 from dataclasses import dataclass, field

@@ -47,6 +47,7 @@ class MixtureOfExperts(nn.Module):
         gates = self.router(tokens).float().softmax(dim=-1)  # [tokens, experts]
         weights, chosen = gates.topk(self.top_k, dim=-1)  # [tokens, top_k]
         weights = (weights / weights.sum(dim=-1, keepdim=True)).to(tokens.dtype)
+        self.balance_loss = None
         if self.training:
             first = nn.functional.one_hot(chosen[:, 0], len(self.experts)).to(gates.dtype)
             self.balance_loss = len(self.experts) * (first.mean(0) * gates.mean(0)).sum()

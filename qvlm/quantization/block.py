@@ -68,7 +68,9 @@ class Block:
             module: another module to run instead of the block.
             calls: other inputs than `inputs`, such as `float_inputs`.
         """
-        return run_calls(self.module if module is None else module, self.inputs if calls is None else calls)
+        return run_calls(
+            self.module if module is None else module, self.inputs if calls is None else calls
+        )
 
     def float_outputs(self) -> list[Tensor]:
         """Outputs of the block with its float linears on `inputs`; computed once, then kept.

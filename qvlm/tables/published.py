@@ -5,6 +5,7 @@ come from. What a table shows of them is always on a row that names the paper's 
 """
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,8 +13,8 @@ from qvlm.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent / "paper"
 
-# Questions in ScienceQA's test split, as far as the paper's text fixes them.
-CLASS_SIZES = {"NAT": 2252, "SOC": 889, "LAN": 1100, "IMG": 2017, "Avg": 4241}
+# Questions in ScienceQA's test split; NAT, SOC and LAN are all 4,241 of them.
+CLASS_SIZES = {"NAT": 2252, "SOC": 889, "LAN": 1100, "IMG": 2017}
 SUBJECTS = ("NAT", "SOC", "LAN")
 ROW = ["model", "bits", "method"]
 
@@ -21,6 +22,11 @@ ROW = ["model", "bits", "method"]
 def published(name: str) -> pd.DataFrame:
     """One file of the folder: "table1" to "table6", "models" or "variants"."""
     return pd.read_csv(FOLDER / f"{name}.csv")
+
+
+def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a file as dictionaries."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def label(model: str) -> str:
@@ -40,12 +46,8 @@ def label(model: str) -> str:
 
 def table2_values(model: str) -> dict[tuple[str, str], dict[str, float]]:
     """Table 2 of one of the paper's models: (bits, method) -> class -> accuracy in percent."""
-    rows = published("table2").query("model == @model").set_index(["bits", "method"])
-    values = rows.drop(columns="model").to_dict("index")
-    return {
-        (str(bits), str(method)): {str(name): float(value) for name, value in row.items()}
-        for (bits, method), row in values.items()
-    }
+    own = published("table2").query("model == @model").drop(columns="model")
+    return {(row.pop("bits"), row.pop("method")): row for row in rows(own)}
 
 
 def average_gaps(table: pd.DataFrame, tolerance: float = 0.05) -> pd.DataFrame:
@@ -65,7 +67,7 @@ def average_gaps(table: pd.DataFrame, tolerance: float = 0.05) -> pd.DataFrame:
 
 
 def fractional_questions(table: pd.DataFrame) -> pd.DataFrame:
-    """Cells that no whole number of right answers gives, to two decimals.
+    """Class accuracies that no whole number of right answers gives, to two decimals.
 
     Returns:
         `model`, `bits`, `method`, `class` and `accuracy`, for the classes of `CLASS_SIZES`.

@@ -1,0 +1,243 @@
+"""Cross-layer dependency: how uncertain a layer's rounding is once the previous layer's is known.
+
+Q-VLM (arXiv 2410.08119), eq. (3)-(5). Every activation is assigned softly to the M = 2^b rounding
+points q_m of its scale,
+
+    p(x = q_m) = softmax_m(-(x - q_m)^2 / Delta),      Delta the distance of two rounding points,
+
+and two consecutive layers depend on each other by the conditional entropy
+
+    D(k, k+1) = -sum_mn p(x_k = q_m, x_k+1 = q_n) log p(x_k+1 = q_n | x_k = q_m)      (in nats),
+
+which is large where the first layer's rounding leaves much open about the second's; there the
+paper searches jointly. An activation is what its linear reads, the tensor that is quantized.
+
+The joint distribution needs elements that belong together. Two pairings are offered:
+
+- `tokens`, for layers of any widths: the assignments of a token's channels are averaged to the
+  token's histogram over rounding points, and the joint is the mean over tokens of the outer
+  product of the two layers' histograms.
+- `elements`, for layers of equal shape only, as in the authors' code: the joint is the mean over
+  tokens and channels of the outer product of the two assignments. Layers of different shape have
+  no dependency then.
+
+Both are means where the paper writes sums over elements, so that a wide layer does not count for
+more. Layers that do not see the same tokens (two experts, vision and language) have none either.
+
+For comparison (Table 5) a second proxy: the relative quantization error of the two activations.
+
+Memory: the samples of one block; one pass over the calibration data. Left out: dependencies across
+the end of a decoder layer, unless whole decoder layers are the units.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from qvlm.errors import UserError
+from qvlm.quantization import Block, Quantizer, UniformQuantizer, Walk, activation_quantizer
+
+# Elements of an assignment [tokens, features, M] that are held at a time.
+_PIECE = 2**22
+
+
+def assignment(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Tensor:
+    """Soft assignment of activations to their rounding points (eq. 5).
+
+    With q_m = s (m - z) and Delta = s, -(x - q_m)^2 / Delta = -s (x / s + z - m)^2: how soft the
+    assignment is depends on the unit of x. `scale_free` divides by Delta^2 instead, which does not.
+
+    Args:
+        x: [..., features]; gradients flow through it, the grid is a constant.
+        quantizer: uniform; a per-token one makes its grid from `x`.
+
+    Returns:
+        Probabilities [..., features, M].
+
+    Raises:
+        UserError: if the quantizer is not uniform.
+    """
+    grid = quantizer.at(x)
+    if not isinstance(grid, UniformQuantizer) or grid.group_size is not None:
+        raise UserError("the dependency of layers is defined for uniform activation quantizers")
+    points = torch.arange(2**grid.bits, dtype=x.dtype, device=x.device)
+    distance = (x / grid.scale + grid.zero_point).unsqueeze(-1) - points
+    sharpness = 1.0 if scale_free else grid.scale.unsqueeze(-1) if grid.scale.ndim else grid.scale
+    return (-sharpness * distance.square()).softmax(-1)
+
+
+def token_histograms(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Tensor:
+    """The mean assignment of each token's channels: x [tokens, features] to [tokens, M]."""
+    rows = max(1, _PIECE // (x.shape[-1] * 2**quantizer.bits))
+    return torch.cat([assignment(part, quantizer, scale_free).mean(-2) for part in x.split(rows)])
+
+
+def token_joint(first: Tensor, second: Tensor) -> Tensor:
+    """Joint distribution [M, M'] of histograms [tokens, M] and [tokens, M'] of the same tokens."""
+    return first.T @ second / len(first)
+
+
+def element_joint(
+    first: Tensor,
+    second: Tensor,
+    first_quantizer: Quantizer,
+    second_quantizer: Quantizer,
+    scale_free: bool = False,
+) -> Tensor:
+    """Joint distribution [M, M'] over the elements of two activations [tokens, features]."""
+    levels = 2**first_quantizer.bits, 2**second_quantizer.bits
+    rows = max(1, _PIECE // (first.shape[-1] * max(levels)))
+    joint = first.new_zeros(levels)
+    for one, other in zip(first.split(rows), second.split(rows), strict=True):
+        p = assignment(one, first_quantizer, scale_free).flatten(0, -2)
+        joint = joint + p.T @ assignment(other, second_quantizer, scale_free).flatten(0, -2)
+    return joint / first.numel()
+
+
+def conditional_entropy(joint: Tensor) -> Tensor:
+    """H(second | first) in nats of a joint distribution [first, second] (eq. 4)."""
+    first = joint.sum(1, keepdim=True)
+    # -p log(p / p_first), where 0 log 0 = 0.
+    return torch.xlogy(joint, first).sum() - torch.xlogy(joint, joint).sum()
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What a layer reads during calibration, and how it will be rounded.
+
+    Attributes:
+        samples: [tokens, features].
+        scale_free: see `assignment`.
+    """
+
+    samples: Tensor
+    quantizer: Quantizer
+    scale_free: bool = False
+
+    @cached_property
+    def histograms(self) -> Tensor:
+        """[tokens, M]."""
+        return token_histograms(self.samples, self.quantizer, self.scale_free)
+
+    @cached_property
+    def error(self) -> float:
+        """Squared error of rounding, as a share of the activation's energy."""
+        difference = (self.quantizer(self.samples) - self.samples).square().sum()
+        return float(difference / self.samples.square().sum().clamp_min(1e-30))
+
+
+Dependency = Callable[[Activation, Activation], float | None]
+"""D(k, k+1) of two activations of the same tokens; None where it is not defined."""
+
+
+def by_tokens(first: Activation, second: Activation) -> float | None:
+    """The conditional entropy by token histograms."""
+    return float(conditional_entropy(token_joint(first.histograms, second.histograms)))
+
+
+def by_elements(first: Activation, second: Activation) -> float | None:
+    """The conditional entropy by elements, of activations of equal shape."""
+    if first.samples.shape != second.samples.shape:
+        return None
+    quantizers = first.quantizer, second.quantizer
+    joint = element_joint(first.samples, second.samples, *quantizers, first.scale_free)
+    return float(conditional_entropy(joint))
+
+
+def by_error(first: Activation, second: Activation) -> float | None:
+    """The proxy that Table 5 compares with: the mean relative quantization error of the two."""
+    return (first.error + second.error) / 2
+
+
+PAIRINGS: Mapping[str, Dependency] = {"tokens": by_tokens, "elements": by_elements}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Layers in the order of the data, and how each depends on the one before.
+
+    Attributes:
+        name: the walk's block whose linears these are, or the kind of the decoder layers.
+        part: "vision" or "language" (with the projector): what shares an activation spec.
+        units: names of the linears relative to their block, or full names of the layers.
+        dependencies: of each unit on the one before it, so one fewer; None where there is none.
+    """
+
+    name: str
+    part: str
+    units: list[str]
+    dependencies: list[float | None]
+
+
+@torch.no_grad()
+def mine(
+    walk: Walk, dependency: Dependency, granularity: str, max_tokens: int, scale_free: bool = False
+) -> list[Chain]:
+    """Walks the float model once and measures the dependency of consecutive layers.
+
+    Args:
+        dependency: the measure.
+        granularity: "linear", a chain per block of the walk, of its linears; or "layer", a chain
+            per kind of block, of whole layers, each of which reads what its first linear reads.
+        max_tokens: about how many tokens the distributions are estimated from.
+        scale_free: see `assignment`.
+    """
+    chains: list[Chain] = []
+    previous: Activation | None = None
+    kind = ""
+    for block in walk.blocks():
+        read = _activations(block, max_tokens, scale_free)
+        part = "vision" if block.kind == "vision" else "language"
+        if granularity == "linear":
+            names = list(read)
+            pairs = [
+                _measure(dependency, read[a], read[b]) if lane(block, a) == lane(block, b) else None
+                for a, b in pairwise(names)
+            ]
+            chains.append(Chain(block.name, part, names, pairs))
+            continue
+        first = next(iter(read.values()))
+        if block.kind == kind:
+            chains[-1].units.append(block.name)
+            chains[-1].dependencies.append(_measure(dependency, previous, first))
+        else:
+            chains.append(Chain(block.kind, part, [block.name], []))
+        kind, previous = block.kind, first
+    return chains
+
+
+def lane(block: Block, name: str) -> str:
+    """Which of several parallel modules (experts) a linear belongs to; "" outside of any.
+
+    Linears of one lane see the same tokens.
+    """
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if isinstance(block.module.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
+            return ".".join(parts[:end])
+    return ""
+
+
+def _activations(block: Block, max_tokens: int, scale_free: bool) -> dict[str, Activation | None]:
+    """What each linear of a float block reads; None for one that saw no token."""
+    read: dict[str, Activation | None] = {}
+    last: Activation | None = None
+    for name, samples in block.linear_inputs(max_tokens).items():
+        if len(samples) == 0:
+            read[name] = None
+        elif last is not None and torch.equal(last.samples, samples):
+            read[name] = last  # queries, keys and values read the same: measured once
+        else:
+            quantizer = activation_quantizer(samples, block.spec(name)[1])
+            read[name] = last = Activation(samples, quantizer, scale_free)
+    return read
+
+
+def _measure(
+    dependency: Dependency, first: Activation | None, second: Activation | None
+) -> float | None:
+    return None if first is None or second is None else dependency(first, second)

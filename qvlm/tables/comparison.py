@@ -1,0 +1,96 @@
+"""Do two methods really differ? Paired tests on the questions that both answered.
+
+Per model and bit width one family of comparisons: the hero against every other method, or, where
+there is none, every method against the baseline. Full precision is no rival and not in the family;
+how far each method drops below it is stated with its own interval.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvlm.evaluation.metrics import (
+    McNemar,
+    PairedDifference,
+    holm,
+    mcnemar,
+    paired_difference,
+)
+from qvlm.records import Record
+from qvlm.tables.selection import BASELINE, FULL_PRECISION, HERO
+
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another.
+
+    Attributes:
+        first, second: names of the methods.
+        difference: accuracy of the first minus that of the second, in points.
+        test: the exact test.
+        p_holm: its p-value, corrected for the size of the family.
+    """
+
+    first: str
+    second: str
+    difference: PairedDifference
+    test: McNemar
+    p_holm: float
+
+    @property
+    def verdict(self) -> str:
+        """In words, at a corrected level of 5 %."""
+        if self.p_holm >= SIGNIFICANCE:
+            return "not told apart"
+        ahead = self.first if self.test.only_a > self.test.only_b else self.second
+        return f"{ahead} ahead"
+
+
+def compare(records: Sequence[Record]) -> tuple[list[Comparison], list[str]]:
+    """The family of comparisons among the records of one model and bit width.
+
+    Returns:
+        The comparisons, and a sentence for each that cannot be made.
+    """
+    methods = {record.method: record for record in records if record.method != FULL_PRECISION}
+    hero = HERO in methods
+    centre = methods.pop(HERO if hero else BASELINE, None)
+    if centre is None:
+        return [], []
+    made: list[Comparison] = []
+    impossible = []
+    for other in methods.values():
+        first, second = (centre, other) if hero else (other, centre)
+        answers = paired(first, second)
+        if answers is None:
+            impossible.append(
+                f"{first.method} and {second.method} were not asked the same questions"
+            )
+            continue
+        test = mcnemar(*answers)
+        made.append(
+            Comparison(first.method, second.method, paired_difference(*answers), test, test.p_value)
+        )
+    corrected = holm([comparison.p_holm for comparison in made])
+    return [replace(c, p_holm=p) for c, p in zip(made, corrected, strict=True)], impossible
+
+
+def paired(first: Record, second: Record) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
+    """Which questions each answered rightly, [questions], joined by `question_id`.
+
+    None if the questions or their right answers are not the same.
+    """
+    a, b = (r.predictions.set_index("question_id").sort_index() for r in (first, second))
+    if not (a.index.equals(b.index) and a.index.is_unique and a["answer"].equals(b["answer"])):
+        return None
+    return a["correct"].to_numpy(dtype=bool), b["correct"].to_numpy(dtype=bool)
+
+
+def drop(record: Record, reference: Record | None) -> PairedDifference | None:
+    """How far a method is below full precision, or None if that is not known."""
+    answers = paired(record, reference) if reference is not None else None
+    return None if answers is None else paired_difference(*answers)
