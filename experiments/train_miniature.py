@@ -95,7 +95,7 @@ class Recipe:
 
 RECIPES = {
     "mini_llava": Recipe(joint_steps=5000, decay_share=0.7),
-    "mini_moe_llava": Recipe(joint_steps=3200, decay_share=0.8),
+    "mini_moe_llava": Recipe(joint_steps=4600, decay_share=0.8),
 }
 
 

@@ -47,6 +47,9 @@ def track(
         group: cells that belong together.
     """
 
+    if tracking.mode == "off":
+        return
+
     def log(run: Any) -> None:
         classes = pd.DataFrame.from_dict(record.metrics["classes"], orient="index")
         tables = {"classes": _table(classes.rename_axis("class").reset_index())}
@@ -75,6 +78,9 @@ def log_table(csv: Path, page: Path, tracking: TrackingConfig, group: str) -> No
         tracking: where to.
         group: the cells that it shows.
     """
+
+    if tracking.mode == "off":
+        return
 
     def log(run: Any) -> None:
         import wandb
@@ -159,8 +165,6 @@ def _table(frame: pd.DataFrame) -> Any:
 
 def _log(log: Callable[[Any], None], tracking: TrackingConfig, **about: Any) -> None:
     """Opens a run, lets `log` fill it and closes it; warns where that cannot be done."""
-    if tracking.mode == "off":
-        return
     import wandb
 
     try:
@@ -171,6 +175,7 @@ def _log(log: Callable[[Any], None], tracking: TrackingConfig, **about: Any) -> 
                 log(run)
             finally:
                 run.finish()
+                wandb.teardown()  # ends W&B's service, which outlives its runs otherwise
     except Exception as error:  # what W&B raises has no base class in common
         _warn(f"Weights & Biases did not log {about['name']} ({_reason(error)})")
 

@@ -173,7 +173,7 @@ def test_full_precision_has_no_bits(tmp_path: Path) -> None:
     classes = run.table("classes").set_index("class")
     empty = [name for name, row in record.metrics["classes"].items() if not row["n"]]
     assert empty
-    assert all(classes.loc[name, "accuracy"] is None for name in empty)
+    assert all(pd.isna(classes.loc[name, "accuracy"]) for name in empty)
     assert not any(key.endswith(f"accuracy/{empty[0]}") for key in run.summary)
 
 
