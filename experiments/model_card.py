@@ -35,9 +35,11 @@ LLaMA (4 layers, 128 wide, MLP 384). `mini_moe_llava`: a two-layer projector and
 [experiments/train_miniature.py](../../../experiments/train_miniature.py): a vision phase, a look-up
 phase, a joint phase on fresh problems of the training split. The shipped weights were trained with
 one thread each, side by side on a 2-core machine, while the recipe was still being found, and so
-not in one piece: the look-up target was lowered from 0.9 to 0.8 on the way, both models share one
-run of the vision phase, which was put in after {joint} of the joint phase, and the rate of the
-joint phase was 0.02 until then. A run of the recipe from nothing will differ in its weights. Not
+not in one piece: the look-up target was lowered from 0.9 to 0.8 on the way; both models share one
+run of the vision phase, which was put in after {joint}
+of the joint phase, whose Muon rate was 0.02 until then; and the MoE miniature was first decayed to
+nothing over 3,200 steps and then trained on to 4,600. `training.jsonl` beside the weights is the log, with the losses and the
+validation accuracy by skill. The recipe has not yet been run from nothing in one piece. Not
 done: injection of outlier channels; the activations are as training left them.
 
 ## Full precision on the test split
