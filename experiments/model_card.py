@@ -38,9 +38,10 @@ one thread each, side by side on a 2-core machine, while the recipe was still be
 not in one piece: the look-up target was lowered from 0.9 to 0.8 on the way; both models share one
 run of the vision phase, which was put in after {joint}
 of the joint phase, whose Muon rate was 0.02 until then; and the MoE miniature was first decayed to
-nothing over 3,200 steps and then trained on to 4,600. `training.jsonl` beside the weights is the log, with the losses and
-the validation accuracy by skill. The recipe has not yet been run from nothing in one piece. Not
-done: injection of outlier channels; the activations are as training left them.
+nothing over 3,200 steps and then trained on to 4,600. `training.jsonl` beside the weights is the
+log, with the losses and the validation accuracy by skill. The recipe has not yet been run from
+nothing in one piece. Not done: injection of outlier channels; the activations are as training left
+them.
 
 ## Full precision on the test split
 
