@@ -5,7 +5,7 @@ import re
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvlm.errors import UserError
@@ -51,6 +51,7 @@ def test_whole_numbers_of_questions() -> None:
     assert whole == {("llava_13b", "FP", "FP"), ("llava_13b", "W4A4", "QLoRA")}
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.fixed_dictionaries({name: st.integers(0, n) for name, n in CLASS_SIZES.items()}))
 def test_what_is_counted_passes_both_checks(right: dict[str, int]) -> None:
     row = {name: round(100 * k / CLASS_SIZES[name], 2) for name, k in right.items()}
@@ -111,7 +112,7 @@ def test_variants_name_cells_that_are_printed() -> None:
 
 def test_models_have_labels() -> None:
     assert (label("llava_13b"), label("moe_llava")) == ("LLaVA-13B", "MoE-LLaVA-1.6B")
-    with pytest.raises(UserError, match="stands_for: 'x' .* llava_13b"):
+    with pytest.raises(UserError, match=r"stands_for: 'x' .* llava_13b"):
         label("x")
 
 

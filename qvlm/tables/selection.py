@@ -169,14 +169,19 @@ def _one_setting(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]
 
 def _differences(record: Record, main: Record) -> list[str]:
     """In what the setting of a record is not that of `main`, in words."""
-    own, wanted = _flat(_shared(record)), _flat(_shared(main))
-    keys = sorted(own.keys() | wanted.keys())
+    own, wanted = _shared(record), _shared(main)
     if record.bits == FULL_PRECISION:
-        keys = [key for key in keys if key.partition(".")[0] not in ("quantizer", "calibration")]
+        wanted = {key: value for key, value in wanted.items() if key in own}
+    return _unlike(own, wanted)
+
+
+def _unlike(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Where two configurations differ, in words."""
+    a, b = _flat(own), _flat(wanted)
     return [
-        f"{key} is {_word(own.get(key))}, not {_word(wanted.get(key))}"
-        for key in keys
-        if own.get(key) != wanted.get(key)
+        f"{key} is {_word(a.get(key))}, not {_word(b.get(key))}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
     ]
 
 
@@ -187,15 +192,16 @@ def _one_per_cell(
     chosen: list[Record] = []
     for method in sorted({record.method for record in records}):
         own = [record for record in records if record.method == method]
-        parameters = _most(own, _parameters).run["influences"]["method"]
+        parameters = _parameters(_most(own, _parameters))
         for bits in sorted({record.bits for record in own}):
             cell = [record for record in own if record.bits == bits]
-            usual = [r for r in cell if r.run["influences"]["method"] == parameters]
+            usual = [record for record in cell if _parameters(record) == parameters]
             best = max(usual or cell, key=_age)
             chosen.append(best)
             for record in cell:
                 if _parameters(record) != _parameters(best):
-                    aside.append(LeftOut(record, f"other parameters than {best.name}"))
+                    differing = "; ".join(_unlike(_own(record), _own(best)))
+                    aside.append(LeftOut(record, f"{best.name} is shown: {differing}"))
                 elif record is not best:
                     aside.append(LeftOut(record, f"{best.name} is the newer record of this cell"))
     return chosen, sorted(aside, key=lambda left: left.record.name)
@@ -224,8 +230,12 @@ def _setting(record: Record) -> Hashable:
 
 
 def _parameters(record: Record) -> Hashable:
-    method = record.run["influences"]["method"]
-    return frozenset((key, repr(value)) for key, value in _flat(method).items())
+    return frozenset((key, repr(value)) for key, value in _flat(_own(record)).items())
+
+
+def _own(record: Record) -> dict[str, Any]:
+    """What the method was told."""
+    return record.run["influences"]["method"]
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
