@@ -1,4 +1,4 @@
-"""The QLoRA baseline: NormalFloat weights in place of the shared quantizer's, the rest as RTN."""
+"""The QLoRA baseline: NormalFloat weights instead of the shared quantizer's, the rest as RTN."""
 
 import json
 from dataclasses import asdict

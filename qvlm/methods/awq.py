@@ -52,13 +52,27 @@ _LEAST_ACTIVITY = 1e-4
 
 @dataclass(frozen=True)
 class Choice:
-    """The scale of one place: `error` is what it leaves, `unscaled` what s = 1 leaves."""
+    """The scale of one place.
+
+    Attributes:
+        scale: [fold.width].
+        error: mean squared error of the readers' module with weights scaled and rounded.
+        rtn_error: the same without scaling, which is plain rounding.
+    """
 
     fold: Fold
     alpha: float
-    scale: Tensor  # [fold.width]
+    scale: Tensor
     error: float
-    unscaled: float
+    rtn_error: float
+
+    def record(self) -> dict[str, float]:
+        """What a report says of it."""
+        return {
+            "alpha": round(self.alpha, 4),
+            "error": self.error,
+            "rtn_error": self.rtn_error,
+        }
 
 
 class AWQ:
@@ -66,9 +80,9 @@ class AWQ:
 
     Args:
         scaling: "folded" or "weight_only".
-        n_grid: values of alpha from 0 to 1; 1 tries only 0, which is no scaling. Also the number
-            of steps that a whole range is divided in for clipping.
+        n_grid: values of alpha from 0 to 1; 1 tries only 0, which is no scaling.
         max_shrink: the most that a range may be clipped, as a share of it; 0 clips nothing.
+        clip_grid: steps from the whole range to none, of which those up to `max_shrink` are tried.
         search_activations: whether activations are quantized during the searches.
         fallback: whether a block for which plain rounding is better gets that.
 
@@ -81,13 +95,15 @@ class AWQ:
         scaling: str = "folded",
         n_grid: int = 20,
         max_shrink: float = 0.5,
+        clip_grid: int = 20,
         search_activations: bool = False,
         fallback: bool = True,
     ) -> None:
         if scaling not in SCALINGS:
             raise UserError(f"method.scaling={scaling!r}: accepted are {', '.join(SCALINGS)}")
-        if isinstance(n_grid, bool) or not isinstance(n_grid, int) or n_grid < 1:
-            raise UserError(f"method.n_grid={n_grid!r}: accepted are whole numbers from 1")
+        for option, grid in (("n_grid", n_grid), ("clip_grid", clip_grid)):
+            if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1:
+                raise UserError(f"method.{option}={grid!r}: accepted are whole numbers from 1")
         if not isinstance(max_shrink, int | float) or not 0 <= max_shrink < 1:
             raise UserError(
                 f"method.max_shrink={max_shrink!r}: accepted are numbers from 0 to below 1"
@@ -97,7 +113,7 @@ class AWQ:
                 raise UserError(f"method.{option}={value!r}: accepted are true and false")
         self.folded = scaling == "folded"
         self.alphas = [step / max(1, n_grid - 1) for step in range(n_grid)]
-        self.clip_ratios = [1 - step / n_grid for step in range(int(max_shrink * n_grid))]
+        self.clip_ratios = [1 - step / clip_grid for step in range(int(max_shrink * clip_grid))]
         self.search_activations = search_activations
         self.fallback = fallback
         notes = [] if self.folded else ["weight-only scaling"]
@@ -108,8 +124,9 @@ class AWQ:
         """Scales, clips and replaces every linear, block by block.
 
         Returns:
-            A report whose details name, per block, the alpha of each place by the op it follows,
-            the mean squared error of the block's output beside RTN's, and which of both was kept.
+            A report whose details say, per block, what was chosen behind each op, which linears
+            are not scaled, the mean squared error of the block's output with weights and
+            activations quantized beside RTN's on the same inputs, and which of both was kept.
         """
         seconds, candidates = 0.0, 0
         blocks: list[dict[str, Any]] = []
@@ -156,7 +173,7 @@ class AWQ:
         tried = len(self.alphas) * len(choices) + len(self.clip_ratios) * len(layers)
         return tried, {
             "block": block.name,
-            "alpha": {choice.fold.source: round(choice.alpha, 4) for choice in choices},
+            "scales": {choice.fold.source: choice.record() for choice in choices},
             "unscaled": [name for name in layers if name not in scales],
             "error": error,
             "rtn_error": plain_error,

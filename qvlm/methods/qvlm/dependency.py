@@ -14,12 +14,13 @@ paper searches jointly. An activation is what its linear reads, the tensor that 
 
 The joint distribution needs elements that belong together. Two pairings are offered:
 
-- `tokens`, for layers of any widths: the assignments of a token's channels are averaged to the
-  token's histogram over rounding points, and the joint is the mean over tokens of the outer
-  product of the two layers' histograms.
-- `elements`, for layers of equal shape only, as in the authors' code: the joint is the mean over
-  tokens and channels of the outer product of the two assignments. Layers of different shape have
-  no dependency then.
+- `elements`: element i, j of one layer with element i, j of the next. The joint is the mean over
+  tokens and channels of the outer product of the two assignments. If the layers differ in width,
+  each channel of the wider is paired with the one at the same relative position in the narrower.
+- `tokens`: the assignments of a token's channels are averaged to the token's histogram over
+  rounding points, and the joint is the mean over tokens of the outer product of the two layers'
+  histograms. Averaging forgets which channel knows of which: two linears that read one and the
+  same activation look nearly as independent as any.
 
 Both are means where the paper writes sums over elements, so that a wide layer does not count for
 more. Layers that do not see the same tokens (two experts, vision and language) have none either.
@@ -76,28 +77,6 @@ def token_histograms(x: Tensor, quantizer: Quantizer, scale_free: bool = False) 
     return torch.cat([assignment(part, quantizer, scale_free).mean(-2) for part in x.split(rows)])
 
 
-def token_joint(first: Tensor, second: Tensor) -> Tensor:
-    """Joint distribution [M, M'] of histograms [tokens, M] and [tokens, M'] of the same tokens."""
-    return first.T @ second / len(first)
-
-
-def element_joint(
-    first: Tensor,
-    second: Tensor,
-    first_quantizer: Quantizer,
-    second_quantizer: Quantizer,
-    scale_free: bool = False,
-) -> Tensor:
-    """Joint distribution [M, M'] over the elements of two activations [tokens, features]."""
-    levels = 2**first_quantizer.bits, 2**second_quantizer.bits
-    rows = max(1, _PIECE // (first.shape[-1] * max(levels)))
-    joint = first.new_zeros(levels)
-    for one, other in zip(first.split(rows), second.split(rows), strict=True):
-        p = assignment(one, first_quantizer, scale_free).flatten(0, -2)
-        joint = joint + p.T @ assignment(other, second_quantizer, scale_free).flatten(0, -2)
-    return joint / first.numel()
-
-
 def conditional_entropy(joint: Tensor) -> Tensor:
     """H(second | first) in nats of a joint distribution [first, second] (eq. 4)."""
     first = joint.sum(1, keepdim=True)
@@ -130,30 +109,44 @@ class Activation:
         return float(difference / self.samples.square().sum().clamp_min(1e-30))
 
 
-Dependency = Callable[[Activation, Activation], float | None]
-"""D(k, k+1) of two activations of the same tokens; None where it is not defined."""
+Joint = Callable[[Activation, Activation], Tensor]
+"""The joint distribution [M, M'] of two activations of the same tokens."""
+
+Dependency = Callable[[Activation, Activation], float]
+"""D(k, k+1) of two activations of the same tokens."""
 
 
-def by_tokens(first: Activation, second: Activation) -> float | None:
-    """The conditional entropy by token histograms."""
-    return float(conditional_entropy(token_joint(first.histograms, second.histograms)))
+def element_joint(first: Activation, second: Activation) -> Tensor:
+    """The joint distribution over elements."""
+    widths = first.samples.shape[1], second.samples.shape[1]
+    levels = 2**first.quantizer.bits, 2**second.quantizer.bits
+    position = torch.arange(max(widths), device=first.samples.device)
+    channels = [position * width // max(widths) for width in widths]
+    rows = max(1, _PIECE // (max(widths) * max(levels)))
+    joint = first.samples.new_zeros(levels)
+    for one, other in zip(first.samples.split(rows), second.samples.split(rows), strict=True):
+        p = assignment(one, first.quantizer, first.scale_free)[:, channels[0]]
+        q = assignment(other, second.quantizer, second.scale_free)[:, channels[1]]
+        joint = joint + p.flatten(0, 1).T @ q.flatten(0, 1)
+    return joint / joint.sum()
 
 
-def by_elements(first: Activation, second: Activation) -> float | None:
-    """The conditional entropy by elements, of activations of equal shape."""
-    if first.samples.shape != second.samples.shape:
-        return None
-    quantizers = first.quantizer, second.quantizer
-    joint = element_joint(first.samples, second.samples, *quantizers, first.scale_free)
-    return float(conditional_entropy(joint))
+def token_joint(first: Activation, second: Activation) -> Tensor:
+    """The joint distribution by the tokens' histograms."""
+    return first.histograms.T @ second.histograms / len(first.histograms)
 
 
-def by_error(first: Activation, second: Activation) -> float | None:
+JOINTS: Mapping[str, Joint] = {"elements": element_joint, "tokens": token_joint}
+
+
+def entropy(joint: Joint) -> Dependency:
+    """D by the conditional entropy of a joint distribution."""
+    return lambda first, second: float(conditional_entropy(joint(first, second)))
+
+
+def quantization_error(first: Activation, second: Activation) -> float:
     """The proxy that Table 5 compares with: the mean relative quantization error of the two."""
     return (first.error + second.error) / 2
-
-
-PAIRINGS: Mapping[str, Dependency] = {"tokens": by_tokens, "elements": by_elements}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import nn
 
 from qvlm.errors import UserError
 from qvlm.methods.base import MethodReport
-from qvlm.methods.qvlm.dependency import PAIRINGS, by_error, mine
+from qvlm.methods.qvlm.dependency import JOINTS, entropy, mine, quantization_error
 from qvlm.methods.qvlm.partition import check_depth, check_threshold, mean_dependency, partition
 from qvlm.methods.qvlm.search import search_block
 from qvlm.methods.qvlm.trial import PERCENTILES, Search
@@ -51,7 +51,7 @@ class QVLM:
         h0: threshold of the dependency in a block; None takes the mean, for vision and language
             apart.
         proxy: what a dependency is: "entropy", or "quantization_error" for comparison (Table 5).
-        pairing: how activations are paired for the entropy: "tokens" or "elements".
+        pairing: how activations are paired for the entropy: "elements" or "tokens".
         scale_free: measure distances to rounding points in units of the scale.
         mining_tokens: about how many tokens dependencies are measured on.
         percentiles, normalise, output, clip, clip_weights, search_tokens: see `Search`.
@@ -73,7 +73,7 @@ class QVLM:
         granularity: str = "linear",
         h0: float | None = None,
         proxy: str = "entropy",
-        pairing: str = "tokens",
+        pairing: str = "elements",
         scale_free: bool = False,
         mining_tokens: int = 1024,
         percentiles: Sequence[float] = PERCENTILES,
@@ -97,7 +97,7 @@ class QVLM:
         for option, value, accepted in (
             ("granularity", granularity, GRANULARITIES),
             ("proxy", proxy, PROXIES),
-            ("pairing", pairing, tuple(PAIRINGS)),
+            ("pairing", pairing, tuple(JOINTS)),
             ("veo_order", veo_order, ORDERS),
         ):
             if value not in accepted:
@@ -109,10 +109,12 @@ class QVLM:
         self.max_depth = max_depth if cdm else 1
         self.granularity = granularity
         self.h0 = h0
-        self.dependency = by_error if proxy == "quantization_error" else PAIRINGS[pairing]
+        self.joint = JOINTS[pairing]
+        self.dependency = entropy(self.joint) if proxy == "entropy" else quantization_error
         self.scale_free = scale_free
         self.mining_tokens = mining_tokens
-        self.search = Search(percentiles, normalise, output, clip, clip_weights, search_tokens)
+        whole = "layer" if granularity == "layer" else output  # no linear is a whole layer's output
+        self.search = Search(percentiles, normalise, whole, clip, clip_weights, search_tokens)
         self.veo_order = veo_order
         self.tuning = Tuning(
             veo_epochs,
@@ -143,14 +145,14 @@ class QVLM:
         if self.veo and not after:
             floats = simulate(walk)
             details["veo"] = fine_tune(
-                walk.model, batches, references, tower_layers(walk.model), self.tuning
+                walk.model, batches, references, tower_layers(walk.model), self.joint, self.tuning
             )
             unwind(walk.model, floats)
         plan = self._plan(walk, details) if self.cdm else {}
         found = self._search(walk, plan, keep_tower=after)
         if after:
             details["veo"] = fine_tune(
-                walk.model, batches, references, tower_layers(walk.model), self.tuning
+                walk.model, batches, references, tower_layers(walk.model), self.joint, self.tuning
             )
             freeze(walk.model)
         details["blocks"] = found

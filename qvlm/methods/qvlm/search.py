@@ -17,7 +17,7 @@ token take the mean share of a token's range that lies between the two quantiles
 The output of a block is, by default, that of the decoder layer that its last linear is part of:
 queries, keys and values are no sequence, and only there do their errors meet. `output="block"` has
 the narrower reading: what the block's last linear puts out, and those beside it in the block that
-read the same input. The reference is the float block on the same inputs.
+read the same input. The reference is what the float block makes of the same inputs.
 
 A sum of squared errors would be that of a few tokens of huge norm, so each token's error is divided
 by the energy of its float output (`normalise`).
@@ -34,7 +34,7 @@ from math import prod
 import torch
 
 from qvlm.errors import RunError, UserError
-from qvlm.methods.qvlm.trial import Choice, Search, Trial
+from qvlm.methods.qvlm.trial import Choice, Observed, Search, Trial
 from qvlm.quantization import Block
 
 
@@ -122,27 +122,33 @@ def minimise(
 def _search_run(trial: Trial, units: Sequence[Sequence[str]]) -> Found:
     """Layer-wise first, then jointly; leaves the trial at the best setting."""
     size = len(trial.search.percentiles)
-    evaluated: dict[tuple[Choice, tuple[str, ...] | None], float] = {}
+    evaluated: dict[tuple[Choice, Choice, Observed], float] = {}
 
-    def error(choice: Choice, upto: Sequence[Sequence[str]]) -> float:
-        key = choice, trial.observed(upto)
+    def error(choice: Choice, first: int, last: int) -> float:
+        """Of units first .. last on their own output; those before are part of their input."""
+        reference = (*choice[:first], *(None for _ in choice[first:]))
+        observed = trial.observed(units[first : last + 1])
+        key = choice, reference, observed
         if key not in evaluated:
-            evaluated[key] = trial.error(units, choice, key[1])
+            evaluated[key] = trial.error(units, *key)
         return evaluated[key]
 
+    depth = len(units)
     layerwise: Choice = ()
-    for position, unit in enumerate(units):
-        rest = (None,) * (len(units) - position - 1)
-        errors = [error((*layerwise, index, *rest), [unit]) for index in range(size)]
+    for unit in range(depth):
+        rest = (None,) * (depth - unit - 1)
+        errors = [error((*layerwise, index, *rest), unit, unit) for index in range(size)]
         layerwise = (*layerwise, errors.index(min(errors)))
-    best = minimise(
-        lambda choice: error(choice, units), [size] * len(units), layerwise, trial.search.exhaustive
-    )
-    lowest = error(best, units)
+
+    def jointly(choice: Choice) -> float:
+        return error(choice, 0, depth - 1)
+
+    best = minimise(jointly, [size] * depth, layerwise, trial.search.exhaustive)
+    lowest = jointly(best)
     if lowest == float("inf"):
         raise RunError(f"no percentile gives {trial.block.layer_name(units[0][0])} a finite output")
-    layerwise_error = error(layerwise, units)
-    start_error = error((0,) * len(units), units)
+    layerwise_error = jointly(layerwise)
+    start_error = jointly((0,) * depth)
     trial.settle(units, best)
     return Found(
         units=tuple(tuple(unit) for unit in units),

@@ -9,6 +9,7 @@ layers searched jointly the first is computed 5 times, not 125.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ CLIPS = ("percentile", "further")
 
 Choice = tuple[int | None, ...]
 """For each unit of a run the index of its percentile; None leaves the unit in floating point."""
+
+Observed = tuple[str, ...] | None
+"""The linears whose outputs count; None for the output of the block."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +111,11 @@ class Trial:
             for name, candidates in _candidates(block, samples, search).items()
         }
         self._calls, self._targets = _some_calls(block, search.tokens)
-        self._linear_targets: dict[str, list[Tensor | None]] = {}
+        self._references: dict[tuple[Choice, Observed], list[Tensor]] = {}
 
     def __enter__(self) -> "Trial":
         for name, layer in self._layers.items():
             _put(self.block.module, name, layer)
-        if self.search.output == "block":
-            self._linear_targets = self._outputs(tuple(self._layers))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -129,11 +131,12 @@ class Trial:
     def settle(self, units: Sequence[Sequence[str]], choice: Choice) -> None:
         """`choose` for good."""
         self.choose(units, choice)
+        self._references.clear()
         for name in (name for unit in units for name in unit):
             self._layers[name].forget_others()
 
-    def observed(self, units: Sequence[Sequence[str]]) -> tuple[str, ...] | None:
-        """The linears whose outputs are a run's output; None for the output of the block."""
+    def observed(self, units: Sequence[Sequence[str]]) -> Observed:
+        """The linears whose outputs are the output of a run; None for that of the whole block."""
         if self.search.output == "layer":
             return None
         names = [name for unit in units for name in unit]
@@ -141,21 +144,24 @@ class Trial:
         return tuple(name for name in names if torch.equal(self._samples[name], last))
 
     def error(
-        self, units: Sequence[Sequence[str]], choice: Choice, observed: tuple[str, ...] | None
+        self, units: Sequence[Sequence[str]], choice: Choice, reference: Choice, observed: Observed
     ) -> float:
-        """The output error of a setting; infinity if it is not finite."""
-        self.choose(units, choice)
+        """The output error of a setting; infinity if it is not finite.
+
+        Args:
+            choice: for each unit.
+            reference: the choice whose output is aimed at, where linears are observed.
+        """
         if observed is None:
-            outputs, targets = self._run(), self._targets
+            targets = self._targets
+        elif (reference, observed) in self._references:
+            targets = self._references[reference, observed]
         else:
-            outputs, targets = [], []
-            for name, values in self._outputs(observed).items():
-                for value, target in zip(values, self._linear_targets[name], strict=True):
-                    if value is not None and target is not None:
-                        outputs.append(value)
-                        targets.append(target)
-        error = output_error(outputs, targets, self.search.normalise)
-        return error if error == error else float("inf")
+            self.choose(units, reference)
+            targets = self._references[reference, observed] = self._run(observed)
+        self.choose(units, choice)
+        error = output_error(self._run(observed), targets, self.search.normalise)
+        return error if isfinite(error) else float("inf")
 
     def chosen_layers(self, keep_float: bool) -> dict[str, QuantLinear]:
         """The quantized linears of the setting; of one that saw no token the shared default."""
@@ -172,22 +178,18 @@ class Trial:
             layers[name] = chosen
         return layers
 
-    def _run(self) -> list[Tensor]:
-        outputs = []
+    def _run(self, observed: Observed) -> list[Tensor]:
+        """Outputs of all calls: of the block, or of the linears in it that are observed."""
+        outputs: list[Tensor] = []
         for index, call in enumerate(self._calls):
             self._cursor.call = index
-            outputs += self.block.run(calls=[call])
-        return outputs
-
-    def _outputs(self, names: tuple[str, ...]) -> dict[str, list[Tensor | None]]:
-        """What some linears put out in each call; None where a call does not reach one."""
-        outputs: dict[str, list[Tensor | None]] = {name: [] for name in names}
-        for index, call in enumerate(self._calls):
-            self._cursor.call = index
-            with _watched({name: self._layers[name] for name in names}) as seen, suppress(_Enough):
+            if observed is None:
+                outputs += self.block.run(calls=[call])
+                continue
+            layers = {name: self._layers[name] for name in observed}
+            with _watched(layers) as seen, suppress(_Enough):
                 self.block.run(calls=[call])
-            for name in names:
-                outputs[name].append(seen.get(name))
+            outputs += [seen[name] for name in observed if name in seen]
         return outputs
 
 

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qvlm.errors import RunError, UserError
-from qvlm.methods.qvlm.dependency import conditional_entropy, token_histograms, token_joint
+from qvlm.methods.qvlm.dependency import Activation, Joint, conditional_entropy
 from qvlm.quantization import Quantizer, QuantLinear, UniformQuantizer, Walk
 from qvlm.quantization.layout import projector, vision_layers
 
@@ -46,8 +46,9 @@ Layers = Mapping[str, tuple[nn.Module, Quantizer]]
 """By name: a layer and the quantizer of its input."""
 
 IGNORED = -100
-# Elements of the assignments [tokens, features, M] of one layer that a step computes.
-_PIECE = 2**20
+# Elements of the assignments [tokens, features, M] of one layer that a batch computes. A joint
+# distribution of M^2 numbers needs no more, and L_ent would cost more than the model otherwise.
+_PIECE = 2**18
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def loss_terms(
     reference: Reference,
     layers: Layers,
     jacobians: Mapping[str, float],
+    joint: Joint,
     tuning: Tuning,
 ) -> Terms:
     """Eq. (10) of one batch.
@@ -155,6 +157,7 @@ def loss_terms(
         model: with simulated quantization.
         layers: those whose dependencies L_ent sums.
         jacobians: J_k of each layer.
+        joint: how the activations of two layers are paired for their dependency.
     """
     with _observed(model, layers if tuning.entropy else {}) as seen:
         logits = _logits(model, batch)
@@ -167,14 +170,15 @@ def loss_terms(
         trust = reference.trust.flatten()
         regression = (losses * trust).sum() / trust.sum().clamp_min(1e-6)
     if tuning.entropy:
-        histograms = {
-            name: token_histograms(_some_tokens(x, layers[name][1]), layers[name][1])
-            for name, x in seen.inputs.items()  # in the order in which the layers ran
-            if jacobians[name]
-        }
-        for first, second in pairwise(histograms):
-            joint = token_joint(histograms[first], histograms[second])
-            entropy = entropy + jacobians[first] * conditional_entropy(joint)
+        # In the order in which the layers ran; all of them see the same tokens.
+        names = [name for name in seen.inputs if jacobians[name]]
+        widest = max((seen.inputs[name].shape[-1] for name in names), default=1)
+        read = [
+            Activation(_some_tokens(seen.inputs[name], widest, layers[name][1]), layers[name][1])
+            for name in names
+        ]
+        for name, (first, second) in zip(names, pairwise(read), strict=False):
+            entropy = entropy + jacobians[name] * conditional_entropy(joint(first, second))
     if tuning.error:
         error = _distance(seen.vision, reference.vision)
         error = error + tuning.eta * _distance(seen.final, reference.final)
@@ -215,6 +219,7 @@ def fine_tune(
     batches: Sequence[Batch],
     references: Sequence[Reference],
     layers: Layers,
+    joint: Joint,
     tuning: Tuning,
 ) -> dict[str, Any]:
     """Fine-tunes the vision tower of a model with simulated quantization, in place.
@@ -242,7 +247,9 @@ def fine_tune(
                 history.append(dict.fromkeys(("regression", "entropy", "error", "total"), 0.0))
             for index in step:
                 batch = batches[index]
-                terms = loss_terms(model, batch, references[index], layers, jacobians, tuning)
+                terms = loss_terms(
+                    model, batch, references[index], layers, jacobians, joint, tuning
+                )
                 share = len(batch["input_ids"]) / pairs
                 if not isfinite(terms.total.item()):
                     raise RunError("the loss of the visual encoder optimisation is not finite")
@@ -400,10 +407,10 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(**inputs, use_cache=False).logits
 
 
-def _some_tokens(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """Evenly spaced tokens of [..., features], as many as one piece of assignments holds."""
+def _some_tokens(x: Tensor, width: int, quantizer: Quantizer) -> Tensor:
+    """Evenly spaced tokens of [..., features], as many as a piece holds at the width given."""
     tokens = x.flatten(0, -2)
-    count = max(1, _PIECE // (tokens.shape[-1] * 2**quantizer.bits))
+    count = max(1, _PIECE // (width * 2**quantizer.bits))
     if len(tokens) <= count:
         return tokens
     rows = torch.linspace(0, len(tokens) - 1, count, dtype=torch.float64, device=x.device)
