@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from qvlm.errors import UserError
 from qvlm.methods.base import MethodReport
 from qvlm.methods.qvlm.dependency import JOINTS, entropy, mine, quantization_error
+from qvlm.methods.qvlm.options import check_choice, check_switch, check_whole
 from qvlm.methods.qvlm.partition import check_depth, check_threshold, mean_dependency, partition
 from qvlm.methods.qvlm.search import search_block
 from qvlm.methods.qvlm.trial import PERCENTILES, Search
@@ -100,10 +100,10 @@ class QVLM:
             ("pairing", pairing, tuple(JOINTS)),
             ("veo_order", veo_order, ORDERS),
         ):
-            if value not in accepted:
-                raise UserError(f"{option}={value!r}: accepted are {', '.join(accepted)}")
-        if mining_tokens < 1:
-            raise UserError(f"mining_tokens={mining_tokens!r}: accepted are numbers from 1")
+            check_choice(option, value, accepted)
+        for option, switch in (("cdm", cdm), ("veo", veo), ("scale_free", scale_free)):
+            check_switch(option, switch)
+        check_whole("mining_tokens", mining_tokens)
         self.cdm = cdm
         self.veo = veo
         self.max_depth = max_depth if cdm else 1

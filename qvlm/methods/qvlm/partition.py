@@ -19,9 +19,10 @@ running mean, which depends on the order in which layers are visited.
 """
 
 from collections.abc import Sequence
+from math import inf
 from statistics import fmean
 
-from qvlm.errors import UserError
+from qvlm.methods.qvlm.options import check_whole, is_number, refused
 
 Dependencies = Sequence[float | None]
 """D(k, k + 1) of consecutive layers; None where there is none, so that no block may span it."""
@@ -85,11 +86,10 @@ def partition(dependencies: Dependencies, max_depth: int, threshold: float) -> l
 
 def check_depth(max_depth: int) -> None:
     """Raises UserError for an impossible depth of a block."""
-    if isinstance(max_depth, bool) or not isinstance(max_depth, int) or max_depth < 1:
-        raise UserError(f"max_depth={max_depth!r}: accepted are whole numbers from 1")
+    check_whole("max_depth", max_depth)
 
 
 def check_threshold(threshold: float | None) -> None:
-    """Raises UserError for a threshold that compares with no dependency."""
-    if threshold is not None and not 0 <= threshold < float("inf"):
-        raise UserError(f"h0={threshold!r}: accepted are null (from the data) and numbers from 0")
+    """Raises UserError for a threshold that no dependency can be compared with."""
+    if threshold is not None and not (is_number(threshold) and 0 <= threshold < inf):
+        raise refused("h0", threshold, "null (from the data) and finite numbers from 0")

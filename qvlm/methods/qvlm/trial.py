@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm.errors import UserError
+from qvlm.methods.qvlm.options import check_choice, check_switch, check_whole, is_number, refused
 from qvlm.quantization import (
     Block,
     Quantizer,
@@ -67,19 +67,17 @@ class Search:
     exhaustive: int = EXHAUSTIVE
 
     def __post_init__(self) -> None:
-        if not self.percentiles:
-            raise UserError("percentiles: the grid is empty; accepted is at least one number")
-        for p in self.percentiles:
-            if isinstance(p, bool) or not isinstance(p, int | float) or not 0.5 < p <= 1:
-                raise UserError(f"percentiles: {p!r}; accepted are numbers above 0.5 and up to 1")
-        for name, accepted in (("output", OUTPUTS), ("clip", CLIPS)):
-            if getattr(self, name) not in accepted:
-                raise UserError(
-                    f"{name}={getattr(self, name)!r}: accepted are {', '.join(accepted)}"
-                )
-        for name in ("tokens", "exhaustive"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)!r}: accepted are numbers from 1")
+        grid = self.percentiles
+        if isinstance(grid, str) or not isinstance(grid, Sequence) or not grid:
+            raise refused("percentiles", grid, "lists of at least one number")
+        if not all(is_number(p) and 0.5 < p <= 1 for p in grid):
+            raise refused("percentiles", list(grid), "numbers above 0.5 and up to 1")
+        check_switch("normalise", self.normalise)
+        check_choice("output", self.output, OUTPUTS)
+        check_choice("clip", self.clip, CLIPS)
+        check_switch("clip_weights", self.clip_weights)
+        check_whole("search_tokens", self.tokens)
+        check_whole("exhaustive", self.exhaustive)
 
 
 def output_error(outputs: Sequence[Tensor], targets: Sequence[Tensor], normalise: bool) -> float:

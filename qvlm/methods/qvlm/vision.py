@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 
 from qvlm.errors import RunError, UserError
 from qvlm.methods.qvlm.dependency import Activation, Joint, conditional_entropy
+from qvlm.methods.qvlm.options import check_number, check_whole
 from qvlm.quantization import Quantizer, QuantLinear, UniformQuantizer, Walk
 from qvlm.quantization.layout import projector, vision_layers
 
@@ -79,13 +80,11 @@ class Tuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"veo {name}={getattr(self, name)!r}: accepted are numbers from 1")
+        for name in ("epochs", "batch_size"):
+            check_whole(f"veo_{name}", getattr(self, name))
         for name in ("learning_rate", "regression", "entropy", "error", "eta"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise UserError(f"veo {name}={value!r}: accepted are finite numbers from 0")
+            check_number(f"veo_{name}", getattr(self, name))
+        check_whole("seed", self.seed, least=0)
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,8 @@ def with_images(batches: Sequence[Batch]) -> list[Batch]:
     found = [batch for batch in batches if batch.get("pixel_values") is not None]
     if not found:
         raise UserError(
-            "method.veo: the calibration set holds no image; accepted are calibration problems "
-            "with images, or method.veo=false"
+            "method.veo=True: the calibration set holds no image; accepted are calibration "
+            "problems with images, or method.veo=false"
         )
     return found
 
