@@ -49,8 +49,10 @@ _PIECE = 2**22
 def assignment(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Tensor:
     """Soft assignment of activations to their rounding points (eq. 5).
 
-    With q_m = s (m - z) and Delta = s, -(x - q_m)^2 / Delta = -s (x / s + z - m)^2: how soft the
-    assignment is depends on the unit of x. `scale_free` divides by Delta^2 instead, which does not.
+    With q_m = s n, n = m - z, and Delta = s, -(x - q_m)^2 / Delta = 2 x n - s n^2 - x^2 / s. The
+    last term is the same for all m and left out: a channel that calibration saw silent has next to
+    no scale. How soft the assignment is depends on the unit of x; `scale_free` divides by Delta^2
+    instead, which does not.
 
     Args:
         x: [..., features]; gradients flow through it, the grid is a constant.
@@ -65,10 +67,13 @@ def assignment(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Ten
     grid = quantizer.at(x)
     if not isinstance(grid, UniformQuantizer) or grid.group_size is not None:
         raise UserError("the dependency of layers is defined for uniform activation quantizers")
-    points = torch.arange(2**grid.bits, dtype=x.dtype, device=x.device)
-    distance = (x / grid.scale + grid.zero_point).unsqueeze(-1) - points
-    sharpness = 1.0 if scale_free else grid.scale.unsqueeze(-1) if grid.scale.ndim else grid.scale
-    return (-sharpness * distance.square()).softmax(-1)
+    levels = torch.arange(2**grid.bits, dtype=x.dtype, device=x.device)
+    n = levels - grid.zero_point.unsqueeze(-1)
+    if scale_free:
+        # So far beyond any grid that all of the weight is on its last point.
+        steps = (x / grid.scale).clamp(-(2.0**20), 2.0**20)
+        return (2 * steps.unsqueeze(-1) * n - n.square()).softmax(-1)
+    return (2 * x.unsqueeze(-1) * n - grid.scale.unsqueeze(-1) * n.square()).softmax(-1)
 
 
 def token_histograms(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Tensor:

@@ -148,6 +148,7 @@ class QVLM:
                 walk.model, batches, references, tower_layers(walk.model), self.joint, self.tuning
             )
             unwind(walk.model, floats)
+            walk.uncalibrated.clear()  # of the simulation, which is gone
         plan = self._plan(walk, details) if self.cdm else {}
         found = self._search(walk, plan, keep_tower=after)
         if after:

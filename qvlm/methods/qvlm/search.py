@@ -128,6 +128,8 @@ def _search_run(trial: Trial, units: Sequence[Sequence[str]]) -> Found:
         """Of units first .. last on their own output; those before are part of their input."""
         reference = (*choice[:first], *(None for _ in choice[first:]))
         observed = trial.observed(units[first : last + 1])
+        if observed is None:
+            reference = (None,) * len(units)  # the block's own target whatever is in front
         key = choice, reference, observed
         if key not in evaluated:
             evaluated[key] = trial.error(units, *key)

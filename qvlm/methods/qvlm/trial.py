@@ -248,9 +248,9 @@ def _candidates(
         found[name] = []
         for p, quantizer in zip(search.percentiles, last[1], strict=True):
             rule = _rule(p, weight_spec, search.clip) if search.clip_weights else None
-            kept = found[name][0].weight_quantizer if found[name] else None
-            if rule is not None or kept is None or quantizer.folds:
-                kept = None  # nothing to share: the weight or its ranges differ
+            kept = None
+            if found[name] and not search.clip_weights and not quantizer.folds:
+                kept = found[name][0].weight_quantizer  # the same weight, with the same ranges
 
             def weights(
                 weight: Tensor,

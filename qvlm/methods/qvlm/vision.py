@@ -196,6 +196,8 @@ def jacobian_norms(
     A layer that the output does not depend on has zero; so has every layer if the error is zero.
     """
     squares = dict.fromkeys(layers, 0.0)
+    if not layers:
+        return squares
     for batch, kept in zip(batches, references, strict=True):
         with _observed(model, layers, track=True) as seen:
             _logits(model, batch)
