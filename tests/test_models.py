@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from qvlm.data import miniature
 from qvlm.errors import UserError
 from qvlm.models import LoadedModel, MoeStableLmConfig, load_model
 from qvlm.models.load import MINIATURES
-from qvlm.models.moe_stablelm import MixtureOfExperts
+from qvlm.models.moe_stablelm import MixtureOfExperts, within_capacity
 
 NAMES = ("mini_llava", "mini_moe_llava")
 
@@ -39,6 +40,78 @@ def test_routing_equals_a_slow_reference() -> None:
             for expert in (first, second):
                 expected[row, token] += gates[expert] / total * mixture.experts[expert](x)
     assert torch.allclose(mixture(hidden), expected, atol=1e-5)
+
+
+def slow_top2(
+    mixture: MixtureOfExperts, x: torch.Tensor, factor: float, least: int
+) -> torch.Tensor:
+    """DeepSpeed's top-2 gating at evaluation, one token at a time; [tokens, width] in and out."""
+    experts = len(mixture.experts)
+    gates = [torch.softmax(mixture.router(token), 0) for token in x]
+    capacity = max(int(np.ceil(np.float32(factor * 2) * np.float32(len(x) / experts))), least)
+    taken = [0] * experts
+    served: list[list[int]] = [[] for _ in x]
+    for rank in (0, 1):  # every first choice is placed before any second one
+        for position, gate in enumerate(gates):
+            expert = sorted(range(experts), key=lambda e: -float(gate[e]))[rank]
+            if taken[expert] < capacity:
+                served[position].append(expert)
+            taken[expert] += 1
+    output = torch.zeros_like(x)
+    for position, gate in enumerate(gates):
+        total = sum(float(gate[e]) for e in served[position])
+        for expert in served[position]:
+            output[position] += float(gate[expert]) / total * mixture.experts[expert](x[position])
+    return output
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 33])
+@pytest.mark.parametrize(("factor", "least"), [(2.0, 0), (1.0, 4), (0.5, 0), (0.3, 2), (1.1, 0)])
+def test_capacity_equals_a_slow_reference(tokens: int, factor: float, least: int) -> None:
+    torch.manual_seed(tokens)
+    config = MoeStableLmConfig(
+        hidden_size=16, intermediate_size=24, capacity_factor=factor, min_capacity=least
+    )
+    mixture = MixtureOfExperts(config).eval()
+    hidden = torch.randn(1, tokens, 16)
+    hidden[:, : tokens // 2] = hidden[:, :1]  # a crowd that wants the same two experts
+    with torch.no_grad():
+        expected = slow_top2(mixture, hidden[0], factor, least)
+        assert torch.allclose(mixture(hidden)[0], expected, atol=1e-5)
+
+
+def test_a_tight_capacity_drops_late_tokens_and_a_released_one_drops_none() -> None:
+    crowd = torch.tensor([[0, 1]]).repeat(8, 1)
+    served = within_capacity(crowd, experts=4, capacity_factor=0.5, min_capacity=0)
+    assert served.tolist() == [[True, True]] * 2 + [[False, False]] * 6
+    assert within_capacity(crowd, 4, 0.5, min_capacity=3)[:, 0].sum() == 3
+    # 4 experts, top 2, factor 2.0, as MoE-LLaVA states: as many places as there are tokens.
+    for tokens in range(1, 70):
+        chosen = torch.rand(tokens, 4).topk(2).indices
+        assert within_capacity(chosen, 4, 2.0, 0).all()
+
+
+def test_first_choices_are_served_before_second_ones() -> None:
+    chosen = torch.tensor([[0, 1], [1, 0], [1, 0]])  # two places at each of two experts
+    served = within_capacity(chosen, experts=2, capacity_factor=0.5, min_capacity=0)
+    assert served.tolist() == [[True, False], [True, True], [True, False]]
+
+
+def test_a_token_that_is_dropped_twice_gets_nothing() -> None:
+    torch.manual_seed(0)
+    config = MoeStableLmConfig(hidden_size=16, intermediate_size=24, capacity_factor=0.5)
+    mixture = MixtureOfExperts(config).eval()
+    hidden = torch.randn(1, 1, 16).repeat(1, 8, 1)
+    output = mixture(hidden)[0]
+    assert output[:2].abs().amin(1).min() > 0
+    assert torch.equal(output[2:], torch.zeros_like(output[2:]))
+
+
+def test_no_capacity_is_the_default_of_the_miniature() -> None:
+    loaded = load_model("mini_moe_llava", "mini_moe_llava")
+    mixtures = [m for m in loaded.model.modules() if isinstance(m, MixtureOfExperts)]
+    assert len(mixtures) == 2
+    assert all(mixture.capacity_factor is None for mixture in mixtures)
 
 
 def test_balance_loss_is_one_for_an_even_load_and_grows_with_collapse() -> None:

@@ -2,8 +2,12 @@
 
 MoE-LLaVA (arXiv 2401.15947) replaces the MLP of every other decoder layer by four copies of it and
 a linear router; each token goes to its top two. As in DeepSpeed's `top2gating`, the two gate values
-are the softmax over all experts, renormalised to sum to one. Routing here has no capacity limit:
-no token is dropped, so an answer does not depend on what else is in its batch.
+are the softmax over all experts, renormalised to sum to one.
+
+`capacity_factor` chooses what happens when many tokens want the same expert. None: nothing, no
+token is dropped, so an answer does not depend on what else is in its batch. A number: DeepSpeed's
+rule at evaluation, see `within_capacity`. What is left out of DeepSpeed 0.9.5 is the Gumbel noise
+on the second choice, which makes two evaluations of one model differ.
 
 Experts stay separate modules rather than one fused tensor, so that each of their linears can be
 calibrated with the tokens routed to it.
@@ -17,13 +21,51 @@ from transformers.models.stablelm.modeling_stablelm import StableLmMLP, StableLm
 
 
 class MoeStableLmConfig(StableLmConfig):
-    """`StableLmConfig` plus the mixture: experts per layer, experts per token, which layers."""
+    """`StableLmConfig` plus the mixture.
+
+    Attributes:
+        num_experts: per layer.
+        num_experts_per_token: 2 in every released checkpoint.
+        moe_layers: which layers have a mixture; None is every other, from the first.
+        capacity_factor: DeepSpeed's `eval_capacity_factor`; None is routing without a limit.
+        min_capacity: tokens that an expert takes at least, where there is a limit.
+    """
 
     model_type = "qvlm_moe_stablelm"
 
     num_experts: int = 4
     num_experts_per_token: int = 2
-    moe_layers: list[int] | None = None  # None: every other layer, from the first
+    moe_layers: list[int] | None = None
+    capacity_factor: float | None = None
+    min_capacity: int = 0
+
+
+def within_capacity(
+    chosen: Tensor, experts: int, capacity_factor: float, min_capacity: int
+) -> Tensor:
+    """Which choices are served when an expert takes a limited number of tokens.
+
+    An expert takes `max(ceil(tokens / experts * choices * capacity_factor), min_capacity)` tokens:
+    first those that chose it first, then those that chose it second, each in the order of the
+    batch. Padding counts as any token. With 4 experts, 2 choices and a factor of 2 the limit is the
+    number of tokens, and nothing is ever dropped.
+
+    Source: `top2gating` and `_capacity` of DeepSpeed 0.9.5.
+
+    Args:
+        chosen: the experts of each token, best first, [tokens, choices].
+
+    Returns:
+        [tokens, choices], true where the choice is served.
+    """
+    tokens, choices = chosen.shape
+    # In float32, as DeepSpeed: 100 tokens, 4 experts and a factor of 1.1 make 55, not 56.
+    share = torch.tensor(choices * capacity_factor) * (tokens / experts)
+    capacity = max(int(share.ceil()), min_capacity)
+    wanted = chosen.T.flatten()  # all first choices, then all second ones
+    arrivals = nn.functional.one_hot(wanted, experts).cumsum(0)  # [choices * tokens, experts]
+    place = arrivals.gather(1, wanted[:, None])[:, 0]
+    return (place <= capacity).view(choices, tokens).T
 
 
 class MixtureOfExperts(nn.Module):
@@ -37,6 +79,8 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: MoeStableLmConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_token
+        self.capacity_factor = config.capacity_factor
+        self.min_capacity = config.min_capacity
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = nn.ModuleList(StableLmMLP(config) for _ in range(config.num_experts))
         self.balance_loss: Tensor | None = None
@@ -44,17 +88,29 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mixes the chosen experts' outputs; [..., hidden_size] in and out."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        gates = self.router(tokens).float().softmax(dim=-1)  # [tokens, experts]
+        # As in DeepSpeed the router works in its own precision, float32 whatever the model's.
+        logits = self.router(tokens.to(self.router.weight.dtype))
+        gates = logits.float().softmax(dim=-1)  # [tokens, experts]
         weights, chosen = gates.topk(self.top_k, dim=-1)  # [tokens, top_k]
-        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(tokens.dtype)
+        served = torch.ones_like(chosen, dtype=torch.bool)
+        if self.capacity_factor is not None and not self.training:
+            served = within_capacity(
+                chosen, len(self.experts), self.capacity_factor, self.min_capacity
+            )
+            weights = weights * served
+        # What is dropped counts for nothing: the other expert then has the whole weight.
+        total = weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
+        weights = (weights / total).to(tokens.dtype)
         self.balance_loss = None
         if self.training:
             first = nn.functional.one_hot(chosen[:, 0], len(self.experts)).to(gates.dtype)
             self.balance_loss = len(self.experts) * (first.mean(0) * gates.mean(0)).sum()
         # Each token's copies, sorted by expert, so that an expert runs once on a contiguous slice.
-        order = chosen.flatten().argsort(stable=True)
+        expert_of = chosen.flatten()
+        slots = served.flatten().nonzero()[:, 0]
+        order = slots[expert_of[slots].argsort(stable=True)]
         token = order // self.top_k
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        counts = torch.bincount(expert_of[order], minlength=len(self.experts)).tolist()
         routed = [
             expert(part)
             for expert, part in zip(self.experts, tokens[token].split(counts), strict=True)
@@ -70,6 +126,7 @@ class MoeStableLmModel(StableLmModel):
 
     config: MoeStableLmConfig
     config_class = MoeStableLmConfig
+    _keep_in_fp32_modules_strict = ("router",)
 
     def __init__(self, config: MoeStableLmConfig) -> None:
         super().__init__(config)
