@@ -376,7 +376,10 @@ def _only_tower_trains(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         if parameter.dtype == torch.float32
     ]
     if not tower:
-        raise UserError("method.veo: the vision tower has no float32 parameter; give model.dtype")
+        raise UserError(
+            "method.veo=True: the vision tower is not in float32; accepted are "
+            "model.dtype=float32, or method.veo=false"
+        )
     try:
         for parameter in tower:
             parameter.requires_grad_(True)
