@@ -230,7 +230,8 @@ def test_mining_and_searching_hold_one_block() -> None:
 
     def peak(vision_layers: int, decoder_layers: int) -> tuple[int, int]:
         model = toy_llava("llama", decoder_layers, vision_layers)
-        batches = [toy_batch(rows=1, words=40, seed=seed) for seed in range(3)]
+        floats = list(model.parameters())  # alive, lest others be counted as them at their address
+        batches = [toy_batch(rows=1, words=40, seed=seed) for seed in range(4)]
         options = {**SHORT, "search_tokens": 1024}
         with LiveBytes(model) as count:
             QVLM(veo=False, h0=0.0, max_depth=2, **options).quantize(Walk(model, batches, quick))
@@ -240,13 +241,14 @@ def test_mining_and_searching_hold_one_block() -> None:
             if isinstance(module, QuantLinear)
             for tensor in module.buffers()
         )
+        del floats
         return count.peak, quantized
 
     (shallow, some), (deep, more) = peak(2, 2), peak(2, 6)
-    held = 3 * 56 * 32 * 4  # one layer's input, 56 tokens 32 wide in float32
+    held = 4 * 56 * 32 * 4  # one layer's input, 56 tokens 32 wide in float32
     assert shallow > 5 * held
     # What stays of a layer that is done is the quantized layer.
-    assert deep - shallow <= more - some
+    assert deep - shallow <= 1.02 * (more - some)
 
 
 # --- bad input ------------------------------------------------------------------------------
