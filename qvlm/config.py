@@ -108,7 +108,7 @@ class QuantizerConfig:
     vision: GranularityConfig = field(default_factory=GranularityConfig)
     vision_tower: bool = True
     ranges: str = "lp"
-    p: float = 0.5
+    p: float = 2
 
 
 @dataclass

@@ -56,6 +56,8 @@ def test_every_option_composes(group: str, option: str) -> None:
     config = load(f"{group}={option}", *NEEDED.get(option, []))
     written = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
     for key, value in written.items():
+        if key == "defaults":  # an option that varies another one of its group
+            continue
         if not isinstance(value, dict) and "${" not in str(value) and value != "???":
             node = getattr(config, group)
             assert (node[key] if isinstance(node, dict) else getattr(node, key)) == value

@@ -97,7 +97,7 @@ def test_a_cluster_shares_the_range_of_its_pooled_values() -> None:
     spans = np.maximum(samples.numpy().max(0), 0) - np.minimum(samples.numpy().min(0), 0)
     order = np.argsort(spans)
     for members in (order[:4], order[4:8], order[8:]):
-        lo, hi = numpy_lp_range(samples[:, torch.from_numpy(members)], 4, 0.5)
+        lo, hi = numpy_lp_range(samples[:, torch.from_numpy(members)], 4, 2)
         expected = (hi - lo) / 15
         assert quantizer.scale[members].tolist() == pytest.approx([expected] * len(members))
         assert len(set(quantizer.group_index(samples)[members].tolist())) == 1
@@ -112,21 +112,21 @@ def test_a_cluster_as_wide_as_the_layer_is_per_tensor() -> None:
 
 def test_static_activation_ranges() -> None:
     samples = heavy_tailed(200, 6)
-    lo, hi = numpy_lp_range(samples, 5, 0.5)
+    lo, hi = numpy_lp_range(samples, 5, 2)
     tensor = activation_quantizer(samples, QuantSpec(5, "per_tensor"))
     assert isinstance(tensor, UniformQuantizer) and not tensor.folds
     assert tensor.scale.item() == pytest.approx((hi - lo) / 31)
     channel = activation_quantizer(samples, QuantSpec(5, "per_channel"))
     assert isinstance(channel, UniformQuantizer) and channel.folds
     for index in range(6):
-        lo, hi = numpy_lp_range(samples[:, index], 5, 0.5)
+        lo, hi = numpy_lp_range(samples[:, index], 5, 2)
         assert channel.scale[index].item() == pytest.approx((hi - lo) / 31)
 
 
 def test_the_per_token_ratio_is_the_best_over_all_tokens() -> None:
     samples = heavy_tailed(40, 64)
     totals = np.sum([numpy_distances(token, 3, 0.5) for token in samples.double().numpy()], axis=0)
-    quantizer = activation_quantizer(samples, QuantSpec(3, "per_token"))
+    quantizer = activation_quantizer(samples, QuantSpec(3, "per_token", p=0.5))
     assert isinstance(quantizer, TokenQuantizer)
     assert quantizer.ratio == RATIOS[int(np.argmin(totals))] < 1
     unclipped = activation_quantizer(samples, QuantSpec(3, "per_token", ranges="minmax"))
@@ -149,10 +149,10 @@ def test_weight_ranges_per_row_and_per_group() -> None:
     groups = weight_quantizer(weight, QuantSpec(4, "per_group", 8))
     assert rows.scale.shape == (5, 1) and groups.scale.shape == (5, 3, 1)
     for row in range(5):
-        lo, hi = numpy_lp_range(weight[row], 4, 0.5)
+        lo, hi = numpy_lp_range(weight[row], 4, 2)
         assert rows.scale[row].item() == pytest.approx((hi - lo) / 15)
         for group in range(3):
-            lo, hi = numpy_lp_range(weight[row, 8 * group : 8 * group + 8], 4, 0.5)
+            lo, hi = numpy_lp_range(weight[row, 8 * group : 8 * group + 8], 4, 2)
             assert groups.scale[row, group].item() == pytest.approx((hi - lo) / 15)
     assert torch.equal(groups(weight)[:, 8:16], _alone(weight[:, 8:16]))
 

@@ -36,14 +36,14 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def numpy_codes(row: np.ndarray, bits: int) -> np.ndarray:
-    """Round to nearest on the ratio of the least sum of sqrt|w - w_hat|."""
+    """Round to nearest on the ratio of the least sum of |w - w_hat|^2."""
     best = (np.inf, np.zeros(0))
     for ratio in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4):
         lo, hi = ratio * min(row.min(), 0.0), ratio * max(row.max(), 0.0)
         scale = (hi - lo) / (2**bits - 1)
         zero_point = np.rint(-lo / scale)
         q = np.clip(np.rint(row / scale) + zero_point, 0, 2**bits - 1)
-        distance = np.sqrt(np.abs(row - (q - zero_point) * scale)).sum()
+        distance = np.square(row - (q - zero_point) * scale).sum()
         if distance < best[0]:
             best = (distance, q)
     return best[1]

@@ -46,9 +46,9 @@ EVERYTHING = Tuning(regression=0.7, entropy=0.3, error=1.3, eta=0.6)
 
 def config(bits: int = 4, vision: str = "per_token") -> QuantizationConfig:
     return QuantizationConfig(
-        QuantSpec(bits, "per_channel"),
-        QuantSpec(bits, "per_channel_group", 16),
-        QuantSpec(bits, vision),
+        QuantSpec(bits, "per_channel", p=0.5),
+        QuantSpec(bits, "per_channel_group", 16, p=0.5),
+        QuantSpec(bits, vision, p=0.5),
     )
 
 

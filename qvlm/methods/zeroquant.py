@@ -19,7 +19,7 @@ from qvlm.quantization.calibration import Walk
 class ZeroQuant:
     """Group-wise weights and per-token activations, rounded to nearest."""
 
-    name = "ZeroQuant-V2"
+    name = "ZeroQuant-V2, per token"
 
     def quantize(self, walk: Walk) -> MethodReport:
         """Rounds every linear with all activations per token; there is no search.

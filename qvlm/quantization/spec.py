@@ -34,7 +34,7 @@ class QuantSpec:
     bits: int
     granularity: str
     group_size: int = 128
-    p: float = 0.5
+    p: float = 2
     ranges: str = "lp"
 
     def __post_init__(self) -> None:

@@ -59,11 +59,12 @@ class QVLM:
         veo_epochs, veo_batch_size, veo_learning_rate, veo_regression, veo_entropy, veo_error,
             veo_eta, seed: see `Tuning`.
 
+    Attributes:
+        name: "Q-VLM" for the whole; a part says what it is, so that no table takes it for more.
+
     Raises:
         UserError: naming the parameter and what it accepts.
     """
-
-    name = "Q-VLM"
 
     def __init__(
         self,
@@ -104,6 +105,7 @@ class QVLM:
         for option, switch in (("cdm", cdm), ("veo", veo), ("scale_free", scale_free)):
             check_switch(option, switch)
         check_whole("mining_tokens", mining_tokens)
+        self.name = _name(cdm, veo, proxy, granularity)
         self.cdm = cdm
         self.veo = veo
         self.max_depth = max_depth if cdm else 1
@@ -199,6 +201,17 @@ class QVLM:
             for result in search_block(block, runs, self.search, keep):
                 found.append({"block": block.name, **asdict(result)})
         return found
+
+
+def _name(cdm: bool, veo: bool, proxy: str, granularity: str) -> str:
+    """What tables call these parts of Q-VLM."""
+    if not cdm and not veo and granularity == "linear":
+        return "Layer-wise"
+    parts = {(True, True): [], (True, False): ["CDM only"], (False, True): ["VEO only"]}
+    notes = parts.get((cdm, veo), ["neither"])
+    notes += ["error proxy"] if cdm and proxy != "entropy" else []
+    notes += ["whole layers"] if granularity == "layer" else []
+    return ", ".join(["Q-VLM", *notes])
 
 
 def _by_layer(block: Block) -> list[list[str]]:
