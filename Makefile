@@ -12,8 +12,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/installed
 
+# Runs what is missing of an experiment, then makes its table of what is recorded.
+define table
+$(BIN)/python run.py -m experiment=$(1)
+$(BIN)/python -m qvlm.tables.$(1) --runs results/runs --out results --command 'make $(1)'
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help install table2 test lint format miniature preview clean
+.PHONY: help install table1 table2 table5 test lint format miniature preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,9 +33,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	touch $@
 
+table1: install  ## regenerates Table 1: the parts of Q-VLM, each alone
+	$(call table,$@)
+
 table2: install  ## regenerates Table 2: models x methods x bits; reuses what is recorded
-	$(BIN)/python run.py -m experiment=table2
-	$(BIN)/python -m qvlm.tables.table2 --runs results/runs --out results --command 'make table2'
+	$(call table,$@)
+
+table5: install  ## regenerates Table 5: entropy against quantization error as proxy
+	$(call table,$@)
 
 test: install  ## runs the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

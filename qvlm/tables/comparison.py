@@ -51,30 +51,39 @@ class Comparison:
 
 
 def compare(records: Sequence[Record]) -> tuple[list[Comparison], list[str]]:
-    """The family of comparisons among the records of one model and bit width.
+    """Table 2's family of comparisons among the records of one model and bit width.
 
     Returns:
         The comparisons, and a sentence for each that cannot be made.
     """
-    methods = {record.method: record for record in records if record.method != FULL_PRECISION}
-    hero = HERO in methods
-    centre = methods.pop(HERO if hero else BASELINE, None)
-    if centre is None:
-        return [], []
+    methods = [record.method for record in records if record.method != FULL_PRECISION]
+    if HERO in methods:
+        return compare_pairs(records, [(HERO, other) for other in methods if other != HERO])
+    if BASELINE in methods:
+        return compare_pairs(records, [(other, BASELINE) for other in methods if other != BASELINE])
+    return [], []
+
+
+def compare_pairs(
+    records: Sequence[Record], pairs: Sequence[tuple[str, str]]
+) -> tuple[list[Comparison], list[str]]:
+    """A family of comparisons of methods by name; pairs that are not both there are left out.
+
+    Returns:
+        As `compare`.
+    """
+    methods = {record.method: record for record in records}
     made: list[Comparison] = []
     impossible = []
-    for other in methods.values():
-        first, second = (centre, other) if hero else (other, centre)
-        answers = paired(first, second)
+    for first, second in pairs:
+        if first not in methods or second not in methods:
+            continue
+        answers = paired(methods[first], methods[second])
         if answers is None:
-            impossible.append(
-                f"{first.method} and {second.method} were not asked the same questions"
-            )
+            impossible.append(f"{first} and {second} were not asked the same questions")
             continue
         test = mcnemar(*answers)
-        made.append(
-            Comparison(first.method, second.method, paired_difference(*answers), test, test.p_value)
-        )
+        made.append(Comparison(first, second, paired_difference(*answers), test, test.p_value))
     corrected = holm([comparison.p_holm for comparison in made])
     return [replace(c, p_holm=p) for c, p in zip(made, corrected, strict=True)], impossible
 

@@ -42,15 +42,15 @@ def render(selection: Selection, command: str) -> str:
     parts = [HEAD.format(unparsable=counted)]
     for model, widths in selection.by_cell().items():
         parts += _model(model, widths)
-    parts += ["## Refused rows", _left_out(selection.refused, _REFUSED, "None.")]
+    parts += ["## Refused rows", left_out(selection.refused, REFUSED, "None.")]
     if selection.set_aside:
-        parts += ["## Records not shown", _left_out(selection.set_aside, "", "None.")]
+        parts += ["## Records not shown", left_out(selection.set_aside, "", "None.")]
     parts += _paper(selection.shown)
-    parts += ["## How this was made", _made(selection.shown, command)]
+    parts += ["## How this was made", made_by(selection.shown, command)]
     return "\n\n".join(parts) + "\n"
 
 
-_REFUSED = (
+REFUSED = (
     "These cells were run, but what was seen in their layers does not prove the bits they claim, "
     "or their numbers are broken."
 )
@@ -75,7 +75,7 @@ def _model(model: str, widths: dict[str, list[Record]]) -> list[str]:
             continue
         parts += [f"Cost and proof, {model} at {bits}:", _cost(rows)]
         made, impossible = compare(rows)
-        parts += [f"Paired tests, {model} at {bits}:", _tests(made, impossible)]
+        parts += [f"Paired tests, {model} at {bits}:", paired_tests(made, impossible)]
     return parts
 
 
@@ -84,15 +84,15 @@ def _accuracy(records: Sequence[Record], reference: Record | None) -> str:
     rows = [["", "questions", *counts, ""]]
     for record in records:
         classes = record.metrics["classes"]
-        measured = [_number(classes[name]["accuracy"]) for name in CLASSES]
+        measured = [number(classes[name]["accuracy"]) for name in CLASSES]
         bounds = [
             NONE if not row["n"] else f"{row['ci_low']:.1f}-{row['ci_high']:.1f}"
             for row in (classes[name] for name in CLASSES)
         ]
         difference = None if record is reference else drop(record, reference)
-        points = _signed(difference.difference) if difference else ""
+        points = signed(difference.difference) if difference else ""
         rows.append([f"**{record.method}**", "measured", *measured, points])
-        interval = _bounds(difference) if difference else ""
+        interval = paired_interval(difference) if difference else ""
         rows.append(["", "95 % interval", *bounds, interval])
         rows += _paper_row(record)
     return table(["method", "", *CLASSES, "Avg against FP"], rows, left=2)
@@ -106,14 +106,14 @@ def _paper_row(record: Record) -> list[list[str]]:
         return []
     cells = [f"*{own[name]:.2f}*" if name in own else "" for name in CLASSES]
     full = values[FULL_PRECISION, FULL_PRECISION]["Avg"]
-    change = "" if record.bits == FULL_PRECISION else f"*{_signed(own['Avg'] - full)}*"
+    change = "" if record.bits == FULL_PRECISION else f"*{signed(own['Avg'] - full)}*"
     return [["", f"*paper, {label(paper)}*", *cells, change]]
 
 
 def _cost(records: Sequence[Record]) -> str:
     columns: dict[str, Callable[[Record], str]] = {
         "method": lambda r: r.method,
-        "unparsable, %": lambda r: _number(r.metrics["classes"]["Avg"]["unparsable"]),
+        "unparsable, %": lambda r: number(r.metrics["classes"]["Avg"]["unparsable"]),
         "search, s": lambda r: f"{r.run['report']['search_seconds']:.1f}",
         "candidates": lambda r: _word(r.run["report"]["candidates"]),
         "quantize, s": lambda r: f"{r.run['stages']['quantize']['seconds']:.1f}",
@@ -126,7 +126,7 @@ def _cost(records: Sequence[Record]) -> str:
     return table(list(columns), [[cell(record) for cell in columns.values()] for record in records])
 
 
-def _tests(made: Sequence[Comparison], impossible: Sequence[str]) -> str:
+def paired_tests(made: Sequence[Comparison], impossible: Sequence[str]) -> str:
     parts = []
     if made:
         header = ["comparison", "difference, points", "95 % interval", "only the first right"]
@@ -134,8 +134,8 @@ def _tests(made: Sequence[Comparison], impossible: Sequence[str]) -> str:
         rows = [
             [
                 f"{c.first} - {c.second}",
-                _signed(c.difference.difference),
-                _bounds(c.difference),
+                signed(c.difference.difference),
+                paired_interval(c.difference),
                 _word(c.test.only_a),
                 _word(c.test.only_b),
                 _p(c.test.p_value),
@@ -150,7 +150,7 @@ def _tests(made: Sequence[Comparison], impossible: Sequence[str]) -> str:
     return "\n\n".join(parts) or "There are no two methods to compare."
 
 
-def _left_out(left: Sequence[LeftOut], introduction: str, nothing: str) -> str:
+def left_out(left: Sequence[LeftOut], introduction: str, nothing: str) -> str:
     if not left:
         return nothing
     sentences = [
@@ -181,7 +181,7 @@ def _paper(records: Sequence[Record]) -> list[str]:
     return ["## The printed numbers", "Shown as the paper prints them:", bullets(sentences)]
 
 
-def _made(records: Sequence[Record], command: str) -> str:
+def made_by(records: Sequence[Record], command: str) -> str:
     lines = [f"Command: `{command}`"]
     if not records:
         return bullets(lines)
@@ -264,18 +264,18 @@ def _levels(record: Record) -> str:
     return f"{weights} / {inputs}"
 
 
-def _bounds(difference: PairedDifference) -> str:
-    return f"{_signed(difference.low, 1)} to {_signed(difference.high, 1)}"
+def paired_interval(difference: PairedDifference) -> str:
+    return f"{signed(difference.low, 1)} to {signed(difference.high, 1)}"
 
 
-def _signed(value: float, digits: int = 2) -> str:
+def signed(value: float, digits: int = 2) -> str:
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
         return text
     return f"{'-' if value < 0 else '+'}{text}"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 
 

@@ -26,6 +26,10 @@ HERO = "Q-VLM"
 BASELINE = "RTN"
 # The paper's order, controls first; any other method comes after these, the hero last.
 _METHODS = (FULL_PRECISION, BASELINE, "AWQ", "QLoRA", "Layer-wise")
+# What the parts of Q-VLM are called, each switched on alone (see `qvlm.methods.qvlm`).
+CDM = f"{HERO}, CDM only"
+VEO = f"{HERO}, VEO only"
+ERROR_PROXY = f"{CDM}, error proxy"
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,20 @@ class Selection:
         return cells
 
 
-def select(records: Iterable[Record]) -> Selection:
-    """Chooses and proves; the same records in any order give the same selection."""
+def whole_method(record: Record) -> bool:
+    """Whether a record is of a method, and not of a part of Q-VLM, which has tables of its own."""
+    return not record.method.startswith(f"{HERO}, ")
+
+
+def select(records: Iterable[Record], wanted: Callable[[Record], bool] = whole_method) -> Selection:
+    """Chooses and proves; the same records in any order give the same selection.
+
+    Args:
+        records: of a folder of runs.
+        wanted: which of them are a table's affair; the others are not mentioned.
+    """
     models: defaultdict[str, list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda record: record.name):
+    for record in sorted(filter(wanted, records), key=lambda record: record.name):
         models[record.model].append(record)
     selection = Selection()
     for model in sorted(models):
