@@ -19,7 +19,7 @@ $(BIN)/python -m qvlm.tables.$(1) --runs results/runs --out results --command 'm
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 table2 table5 test lint format miniature preview clean
+.PHONY: help install table1 table2 table5 figure2 test lint format miniature preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ table2: install  ## regenerates Table 2: models x methods x bits; reuses what is
 
 table5: install  ## regenerates Table 5: entropy against quantization error as proxy
 	$(call table,$@)
+
+figure2: install  ## draws what a joint search gains against the dependency of layers
+	$(BIN)/python experiments/dependency_figure.py
 
 test: install  ## runs the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

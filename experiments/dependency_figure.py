@@ -1,0 +1,157 @@
+"""Figures 2 and 5: does the dependency of layers foretell what a joint search gains?
+
+`python experiments/dependency_figure.py` takes single calibration problems. For each, at three
+decoder layers of the float model and with ranges from that problem alone, it measures
+
+- the discretization error difference (DED): the error of the layer's output with percentiles found
+  layer by layer, minus that with percentiles found jointly, in consecutive blocks of at most three
+  linears, summed over the blocks;
+- the activation entropy, eq. (4): the mean dependency of the consecutive linears in those blocks;
+- the mean relative quantization error of their activations, the other proxy of Table 5.
+
+Errors are shares of a token's energy. It writes `figure2.csv`, a row per problem and layer, and
+`figure2.png`, a panel per proxy and layer with Pearson's correlation.
+"""
+
+import argparse
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from matplotlib import pyplot
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qvlm import prepare
+from qvlm.config import CONF, RunConfig, canonical, from_hydra, register
+from qvlm.methods.qvlm.dependency import element_joint, entropy, lane, mine, quantization_error
+from qvlm.methods.qvlm.search import search_block
+from qvlm.methods.qvlm.trial import Search
+from qvlm.quantization import Block, Walk, batch_by_length
+
+DEPTH = 3
+PROXIES = {"entropy": entropy(element_joint), "quantization_error": quantization_error}
+LABELS = {
+    "entropy": "activation entropy, nats",
+    "quantization_error": "relative quantization error",
+}
+
+
+def configuration(overrides: list[str]) -> RunConfig:
+    """One cell's configuration."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return canonical(from_hydra(compose("config", ["method_name=qvlm", *overrides])))
+
+
+def three_layers(count: int) -> list[int]:
+    """A quarter, half and three quarters of the way through `count` decoder layers."""
+    return sorted({count // 4, count // 2, 3 * count // 4})
+
+
+def runs_of(block: Block, names: list[str]) -> list[list[str]]:
+    """Consecutive linears of one lane that saw tokens, at most `DEPTH` at a time."""
+    runs: list[list[str]] = []
+    for name in names:
+        joins = runs and len(runs[-1]) < DEPTH and lane(block, runs[-1][0]) == lane(block, name)
+        if joins:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return runs
+
+
+def measure(model: Any, batch: Any, quantization: Any, search: Search) -> list[dict[str, Any]]:
+    """One problem's rows: layer, DED and both proxies."""
+    walk = Walk(model, [batch], quantization)
+    chains = {
+        proxy: {chain.name: chain for chain in mine(walk, dependency, "linear", 4096)}
+        for proxy, dependency in PROXIES.items()
+    }
+    decoder = [name for name in walk.names if "language_model" in name]
+    chosen = {decoder[index]: index for index in three_layers(len(decoder))}
+    rows = []
+    for block in walk.blocks():
+        if block.name not in chosen:
+            continue
+        runs = runs_of(block, list(block.linears))
+        found = search_block(block, [[[name] for name in run] for run in runs], search)
+        for name in block.linears:
+            block.restore(name)  # every layer is measured in the float model
+        within = {pair for run in runs for pair in pairwise(run)}
+        row: dict[str, Any] = {"layer": chosen[block.name]}
+        row["ded"] = sum(result.layerwise_error - result.error for result in found)
+        for proxy, by_block in chains.items():
+            chain = by_block[block.name]
+            steps = zip(pairwise(chain.units), chain.dependencies, strict=True)
+            values = [value for pair, value in steps if pair in within and value is not None]
+            row[proxy] = sum(values) / len(values)
+        rows.append(row)
+    return rows
+
+
+def draw(frame: pd.DataFrame, title: str, path: Path) -> None:
+    """The panels."""
+    layers = sorted(frame["layer"].unique())
+    figure, axes = pyplot.subplots(
+        len(PROXIES), len(layers), figsize=(4 * len(layers), 7), squeeze=False, sharex="row"
+    )
+    for row, proxy in zip(axes, PROXIES, strict=True):
+        for panel, layer in zip(row, layers, strict=True):
+            own = frame[frame["layer"] == layer]
+            correlation = own[proxy].corr(own["ded"])
+            word = "none" if math.isnan(correlation) else f"{correlation:.2f}"
+            panel.scatter(own[proxy], own["ded"], s=14, alpha=0.7)
+            panel.set_title(f"decoder layer {layer}: r = {word}, n = {len(own)}", fontsize=10)
+            panel.set_xlabel(LABELS[proxy])
+        row[0].set_ylabel("DED, share of a token's energy")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="mini_llava", help="an option of conf/model")
+    parser.add_argument("--bits", default="w4a4", help="an option of conf/bits")
+    parser.add_argument("--samples", type=int, default=40, help="problems of the training split")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    config = configuration(
+        [f"model={args.model}", f"bits={args.bits}", f"calibration.samples={args.samples}"]
+    )
+    prepare.settle(config, "cpu")
+    loaded = prepare.load(config, "cpu")
+    problems, rows_of_split = prepare.draw_calibration(config)
+    quantization = prepare.quantization_config(config)
+    rows = []
+    for problem, index in tqdm(
+        list(zip(problems, rows_of_split, strict=True)), desc="problems", disable=None
+    ):
+        (batch,) = batch_by_length(loaded, [problem], 1)
+        for row in measure(loaded.model, batch, quantization, Search()):
+            rows.append({"model": args.model, "bits": config.bits.label, "problem": index, **row})
+    frame = pd.DataFrame(rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(args.out / "figure2.csv", index=False, float_format="%.6g")
+    draw(frame, f"{args.model}, {config.bits.label}", args.out / "figure2.png")
+    for layer in sorted(frame["layer"].unique()):
+        own = frame[frame["layer"] == layer]
+        for proxy in PROXIES:
+            print(
+                f"layer {layer}: correlation of DED with {proxy} {own[proxy].corr(own['ded']):.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
