@@ -1,0 +1,449 @@
+"""A linear layer that keeps packed codes and computes with them.
+
+It computes the function of the `QuantLinear` it was made of. The integers are the same to the bit:
+`integers()` of the weight, `input_steps(x)` of an input. Outputs differ by the rounding of sums
+only; `accumulation_bound` says by how much at most.
+
+Which product runs is chosen in the call from device, rows and bits (`choose`), can be forced by
+`kernel`, and is noted in `used`. See `kernels.py` for the products.
+
+Left out: gradients, and a floating-point copy of the weight in any form.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvlm.errors import RunError, UserError
+from qvlm.packing import kernels
+from qvlm.packing.formats import (
+    Constants,
+    decode_constants,
+    pack,
+    packed_width,
+    unpack,
+)
+from qvlm.quantization.linear import QuantLinear
+from qvlm.quantization.normal_float import NormalFloatQuantizer, normal_float_levels
+from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer, affine_grid
+
+KERNELS = ("auto", "reference", "int_mm", "int4_weight_only", "triton")
+# Rows up to which the int4 product beats int8 x int8 (one thread, 2048 x 2048, AVX-512): 1 row
+# 0.22 ms against 0.39, 4 rows 0.45 against 1.5, 16 rows 1.6 against 2.1, without the unpacking
+# (1.4 ms) that the latter needs; 64 rows 7.2 against 7.2.
+DECODING_ROWS = 16
+# Channels that a cell of `int_mm` needs on average: below, scaling costs more than the product.
+CELL_WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Form:
+    """What there is to know of a packed layer but its numbers; plain values for a config file.
+
+    Attributes:
+        weight: "uniform" or "normal_float".
+        weight_bits, input_bits: 2 to 8.
+        group_size: weights that share a scale (or a NormalFloat constant); `in_features` where a
+            row or the whole weight does.
+        scale_shape: of the uniform weight's scales, [out or 1, groups]; [] for NormalFloat.
+        constants: shapes of NormalFloat constants: (codes or 0, largest), see `Constants`.
+        constant_block_size: constants that share an entry of `largest`.
+        inputs: "token" (dynamic) or "static".
+        input_shape: of the static input scales.
+        folds: input scales are in the weight already.
+        ratio: of dynamic ranges.
+    """
+
+    in_features: int
+    out_features: int
+    bias: bool
+    weight: str
+    weight_bits: int
+    group_size: int
+    scale_shape: tuple[int, ...]
+    inputs: str
+    input_bits: int
+    input_shape: tuple[int, ...] = ()
+    folds: bool = False
+    ratio: float = 1.0
+    constants: tuple[int, ...] = ()
+    constant_block_size: int = 1
+
+
+class PackedLinear(nn.Module):
+    """y = x_hat W_hat^T + b from packed codes.
+
+    Float32 numbers are stored as int32 of the same bits, so that `.to(bfloat16)` or a loader that
+    casts what is floating point cannot round them: scales decide about integers.
+
+    Args:
+        form: sizes and kinds; the numbers are empty until they are loaded (see `from_quantized`).
+        kernel: one of `KERNELS`.
+        layer_name: the full name in the model.
+
+    Attributes:
+        codes: packed weight; [out, bytes] uint8 as `formats` says, or, while `int4_layout` is
+            true, in that of the stock int4 product, of the same size.
+        used: name of the kernel to how many calls it served.
+
+    Raises:
+        UserError: for a kernel that does not exist or cannot take this layer.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+    constant_codes: Tensor
+    mean: Tensor
+    bias: Tensor | None
+
+    def __init__(self, form: Form, kernel: str = "auto", layer_name: str = "") -> None:
+        super().__init__()
+        self.form = form
+        self.in_features, self.out_features = form.in_features, form.out_features
+        self.layer_name = layer_name
+        self.int4_layout = False
+        self.used: Counter[str] = Counter()
+        self._cells: list[kernels.Cell] | None = None
+        for name, (shape, dtype) in buffers(form).items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+        if not form.bias:
+            self.register_buffer("bias", None)
+        self.kernel = kernel
+
+    @classmethod
+    @torch.no_grad()
+    def from_quantized(cls, layer: QuantLinear, kernel: str = "auto") -> "PackedLinear":
+        """Packs a quantized linear, which is left as it is.
+
+        Raises:
+            UserError: naming the layer, if its quantizers have no packed form.
+            RunError: if its weight is not what its codes stand for.
+        """
+        name = layer.layer_name or "a linear"
+        quantizer, weight = layer.weight_quantizer, layer.quantized_weight()
+        codes = quantizer.encode(weight)
+        # Equal as numbers: a code of zero may stand for a negative zero.
+        if not bool((quantizer.decode(codes) == weight).all()):
+            raise RunError(f"the weight of {name} is not on the grid of its quantizer")
+        form, numbers = _weight_numbers(layer, codes)
+        more, input_numbers = _input_numbers(layer)
+        packed = cls(Form(**form, **more), "auto", layer.layer_name)
+        numbers |= input_numbers
+        if layer.bias is not None:
+            numbers["bias"] = _as_bits(layer.bias)
+        for key, value in numbers.items():
+            setattr(packed, key, value.detach().clone().contiguous())
+        packed.kernel = kernel
+        return packed
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that was asked for."""
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, kernel: str) -> None:
+        if kernel not in KERNELS:
+            raise UserError(f"kernel={kernel!r}: accepted are {', '.join(KERNELS)}")
+        if kernel not in ("auto", *self.serving()):
+            raise UserError(
+                f"kernel={kernel!r} cannot take {self.layer_name or 'a linear'}: accepted are "
+                f"auto, {', '.join(self.serving())}"
+            )
+        self._kernel = kernel
+
+    def serving(self) -> list[str]:
+        """The kernels that can take this layer where it is."""
+        form, names = self.form, ["reference"]
+        if form.weight != "uniform":
+            return names
+        if self.codes.device.type == "cpu" or self.codes.is_meta:
+            if form.in_features <= kernels.INT_MM_WIDTH:
+                names.append("int_mm")
+            if form.weight_bits == 4 and self._int4_group() is not None:
+                names.append("int4_weight_only")
+        return names
+
+    def choose(self, rows: int) -> str:
+        """The kernel for an input of so many rows."""
+        if self.kernel != "auto":
+            return self.kernel
+        serving = self.serving()
+        if "int4_weight_only" in serving and rows <= DECODING_ROWS:
+            return "int4_weight_only"
+        if "int_mm" in serving and self.in_features >= CELL_WIDTH * len(self.cells()):
+            return "int_mm"
+        return "reference"
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., in] to [..., out] in the dtype of `x`.
+
+        Raises:
+            RunError: if `x` holds NaN or infinity.
+        """
+        rows = x.reshape(-1, self.in_features)
+        if not math.isfinite(rows.sum(dtype=torch.float32).item()) and not bool(
+            torch.isfinite(rows).all()
+        ):
+            raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
+        kernel = self.choose(len(rows))
+        self.used[kernel] += 1
+        y = self._product(kernel, rows)
+        bias = self.bias
+        if bias is not None:
+            y += bias.view(torch.float32)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def integers(self) -> Tensor:
+        """The codes of the weight, [out, in] uint8."""
+        if self.int4_layout:
+            return kernels.from_int4_layout(self.codes)
+        return unpack(self.codes, self.form.weight_bits, self.in_features)
+
+    def input_steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q - z of an input [rows, in], [rows, in] float32; and its scale and z, to broadcast.
+
+        A folded scale is one.
+        """
+        x = x.float()
+        if self.form.inputs == "token":
+            ratio = self.form.ratio
+            lo, hi = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+            scale, zero_point = affine_grid(lo * ratio, hi * ratio, self.form.input_bits)
+        else:
+            scale = self.input_scale.view(torch.float32)
+            zero_point = self.input_zero_point.float()
+        steps = (x / scale).round_()
+        torch.maximum(steps, -zero_point, out=steps)
+        torch.minimum(steps, 2**self.form.input_bits - 1 - zero_point, out=steps)
+        return steps, torch.ones_like(scale) if self.form.folds else scale, zero_point
+
+    def weight_scales(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a uniform weight, [out, groups] float32."""
+        shape = (self.out_features, self.form.scale_shape[1])
+        scale = self.scale.view(torch.float32).expand(shape)
+        return scale, self.zero_point.float().expand(shape)
+
+    def dequantized(self, rows: slice | None = None) -> Tensor:
+        """Rows of the float32 weight [out, in], the one that the quantized layer kept."""
+        form, rows = self.form, rows or slice(0, self.out_features)
+        if self.int4_layout:
+            codes = self.integers()[rows]
+        else:
+            codes = unpack(self.codes[rows], form.weight_bits, self.in_features)
+        if form.weight == "uniform":
+            scale, zero_point = self.weight_scales()
+            return kernels.dequantize(codes, scale[rows], zero_point[rows], form.group_size)
+        values = normal_float_levels(form.weight_bits).to(codes.device)[codes.int()]
+        constants = decode_constants(
+            self.constant_codes if form.constants[0] else None,
+            self.scale.view(torch.float32),
+            self.mean.view(torch.float32),
+            form.constant_block_size,
+        )
+        first = rows.start * self.in_features
+        element = torch.arange(first, first + codes.numel(), device=codes.device)
+        return values * constants[element // form.group_size].view_as(values)
+
+    def cells(self) -> list[kernels.Cell]:
+        """The runs of channels whose products are exact; found once, then kept."""
+        if self._cells is None:
+            scale = None
+            if self.form.inputs == "static" and not self.form.folds and self.form.input_shape:
+                scale = self.input_scale.view(torch.float32).expand(self.in_features)
+                scale = None if bool((scale == scale[0]).all()) else scale
+            self._cells = kernels.find_cells(self.in_features, self.form.group_size, scale)
+        return self._cells
+
+    def rows_layout(self) -> None:
+        """Brings the codes into the layout that checkpoints hold."""
+        if self.int4_layout:
+            self.codes = pack(kernels.from_int4_layout(self.codes), 4)
+            self.int4_layout = False
+
+    def extra_repr(self) -> str:
+        form = self.form
+        return (
+            f"in_features={form.in_features}, out_features={form.out_features}, "
+            f"weight={form.weight}{form.weight_bits}, inputs={form.inputs}{form.input_bits}"
+        )
+
+    def _product(self, kernel: str, x: Tensor) -> Tensor:
+        steps, scale, zero_point = self.input_steps(x)
+        if kernel == "reference":
+            x_hat = steps * scale
+            parts = kernels.pieces(self.out_features, self.in_features)
+            return torch.cat([x_hat @ self.dequantized(part).T for part in parts], dim=1)
+        weight_scale, weight_zero_point = self.weight_scales()
+        if kernel == "int4_weight_only":
+            size = self._int4_group()
+            assert size is not None
+            if not self.int4_layout:
+                self.codes, self.int4_layout = kernels.to_int4_layout(self.integers()), True
+            shared = self._shares_scale(scale)
+            repeats = self.in_features // size // weight_scale.shape[1]
+            y = kernels.int4_weight_only(
+                steps if shared else steps * scale,
+                self.codes,
+                weight_scale.repeat_interleave(repeats, 1),
+                weight_zero_point.repeat_interleave(repeats, 1),
+                size,
+            )
+            return y * scale if shared else y
+        cells = self.cells()
+        products = kernels.int_products(
+            steps,
+            zero_point,
+            self.form.input_bits,
+            self.integers(),
+            weight_zero_point,
+            self.form.weight_bits,
+            cells,
+        )
+        shared = self._shares_scale(scale)
+        y = torch.zeros(len(x), self.out_features, device=x.device)
+        for cell, product in zip(cells, products, strict=True):
+            factor = weight_scale[:, cell.group]
+            if not shared:
+                factor = factor * scale.expand(self.in_features)[cell.channel]
+            y.addcmul_(product.float(), factor)
+        return y * scale if shared else y
+
+    def _shares_scale(self, scale: Tensor) -> bool:
+        """Whether all channels of a token share `scale`."""
+        return scale.numel() == 1 or self.form.inputs == "token"
+
+    def _int4_group(self) -> int | None:
+        return kernels.int4_group_size(self.out_features, self.in_features, self.form.group_size)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.rows_layout()
+        super()._save_to_state_dict(*args, **kwargs)
+
+
+def buffers(form: Form) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of everything that a layer of this form stores."""
+    out, bits = form.out_features, torch.int32
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((out, packed_width(form.in_features, form.weight_bits)), torch.uint8)
+    }
+    if form.weight == "uniform":
+        found["scale"] = (tuple(form.scale_shape), bits)
+        found["zero_point"] = (tuple(form.scale_shape), torch.uint8)
+    else:
+        found["scale"] = ((form.constants[1],), bits)
+        found["mean"] = ((1,), bits)
+        if form.constants[0]:
+            found["constant_codes"] = ((form.constants[0],), torch.uint8)
+    if form.inputs == "static":
+        found["input_scale"] = (tuple(form.input_shape), bits)
+        found["input_zero_point"] = (tuple(form.input_shape), torch.uint8)
+    if form.bias:
+        found["bias"] = ((out,), bits)
+    return found
+
+
+def _weight_numbers(layer: QuantLinear, codes: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    quantizer, name = layer.weight_quantizer, layer.layer_name or "a linear"
+    form: dict[str, Any] = {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "bias": layer.bias is not None,
+        "weight_bits": quantizer.bits,
+    }
+    numbers = {"codes": pack(codes, quantizer.bits)}
+    if isinstance(quantizer, NormalFloatQuantizer):
+        constants = Constants.of(quantizer)
+        count = 0 if constants.codes is None else len(constants.codes)
+        form |= {
+            "weight": "normal_float",
+            "group_size": quantizer.block_size,
+            "scale_shape": (),
+            "constants": (count, len(constants.largest)),
+            "constant_block_size": constants.block_size,
+        }
+        numbers |= {"scale": _as_bits(constants.largest), "mean": _as_bits(constants.mean)}
+        if constants.codes is not None:
+            numbers["constant_codes"] = constants.codes
+        return form, numbers
+    if not isinstance(quantizer, UniformQuantizer) or quantizer.clusters is not None:
+        raise UserError(
+            f"the weight of {name} cannot be packed: accepted are uniform quantizers (per tensor, "
+            "channel or group) and NormalFloat"
+        )
+    scale, zero_point = quantizer.scale, quantizer.zero_point
+    # [], [out, 1] or [out, groups, 1] become [1 or out, groups].
+    scale, zero_point = (
+        part.flatten(1) if part.ndim > 1 else part.reshape(1, 1) for part in (scale, zero_point)
+    )
+    form |= {
+        "weight": "uniform",
+        "group_size": quantizer.group_size or layer.in_features,
+        "scale_shape": tuple(scale.shape),
+    }
+    return form, numbers | {"scale": _as_bits(scale), "zero_point": zero_point.to(torch.uint8)}
+
+
+def _input_numbers(layer: QuantLinear) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    quantizer = layer.input_quantizer
+    if isinstance(quantizer, TokenQuantizer):
+        return {"inputs": "token", "input_bits": quantizer.bits, "ratio": quantizer.ratio}, {}
+    if not isinstance(quantizer, UniformQuantizer) or quantizer.group_size is not None:
+        raise UserError(
+            f"the input of {layer.layer_name or 'a linear'} cannot be packed: accepted are "
+            "quantizers per tensor, token, channel or cluster of channels"
+        )
+    form = {
+        "inputs": "static",
+        "input_bits": quantizer.bits,
+        "input_shape": tuple(quantizer.scale.shape),
+        "folds": quantizer.folds,
+    }
+    return form, {
+        "input_scale": _as_bits(quantizer.scale),
+        "input_zero_point": quantizer.zero_point.to(torch.uint8),
+    }
+
+
+def _as_bits(x: Tensor) -> Tensor:
+    """Float32 numbers as int32 of the same bits."""
+    return x.detach().float().contiguous().view(torch.int32)
+
+
+@torch.no_grad()
+def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
+    """How far apart packed and simulated outputs can be, [rows, out], for an input [rows, in].
+
+    Both are sums of K products t c d v s, in float32 (u = 2^-24). Rounded at most: x_hat twice,
+    w_hat once, the product once, K additions, the token's scale and the bias: (K + 6) u of the sum
+    A of absolute values, twice (packed and simulated); `int_mm` rounds less often (per cell the
+    conversion, two factors and the addition). The bf16 of `int4_weight_only` (u = 2^-8) rounds its
+    scale, its input where channels differ in scale, the weight that it multiplies and its output:
+    4 u of the sum of |x| |q - 8| s, as `kernels.int4_weight_only` splits the weight. A factor of
+    1.01 covers products of errors, and a tiny number those lost below the normal range.
+    """
+    steps, scale, _ = layer.input_steps(x.reshape(-1, layer.in_features))
+    x_hat = (steps * scale).double().abs()
+    total = x_hat @ layer.dequantized().double().abs().T
+    if layer.bias is not None:
+        total += layer.bias.view(torch.float32).double().abs()
+    unit = 2 * (layer.in_features + 6) * 2.0**-24
+    bound = unit * total
+    if kernel == "int4_weight_only":
+        weight_scale, _ = layer.weight_scales()
+        eight = kernels.dequantize(
+            layer.integers(), weight_scale, torch.full_like(weight_scale, 8), layer.form.group_size
+        )
+        split = x_hat @ eight.double().abs().T
+        sums, _ = layer.weight_scales()
+        rest = x_hat.sum(1, keepdim=True) * 8 * sums.double().amax(1)
+        bound = bound + 4 * 2.0**-8 * split + unit * (split + rest)
+    return 1.01 * bound + 1e-36

@@ -1,0 +1,171 @@
+"""Packed layers compute what quantized layers simulate: integers to the bit, outputs in bounds."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qvlm.errors import RunError, UserError
+from qvlm.packing import kernels
+from qvlm.packing.layer import PackedLinear, accumulation_bound
+from qvlm.quantization.linear import QuantLinear, folded_weight
+from qvlm.quantization.normal_float import NormalFloatQuantizer
+from qvlm.quantization.quantizer import TokenQuantizer
+from qvlm.quantization.ranges import activation_quantizer, weight_quantizer
+from qvlm.quantization.spec import ACTIVATION_GRANULARITIES, QuantSpec
+
+WEIGHTS = ("per_tensor", "per_channel", "per_group", "normal_float")
+
+
+def quantized(
+    shape: tuple[int, int],
+    bits: tuple[int, int] = (4, 4),
+    weight: str = "per_group",
+    inputs: str = "per_tensor",
+    group_size: int = 32,
+    bias: bool = True,
+    seed: int = 0,
+) -> tuple[QuantLinear, Tensor]:
+    """A quantized linear of [out, in] and what its input was calibrated with, [64, in]."""
+    torch.manual_seed(seed)
+    linear = nn.Linear(shape[1], shape[0], bias=bias)
+    samples = torch.randn(64, shape[1]) * torch.rand(shape[1]).add(0.1) + 0.2
+    input_quantizer = activation_quantizer(
+        samples, QuantSpec(bits[1], inputs, group_size, ranges="minmax")
+    )
+    folded = folded_weight(linear.weight, input_quantizer)
+    if weight == "normal_float":
+        weights = NormalFloatQuantizer.fit(folded, bits[0], group_size)
+    else:
+        weights = weight_quantizer(folded, QuantSpec(bits[0], weight, group_size, ranges="minmax"))
+    return QuantLinear.from_linear(
+        linear, weights, input_quantizer, layer_name="some.layer"
+    ), samples
+
+
+def check(layer: QuantLinear, x: Tensor) -> PackedLinear:
+    """Every kernel that takes the layer gives what it simulates."""
+    packed = PackedLinear.from_quantized(layer)
+    assert torch.equal(packed.integers(), layer.integers())
+    assert torch.equal(packed.dequantized(), layer.weight)
+    steps, _, zero_point = packed.input_steps(x)
+    codes = layer.input_quantizer.at(x).encode(x)
+    assert torch.equal((steps + zero_point).to(torch.uint8), codes)
+    expected = layer(x).double()
+    for kernel in packed.serving():
+        packed.kernel = kernel
+        error = (packed(x).double() - expected).abs()
+        bound = accumulation_bound(packed, x, kernel)
+        assert bool((error <= bound).all()), (kernel, float((error / bound).max()))
+        assert packed.used[kernel] == 1
+    assert torch.equal(packed.integers(), layer.integers())
+    return packed
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data())
+def test_packed_computes_what_is_simulated(data: st.DataObject) -> None:
+    group_size = data.draw(st.sampled_from([1, 3, 16, 32, 64, 128]))
+    width = group_size * data.draw(st.integers(1, 4))
+    out = data.draw(st.one_of(st.integers(1, 40), st.sampled_from([16, 48, 64, 112, 128])))
+    layer, _ = quantized(
+        (out, width),
+        (data.draw(st.integers(2, 8)), data.draw(st.integers(2, 8))),
+        data.draw(st.sampled_from(WEIGHTS)),
+        data.draw(st.sampled_from(ACTIVATION_GRANULARITIES)),
+        group_size,
+        data.draw(st.booleans()),
+        data.draw(st.integers(0, 1000)),
+    )
+    check(layer, torch.randn(data.draw(st.sampled_from([1, 2, 5, 33])), width))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS[:2])
+@pytest.mark.parametrize("width", [1, 7, 77])
+def test_odd_widths(weight: str, width: int) -> None:
+    for bits in ((4, 8), (8, 8), (6, 6), (3, 5)):
+        layer, samples = quantized((5, width), bits, weight, "per_channel_group", 4)
+        check(layer, samples)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_sums_of_integers_are_exact(data: st.DataObject) -> None:
+    bits = data.draw(st.sampled_from([(4, 4), (4, 8), (8, 4), (8, 8), (6, 6), (7, 7)]))
+    inputs = data.draw(st.sampled_from(ACTIVATION_GRANULARITIES))
+    layer, _ = quantized((9, 96), bits, "per_group", inputs, 32, seed=data.draw(st.integers(0, 99)))
+    packed = PackedLinear.from_quantized(layer)
+    x = torch.randn(data.draw(st.sampled_from([1, 6])), 96) * 2
+    steps, _, zero_point = packed.input_steps(x)
+    _, weight_zero_point = packed.weight_scales()
+    found = kernels.int_products(
+        steps, zero_point, bits[1], packed.integers(), weight_zero_point, bits[0], packed.cells()
+    )
+    v = packed.integers().long() - weight_zero_point.long().repeat_interleave(32, 1)
+    for cell, product in zip(packed.cells(), found, strict=True):
+        expected = steps[:, cell.channels].long() @ v[:, cell.channels].T
+        assert torch.equal(product.long(), expected)
+    assert sum(cell.width for cell in packed.cells()) == 96
+
+
+def test_kernel_is_chosen_from_rows_and_bits() -> None:
+    four, x = quantized((64, 128), (4, 4), group_size=64)
+    packed = PackedLinear.from_quantized(four)
+    assert (packed.choose(1), packed.choose(64)) == ("int4_weight_only", "int_mm")
+    packed(x[:1])
+    packed(x)
+    assert packed.used == {"int4_weight_only": 1, "int_mm": 1}
+    eight, _ = quantized((64, 128), (8, 8), group_size=64)
+    assert PackedLinear.from_quantized(eight).choose(1) == "int_mm"
+    scattered, _ = quantized((64, 128), (8, 8), inputs="per_channel_group", group_size=8)
+    assert PackedLinear.from_quantized(scattered).choose(64) == "reference"
+    codebook, _ = quantized((64, 128), (4, 4), "normal_float")
+    assert PackedLinear.from_quantized(codebook).choose(64) == "reference"
+
+
+def test_nothing_is_kept_in_floating_point() -> None:
+    layer, x = quantized((256, 256), (4, 4), group_size=64)
+    packed = PackedLinear.from_quantized(layer)
+    packed(x)
+    packed(x[:1])
+    tensors = [*packed.parameters(), *packed.buffers()]
+    assert not any(tensor.is_floating_point() for tensor in tensors)
+    size = sum(tensor.nbytes for tensor in tensors)
+    assert size == 256 * 128 + 256 * 4 * (4 + 1) + (4 + 1) + 256 * 4
+    state = packed.state_dict()
+    assert torch.equal(state["codes"], PackedLinear.from_quantized(layer).codes)
+
+
+def test_casting_the_module_changes_nothing() -> None:
+    layer, x = quantized((48, 64), (4, 4), inputs="per_channel_group")
+    packed = PackedLinear.from_quantized(layer, "reference")
+    assert torch.equal(
+        packed.to(torch.bfloat16)(x), PackedLinear.from_quantized(layer, "reference")(x)
+    )
+
+
+def test_shapes_and_dtypes_of_inputs_are_kept() -> None:
+    layer, _ = quantized((48, 64))
+    packed = PackedLinear.from_quantized(layer)
+    assert packed(torch.randn(2, 3, 64)).shape == (2, 3, 48)
+    assert packed(torch.randn(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert packed(torch.zeros(0, 64)).shape == (0, 48)
+
+
+def test_bad_kernels_inputs_and_weights_are_named() -> None:
+    layer, x = quantized((5, 64), (8, 8))
+    with pytest.raises(UserError, match="accepted are auto, reference"):
+        PackedLinear.from_quantized(layer, "fast")
+    with pytest.raises(UserError, match="int4_weight_only.*some.layer"):
+        PackedLinear.from_quantized(layer, "int4_weight_only")
+    x[3, 5] = float("inf")
+    with pytest.raises(RunError, match="some.layer"):
+        PackedLinear.from_quantized(layer)(x)
+    assert layer.weight is not None
+    layer.weight[2, 3] += 0.01
+    with pytest.raises(RunError, match="some.layer"):
+        PackedLinear.from_quantized(layer)
+    layer.weight_quantizer = TokenQuantizer(8)
+    with pytest.raises((UserError, TypeError)):
+        PackedLinear.from_quantized(layer)
