@@ -381,3 +381,15 @@ def test_a_lane_is_the_innermost_parallel_module() -> None:
     assert lanes["self_attn.q_proj"] == lanes["self_attn.o_proj"] == ""
     assert lanes["mlp.experts.1.up_proj"] == "mlp.experts.1"
     assert len(set(lanes.values())) == 4
+
+
+def test_pairs_that_never_occur_have_no_gradient() -> None:
+    joint = torch.zeros(4, 5)
+    joint[0, 1], joint[0, 2], joint[2, 3] = 0.25, 0.25, 0.5
+    joint.requires_grad_()
+    entropy = conditional_entropy(joint)
+    entropy.backward()
+    assert entropy.item() == pytest.approx(0.5 * log(2), rel=1e-6)
+    assert joint.grad is not None
+    assert bool(torch.isfinite(joint.grad).all())
+    assert bool((joint.grad[joint == 0] == 0).all())

@@ -31,7 +31,7 @@ class LayerWise:
         output: str = "layer",
         clip: str = "percentile",
         clip_weights: bool = True,
-        search_tokens: int = 1024,
+        search_tokens: int = 4096,
     ) -> None:
         self.search = Search(percentiles, normalise, output, clip, clip_weights, search_tokens)
 

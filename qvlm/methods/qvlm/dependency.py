@@ -83,10 +83,13 @@ def token_histograms(x: Tensor, quantizer: Quantizer, scale_free: bool = False) 
 
 
 def conditional_entropy(joint: Tensor) -> Tensor:
-    """H(second | first) in nats of a joint distribution [first, second] (eq. 4)."""
+    """H(second | first) in nats of a joint distribution [first, second] (eq. 4).
+
+    0 log 0 is 0, and so is its gradient: with many rounding points most pairs never occur.
+    """
+    joint = joint.clamp_min(torch.finfo(joint.dtype).tiny)
     first = joint.sum(1, keepdim=True)
-    # -p log(p / p_first), where 0 log 0 = 0.
-    return torch.xlogy(joint, first).sum() - torch.xlogy(joint, joint).sum()
+    return -(joint * (joint.log() - first.log())).sum()
 
 
 @dataclass(frozen=True)

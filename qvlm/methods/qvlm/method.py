@@ -82,7 +82,7 @@ class QVLM:
         output: str = "layer",
         clip: str = "percentile",
         clip_weights: bool = True,
-        search_tokens: int = 1024,
+        search_tokens: int = 4096,
         veo_order: str = "before",
         veo_epochs: int = 10,
         veo_batch_size: int = 8,

@@ -63,7 +63,7 @@ class Search:
     output: str = "layer"
     clip: str = "percentile"
     clip_weights: bool = True
-    tokens: int = 1024
+    tokens: int = 4096
     exhaustive: int = EXHAUSTIVE
 
     def __post_init__(self) -> None:
