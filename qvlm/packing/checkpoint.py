@@ -1,0 +1,123 @@
+"""Packed checkpoints in transformers' format: sharded safetensors, loaded without a float model.
+
+`save_packed` writes the form of every packed layer into `config.json`; its tensors are ordinary
+entries of the state dict. With this module imported, `from_pretrained` knows the format: it puts
+empty packed layers into the skeleton of the model, which has no memory yet, and fills them from the
+shards. `load_packed` is `from_pretrained` with every way to fail said in one sentence.
+
+Left out: other formats, and quantizing on the way in.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qvlm.errors import UserError
+from qvlm.packing.layer import Form, PackedLinear
+from qvlm.packing.model import packed_layers
+
+METHOD = "qvlm_packed"
+VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """What `config.json` says of a packed checkpoint.
+
+    Args:
+        layers: the `Form` of each packed layer, by full name.
+        version: of the format.
+
+    Raises:
+        UserError: for a version that this code does not know.
+    """
+
+    def __init__(
+        self, layers: dict[str, dict[str, Any]], version: int = VERSION, **kwargs: Any
+    ) -> None:
+        if version != VERSION:
+            raise UserError(f"packed format version {version!r}: accepted is {VERSION}")
+        self.quant_method = METHOD
+        self.layers = layers
+        self.version = version
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Puts empty packed layers where the checkpoint has them."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, fields in self.quantization_config.layers.items():
+            values: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+            }
+            with torch.device("meta"):
+                model.set_submodule(name, PackedLinear(Form(**values), layer_name=name))
+
+    def is_serializable(self) -> bool:
+        """Packed models can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """There are no gradients."""
+        return False
+
+
+def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2GB") -> None:
+    """Writes a packed model with `save_pretrained`.
+
+    Raises:
+        UserError: if the model has no packed layer.
+    """
+    layers = packed_layers(model)
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no packed layer to save: pack it before")
+    config = PackedConfig({name: asdict(layer.form) for name, layer in layers.items()})
+    model.config.quantization_config = config
+    model.hf_quantizer = PackedQuantizer(config, pre_quantized=True)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+
+
+def load_packed(kind: type[PreTrainedModel], folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Loads a checkpoint of `save_packed` in evaluation mode.
+
+    Args:
+        kind: the model's class.
+        kwargs: further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: if the folder is no packed checkpoint, of an unknown version, truncated, or does
+            not fit its config.json.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config.get("quantization_config", {}).get("quant_method") != METHOD:
+            raise UserError(f"{folder} is no packed checkpoint: its config.json does not say so")
+        model, report = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder} does not load: {reason}") from error
+    problems = {problem: sorted(map(str, keys)) for problem, keys in report.items() if keys}
+    if problems:
+        problem, keys = next(iter(problems.items()))
+        raise UserError(
+            f"{folder} does not fit its config.json: {len(keys)} {problem.replace('_', ' ')}, "
+            f"first {keys[0]}"
+        )
+    return model.eval()

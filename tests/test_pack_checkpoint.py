@@ -1,0 +1,65 @@
+"""Packed checkpoints: identical logits after a round trip, one sentence for what is broken."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_pack_model import logits, rounded
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as Llava
+
+from qvlm.errors import UserError
+from qvlm.packing.checkpoint import load_packed, save_packed
+from qvlm.packing.model import pack_model, packed_layers
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A packed checkpoint of several shards."""
+    model = rounded()
+    pack_model(model)
+    save_packed(model, tmp_path, shard_size="20KB")
+    return tmp_path
+
+
+def test_round_trip_gives_identical_logits(folder: Path, tmp_path: Path) -> None:
+    model = rounded()
+    pack_model(model)
+    expected = logits(model)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    loaded = load_packed(Llava, folder)
+    assert torch.equal(logits(loaded), expected)
+    assert packed_layers(loaded).keys() == packed_layers(model).keys()
+    save_packed(loaded, tmp_path / "again")
+    assert torch.equal(logits(load_packed(Llava, tmp_path / "again")), expected)
+
+
+def test_what_is_broken_is_said(folder: Path) -> None:
+    shard = next(path for path in folder.glob("*.safetensors") if "codes" in str(load_file(path)))
+    whole = shard.read_bytes()
+    tensors = load_file(shard)
+    name = next(key for key in tensors if key.endswith("codes"))
+    rest = {key: value for key, value in tensors.items() if key != name}
+
+    save_file(rest, shard, {"format": "pt"})
+    with pytest.raises(UserError, match="missing keys"):
+        load_packed(Llava, folder)
+    save_file({**rest, name: tensors[name][:1].clone()}, shard, {"format": "pt"})
+    with pytest.raises(UserError):
+        load_packed(Llava, folder)
+    shard.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="does not load"):
+        load_packed(Llava, folder)
+    shard.write_bytes(whole)
+    load_packed(Llava, folder)
+
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["version"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="version 99: accepted is 1"):
+        load_packed(Llava, folder)
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no packed checkpoint"):
+        load_packed(Llava, folder)
