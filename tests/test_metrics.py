@@ -192,6 +192,14 @@ def test_paired_difference_by_hand() -> None:
     assert got.high == pytest.approx(100 * (5 / 102 + half), abs=1e-4)
 
 
+def test_intervals_of_a_family_are_those_of_a_higher_level() -> None:
+    answers = pair(40, 20, both=500, neither=100)
+    one, five = paired_difference(*answers), paired_difference(*answers, comparisons=5)
+    assert five.difference == one.difference
+    # The normal quantiles of 97.5 % and of 99.5 %, from a table.
+    assert (five.high - five.low) / (one.high - one.low) == pytest.approx(2.5758 / 1.9600, abs=1e-4)
+
+
 def test_paired_difference_turns_with_the_methods() -> None:
     a, b = pair(8, 3, both=60, neither=29)
     forth, back = paired_difference(a, b), paired_difference(b, a)

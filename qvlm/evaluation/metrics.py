@@ -139,7 +139,9 @@ class PairedDifference:
     high: float
 
 
-def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedDifference:
+def paired_difference(
+    correct_a: ArrayLike, correct_b: ArrayLike, comparisons: int = 1
+) -> PairedDifference:
     """How many percentage points the first method is ahead of the second.
 
     The interval is Bonett and Price's adjusted Wald interval ("Adjusted Wald confidence interval
@@ -149,11 +151,13 @@ def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedDiffe
     the plain Wald interval fails, at few or no differing questions, and needs no iteration.
     `difference` itself is not adjusted.
 
-    Args and Raises: as `mcnemar`.
+    Args and Raises: as `mcnemar`; of several `comparisons`, all intervals together hold their level
+    (Bonferroni).
     """
     only_a, only_b, n = _discordant(correct_a, correct_b)
     a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-    half = _Z * sqrt((a + b - (a - b) ** 2) / (n + 2))
+    z = NormalDist().inv_cdf(1 - 0.025 / comparisons)
+    half = z * sqrt((a + b - (a - b) ** 2) / (n + 2))
     return PairedDifference(
         difference=100 * (only_a - only_b) / n,
         low=100 * max(-1.0, a - b - half),

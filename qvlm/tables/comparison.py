@@ -6,7 +6,7 @@ how far each method drops below it is stated with its own interval.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,8 @@ class Comparison:
 
     Attributes:
         first, second: names of the methods.
-        difference: accuracy of the first minus that of the second, in points.
+        difference: accuracy of the first minus that of the second, in points; the intervals of a
+            family hold 95 % together.
         test: the exact test.
         p_holm: its p-value, corrected for the size of the family.
     """
@@ -73,19 +74,22 @@ def compare_pairs(
         As `compare`.
     """
     methods = {record.method: record for record in records}
-    made: list[Comparison] = []
-    impossible = []
+    asked, impossible = {}, []
     for first, second in pairs:
         if first not in methods or second not in methods:
             continue
         answers = paired(methods[first], methods[second])
         if answers is None:
             impossible.append(f"{first} and {second} were not asked the same questions")
-            continue
-        test = mcnemar(*answers)
-        made.append(Comparison(first, second, paired_difference(*answers), test, test.p_value))
-    corrected = holm([comparison.p_holm for comparison in made])
-    return [replace(c, p_holm=p) for c, p in zip(made, corrected, strict=True)], impossible
+        else:
+            asked[first, second] = answers
+    tests = [mcnemar(*answers) for answers in asked.values()]
+    corrected = holm([test.p_value for test in tests])
+    made = [
+        Comparison(*names, paired_difference(*answers, len(asked)), test, p_holm)
+        for (names, answers), test, p_holm in zip(asked.items(), tests, corrected, strict=True)
+    ]
+    return made, impossible
 
 
 def paired(first: Record, second: Record) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:

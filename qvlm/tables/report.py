@@ -202,8 +202,8 @@ def made_by(records: Sequence[Record], command: str) -> str:
         each("Quantizer", lambda r: _settings(r.config["quantizer"]))
     lines.append(
         "Tests: exact McNemar on the same questions, p corrected by Holm over the comparisons of "
-        "one model and bit width, verdict at 5 %; paired intervals by Bonett and Price, "
-        "not corrected"
+        "one model and bit width, verdict at 5 %; paired intervals by Bonett and Price, those of "
+        "one model and bit width together at 95 % (Bonferroni), those against FP each"
     )
     lines.append(
         "Levels: most distinct weights / inputs per scale that entered any layer's product; a "
