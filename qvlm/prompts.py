@@ -43,6 +43,7 @@ _FORMATS = {
 # name -> (system sentence, role of the user, role of the model, end of the model's turn)
 _CONVERSATIONS = {
     "vicuna_v1": (_SYSTEM, "USER", "ASSISTANT", "</s>"),
+    "llava_v1": (_SYSTEM.replace("user", "human"), "USER", "ASSISTANT", "</s>"),
     "stablelm": (_SYSTEM, "USER", "ASSISTANT", "<|endoftext|>"),
 }
 
@@ -53,7 +54,7 @@ class Prompting:
 
     Args:
         format: "QCM-LEA", "QCM-LEPA" or "CQM-A".
-        conversation: "vicuna_v1" or "stablelm".
+        conversation: "vicuna_v1", "llava_v1" (which says "human" for "user") or "stablelm".
 
     Raises:
         UserError: for any other name.
@@ -72,6 +73,11 @@ class Prompting:
                     f"unknown prompt {option} {value!r}: accepted are {', '.join(sorted(known))}"
                 )
 
+    @property
+    def end(self) -> str:
+        """What ends the model's turn: the end-of-text token of the tokenizer it belongs to."""
+        return _CONVERSATIONS[self.conversation][3]
+
     def prompt(self, problem: Mapping[str, Any]) -> str:
         """Everything the model reads before it answers; `<image>` stands once if there is one."""
         system, user, assistant, _ = _CONVERSATIONS[self.conversation]
@@ -80,16 +86,18 @@ class Prompting:
 
     def target(self, problem: Mapping[str, Any]) -> str:
         """The answer that the model is tuned to write, from the blank after the role to the end."""
-        end = _CONVERSATIONS[self.conversation][3]
         letter = LETTERS[problem["answer"]]
-        reasons = [problem["lecture"].strip(), problem["solution"].strip()]
+        lecture, solution = problem["lecture"], problem["solution"]
         if self.format == "CQM-A":
-            return f" {letter}{end}"
-        if self.format == "QCM-LEPA":
-            labels = zip(("LECTURE", "SOLUTION"), reasons, strict=True)
-            text = "".join(f"{label}: {reason}\n" for label, reason in labels if reason)
-            return f" {text}###\nANSWER: {letter}.{end}"
-        return " " + " ".join([*filter(None, reasons), f"The answer is {letter}."]) + end
+            text = letter
+        elif self.format == "QCM-LEPA":
+            labels = (("LECTURE", lecture), ("SOLUTION", solution))
+            reasons = "".join(f"{label}: {text}\n" for label, text in labels if text.strip())
+            text = _tidy(f"{reasons}###\nANSWER: {letter}.")
+        else:
+            text = _tidy(f"Answer: {lecture} {solution} The answer is {letter}.")
+            text = text.replace("Answer: ", "")
+        return f" {text}{self.end}"
 
     def parse(self, text: str, n_choices: int) -> int | None:
         """The index of the choice that `text` names, or None where the official rule finds none.
@@ -113,10 +121,16 @@ class Prompting:
         options = " ".join(
             f"({LETTERS[i]}) {choice}" for i, choice in enumerate(problem["choices"])
         )
-        question = f"{problem['question']}\n"
-        context = f"Context: {problem['hint'].strip() or 'N/A'}\n"
+        question = f"Question: {problem['question']}"
+        context = f"Context: {problem['hint'].strip() or 'N/A'}"
+        head = (question, context) if form.question_first else (context, question)
+        text = _tidy("\n".join([*head, f"Options: {options}"]))
         if form.question_first:
-            head = question + context
-        else:
-            head = f"{context}Question: {question}"
-        return f"{head}Options: {options}" + (f"\n{form.instruction}" if form.instruction else "")
+            text = text.replace("Question: ", "")
+        text = text.replace(IMAGE_TOKEN, "").strip()
+        return f"{text}\n{form.instruction}" if form.instruction else text
+
+
+def _tidy(text: str) -> str:
+    """The conversion's own tidying, quirk included: three blanks become two."""
+    return text.replace("  ", " ").strip()

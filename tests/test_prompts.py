@@ -63,6 +63,65 @@ def test_target_without_lecture_has_no_double_blank() -> None:
     assert Prompting().target(bare) == " The only gas here is air. The answer is A.</s>"
 
 
+# Problems with the oddities of the real ones, and what LLaVA's conversion makes of them: double
+# blanks become one (three become two), borders are stripped, the label of the question vanishes
+# wherever it stands, and a literal `<image>` is taken out of the text.
+ODD = {
+    "image": object(),
+    "question": " Select the  fish below.",
+    "choices": ["green moray eel ", "  manta   ray", "cardinalfish"],
+    "answer": 2,
+    "hint": "Fish live underwater.\nQuestion: what is a fish? See <image>. ",
+    "lecture": "Birds have feathers.\n\nFish have fins.\n",
+    "solution": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("format", "conversation", "prompt", "target"),
+    [
+        (
+            "QCM-LEA",
+            "vicuna_v1",
+            f"{SYSTEM} USER: <image>\nSelect the fish below.\n"
+            "Context: Fish live underwater.\nwhat is a fish? See .\n"
+            "Options: (A) green moray eel (B)  manta  ray (C) cardinalfish ASSISTANT:",
+            " Birds have feathers.\n\nFish have fins.\n The answer is C.</s>",
+        ),
+        (
+            "QCM-LEPA",
+            "llava_v1",
+            "A chat between a curious human and an artificial intelligence assistant. The "
+            "assistant gives helpful, detailed, and polite answers to the human's questions. "
+            "USER: <image>\nSelect the fish below.\n"
+            "Context: Fish live underwater.\nwhat is a fish? See .\n"
+            "Options: (A) green moray eel (B)  manta  ray (C) cardinalfish ASSISTANT:",
+            " LECTURE: Birds have feathers.\n\nFish have fins.\n\n###\nANSWER: C.</s>",
+        ),
+        (
+            "CQM-A",
+            "stablelm",
+            f"{SYSTEM} USER: <image>\nContext: Fish live underwater.\n"
+            "Question: what is a fish? See .\nQuestion: Select the fish below.\n"
+            "Options: (A) green moray eel (B)  manta  ray (C) cardinalfish\n"
+            "Answer with the option's letter from the given choices directly. ASSISTANT:",
+            " C<|endoftext|>",
+        ),
+    ],
+)
+def test_recorded_problem_word_for_word(
+    format: str, conversation: str, prompt: str, target: str
+) -> None:
+    prompting = Prompting(format, conversation)
+    assert prompting.prompt(ODD) == prompt
+    assert prompting.target(ODD) == target
+
+
+def test_the_end_of_a_turn_is_the_templates() -> None:
+    ends = [Prompting(conversation=c).end for c in ("vicuna_v1", "llava_v1", "stablelm")]
+    assert ends == ["</s>", "</s>", "<|endoftext|>"]
+
+
 @pytest.mark.parametrize(
     ("text", "choice"),
     [
