@@ -41,8 +41,15 @@ class ModelConfig:
 
     Attributes:
         name: in records and tables.
-        path: a folder, or the name of an embedded miniature.
+        path: a folder, the name of an embedded miniature, or a repository of the hub.
         stands_for: the model of the paper whose numbers tables show beside this one's.
+        vision_tower: folder or repository of the tower, where the checkpoint only names one; null
+            is the one that it names.
+        image_size: side of the tower's input in pixels, held against the checkpoint; null is
+            whatever that says.
+        image_fit: how a picture becomes square, "crop" or "pad"; null is what the checkpoint says.
+        expert_capacity: "checkpoint" drops the tokens that an expert has no place for, as the
+            checkpoint states; "unlimited" drops none.
         weight_group_size: weights that share a scale, where the quantizer groups them.
     """
 
@@ -51,10 +58,19 @@ class ModelConfig:
     stands_for: str | None = None
     prompt_format: str = "QCM-LEA"
     conversation: str = "vicuna_v1"
+    vision_tower: str | None = None
+    image_size: int | None = None
+    image_fit: str | None = None
+    expert_capacity: str = "checkpoint"
     dtype: str = "float32"
     weight_group_size: int = 128
 
     def __post_init__(self) -> None:
+        if self.image_size is not None:
+            _within("model.image_size", self.image_size, 1)
+        if self.image_fit is not None:
+            _one_of("model.image_fit", self.image_fit, ("crop", "pad"))
+        _one_of("model.expert_capacity", self.expert_capacity, ("checkpoint", "unlimited"))
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         _within("model.weight_group_size", self.weight_group_size, 1)
 
@@ -117,8 +133,9 @@ class DataConfig:
 
     Attributes:
         name: what records call the data.
-        source: "miniature", which is generated, or a folder.
+        source: "miniature", which is generated, a folder, or a data set of the hub.
         split: the one that is evaluated.
+        published: the source is the whole published ScienceQA, and has its class sizes.
         seed: of the generator; apart from the run's seed, so that a new seed meets the same
             questions and two runs can be compared question by question.
     """
@@ -126,6 +143,7 @@ class DataConfig:
     name: str = MISSING
     source: str = MISSING
     split: str = "test"
+    published: bool = False
     seed: int = 0
 
 
@@ -249,7 +267,8 @@ def influences(config: RunConfig) -> dict[str, Any]:
     if not config.full_precision:
         parts += ["quantizer", "calibration"]
     whole = asdict(config)
-    del whole["model"]["path"], whole["model"]["stands_for"]
+    for place in ("path", "vision_tower", "stands_for"):
+        del whole["model"][place]
     return {part: whole[part] for part in parts}
 
 

@@ -22,16 +22,17 @@ from hydra.utils import get_object, instantiate
 
 from qvlm import provenance
 from qvlm.config import RunConfig, influences
-from qvlm.data.scienceqa import load_scienceqa
+from qvlm.data.scienceqa import load_scienceqa, require_published
 from qvlm.errors import UserError
 from qvlm.methods.base import Method
+from qvlm.models.hub import local_folder
 from qvlm.models.load import MINIATURES, LoadedModel, load_model
 from qvlm.prompts import Prompting
 from qvlm.quantization import QuantizationConfig, QuantSpec
 from qvlm.records import identify, require_writable
 
-CHECKPOINT_FILES = (".safetensors", ".json")
-DATA_FILES = (".parquet", ".json", ".arrow")
+CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".model", ".tiktoken")
+DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
 
 
 def check(config: RunConfig) -> dict[str, Any]:
@@ -50,6 +51,9 @@ def check(config: RunConfig) -> dict[str, Any]:
         quantization_config(config)
     require_writable(config.runs_dir)
     files = {"model": provenance.content_hash(checkpoint_folder(config), CHECKPOINT_FILES)}
+    if config.model.vision_tower is not None:
+        tower = local_folder(config.model.vision_tower, "model.vision_tower")
+        files["vision_tower"] = provenance.content_hash(tower, CHECKPOINT_FILES)
     if Path(config.data.source).is_dir():
         files["data"] = provenance.content_hash(Path(config.data.source), DATA_FILES)
     code = provenance.code_version(method_file(config.method))
@@ -156,15 +160,13 @@ def prompting(config: RunConfig) -> Prompting:
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
-    """Where the checkpoint is: an embedded miniature by name, or a folder.
+    """Where the checkpoint is: an embedded miniature by name, a folder, or one from the hub.
 
     Raises:
         UserError: if there is none.
     """
-    for folder in (MINIATURES / config.model.path, Path(config.model.path)):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"model.path: {config.model.path} is no folder; give one with a checkpoint")
+    embedded = MINIATURES / config.model.path
+    return embedded if embedded.is_dir() else local_folder(config.model.path, "model.path")
 
 
 def find_device(name: str) -> str:
@@ -203,14 +205,31 @@ def load(config: RunConfig, device: str) -> LoadedModel:
     Raises:
         UserError: if a file of the checkpoint is missing, truncated or does not fit.
     """
-    name, dtype = config.model.name, config.model.dtype
-    return load_model(checkpoint_folder(config), name, prompting(config), device, dtype)
+    model = config.model
+    return load_model(
+        checkpoint_folder(config),
+        model.name,
+        prompting(config),
+        device,
+        model.dtype,
+        vision_tower=model.vision_tower,
+        image_size=model.image_size,
+        image_fit=model.image_fit,
+        expert_capacity=model.expert_capacity,
+    )
 
 
 def load_questions(config: RunConfig) -> datasets.Dataset:
-    """The problems to evaluate."""
-    data = config.data
-    return load_scienceqa(data.source, data.split, config.evaluation.limit, data.seed)
+    """The problems to evaluate.
+
+    Raises:
+        UserError: if they cannot be had, or are not as many as were published.
+    """
+    data, limit = config.data, config.evaluation.limit
+    questions = load_scienceqa(data.source, data.split, limit, data.seed)
+    if data.published and data.split == "test" and limit is None:
+        require_published(questions, data.source)
+    return questions
 
 
 def draw_calibration(config: RunConfig) -> tuple[list[dict[str, Any]], list[int]]:

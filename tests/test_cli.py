@@ -305,5 +305,5 @@ def test_a_mistake_is_answered_without_the_heavy_imports(elsewhere: Path) -> Non
     )
     assert done.returncode == 2
     assert done.stdout == "[]\n"
-    assert done.stderr.startswith("error: unknown option model=foo; accepted are mini_llava")
+    assert done.stderr.startswith("error: unknown option model=foo; accepted are llava_13b")
     assert os.listdir(elsewhere) == []

@@ -23,7 +23,9 @@ GROUPS = {
     if folder.is_dir()
 }
 CHOICES = [(g, option) for g, options in GROUPS.items() if g != "experiment" for option in options]
-NEEDED = {"folder": ["data.source=somewhere"]}  # what an option leaves to the user
+NEEDED = {
+    option: ["data.source=somewhere"] for option in ("folder", "official")
+}  # what an option leaves to the user
 
 
 @contextmanager

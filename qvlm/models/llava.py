@@ -34,6 +34,18 @@ class LinearProjector(nn.Module):
         return self.linear_1(image_features)
 
 
+class PlaceholderEmbedding(nn.Embedding):
+    """An embedding for which `<image>` is an id beyond its rows.
+
+    The original checkpoints know no such token. Its vector does not matter, because the image's
+    features replace it, so it borrows the last row.
+    """
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Maps ids [batch, tokens] to [batch, tokens, width]."""
+        return super().forward(ids.clamp(max=self.num_embeddings - 1))
+
+
 class Llava(LlavaForConditionalGeneration):
     """A LLaVA of any family: see `LlavaArchitecture`."""
 
@@ -42,6 +54,13 @@ class Llava(LlavaForConditionalGeneration):
 
     def __init__(self, config: LlavaArchitecture) -> None:
         super().__init__(config)
+        text = config.text_config
+        if config.image_token_id >= text.vocab_size:
+            # Takes the place of the one that is there, whose weight is not copied: a checkpoint's
+            # weights come after this.
+            embedding = PlaceholderEmbedding(text.vocab_size, text.hidden_size, text.pad_token_id)
+            self.set_input_embeddings(embedding)
+            self.post_init()
         if config.projector_type == "linear":
             self.model.multi_modal_projector = LinearProjector(
                 config.vision_config.hidden_size,

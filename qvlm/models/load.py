@@ -1,7 +1,11 @@
 """A checkpoint folder becomes a model that answers problems.
 
 `LoadedModel` keeps together what a checkpoint was tuned with: weights, tokenizer, image size and
-prompting. Everything that reads or writes text for the model goes through it.
+prompting. Everything that reads or writes text for the model goes through it. A folder is in our
+own format, as the miniatures, or as its authors published it (`qvlm.models.original`).
+
+Loading ends with a check that these belong together, because a wrong prompt or picture gives
+plausible answers and 40 % accuracy, and no other hint.
 """
 
 import json
@@ -22,8 +26,12 @@ from transformers import (
 )
 
 from qvlm.errors import UserError
+from qvlm.models.families import read_config
+from qvlm.models.hub import local_folder
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.moe_stablelm import MoeStableLmConfig as MoeStableLmConfig  # registers it
+from qvlm.models.original import Original, load_original
+from qvlm.models.tokenizer import TextEncoding
 from qvlm.prompts import IMAGE_TOKEN, Prompting
 
 MINIATURES = Path(__file__).parent / "miniature"
@@ -39,6 +47,10 @@ class LoadedModel:
         image_processor: resizes and normalises to the tower's input.
         prompting: prompt format and conversation template of the checkpoint.
         name: as used in records and tables.
+        image_fit: how a picture becomes square: "crop" resizes its shorter side and cuts the
+            longer, "pad" adds borders of the mean colour.
+        image_text: what stands for an image in a prompt; some checkpoints wrap `<image>`.
+        begins_with_bos: whether a text begins with the bos token.
     """
 
     model: Llava
@@ -46,6 +58,9 @@ class LoadedModel:
     image_processor: CLIPImageProcessorPil
     prompting: Prompting
     name: str
+    image_fit: str = "crop"
+    image_text: str = IMAGE_TOKEN
+    begins_with_bos: bool = True
 
     @property
     def image_size(self) -> int:
@@ -55,8 +70,10 @@ class LoadedModel:
     @property
     def image_tokens(self) -> int:
         """Number of positions that one image takes in the language model: its patches."""
-        vision = self.model.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2
+        config = self.model.config
+        vision = config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return patches + (config.vision_feature_select_strategy == "full")  # and the class token
 
     def encode(
         self, problems: Sequence[Mapping[str, Any]], with_target: bool = False
@@ -85,30 +102,57 @@ class LoadedModel:
         for prompt, image in zip(prompts, images, strict=True):
             if prompt.count(IMAGE_TOKEN) != (image is not None):
                 raise ValueError("a prompt needs exactly one <image> for each image")
-        texts = [
-            f"{self.tokenizer.bos_token}{prompt}".replace(
-                IMAGE_TOKEN, IMAGE_TOKEN * self.image_tokens
-            )
-            for prompt in prompts
-        ]
-        rows = self.tokenizer(
-            texts,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
+        rows = self._ids(prompts)
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         device = self.model.device
-        batch = {name: rows[name].to(device) for name in ("input_ids", "attention_mask")}
+        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         present = [image for image in images if image is not None]
         if present:
+            if self.image_fit == "pad":
+                present = [
+                    pad_to_square(image, self.image_processor.image_mean) for image in present
+                ]
             pixels = self.image_processor(present, return_tensors="pt")["pixel_values"]
             batch["pixel_values"] = pixels.to(device, self.model.dtype)
         return batch
 
+    def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The token ids of texts; each is tokenized in pieces, around its image.
+
+        So does the code of LLaVA: with sentencepiece a piece begins with a blank of its own.
+        """
+        pieces = [text.replace(IMAGE_TOKEN, self.image_text).split(IMAGE_TOKEN) for text in prompts]
+        flat = [piece for row in pieces for piece in row]
+        encoded = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"])
+        image = [self.model.config.image_token_id] * self.image_tokens
+        start = [self.tokenizer.bos_token_id] if self.begins_with_bos else []
+        rows = []
+        for row in pieces:
+            ids = start + next(encoded)
+            for _ in row[1:]:
+                ids += image + next(encoded)
+            rows.append(ids)
+        return rows
+
     def decode(self, ids: Tensor) -> list[str]:
         """Turns token ids [batch, tokens] into texts without special tokens."""
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """Puts an image in the middle of a square of the mean colour, as LLaVA-v1.5 was tuned.
+
+    Args:
+        mean: of the image processor, per channel from 0 to 1.
+    """
+    image = image.convert("RGB")
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * part) for part in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def load_model(
@@ -117,20 +161,64 @@ def load_model(
     prompting: Prompting | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    *,
+    vision_tower: str | None = None,
+    image_size: int | None = None,
+    image_fit: str | None = None,
+    expert_capacity: str = "checkpoint",
 ) -> LoadedModel:
-    """Loads a checkpoint folder in transformers' format.
+    """Loads a checkpoint.
 
     Args:
-        path: the folder, or the name of an embedded miniature.
+        path: a folder, the name of an embedded miniature, or a repository of the hub.
         name: what records and tables call the model.
         prompting: prompt format and conversation template; QCM-LEA and vicuna_v1 by default.
         device: where to put the weights.
         dtype: their floating-point type.
+        vision_tower: folder or repository of the tower, for checkpoints whose config.json names
+            one; None is that.
+        image_size: side of the tower's input in pixels, to be checked; None accepts any.
+        image_fit: "crop" or "pad"; None is what the checkpoint states.
+        expert_capacity: "checkpoint" drops tokens as its config.json states, "unlimited" none.
 
     Raises:
-        UserError: if the folder or a file in it is missing, truncated or does not fit.
+        UserError: if the folder or a file in it is missing, truncated or does not fit, or what the
+            model was tuned with does not belong together.
     """
-    folder = MINIATURES / path if (MINIATURES / path).is_dir() else Path(path)
+    folder = MINIATURES / path if (MINIATURES / path).is_dir() else local_folder(path, "model.path")
+    owner = f"model {name}"
+    content = read_config(folder, owner)
+    if content.get("model_type") == LlavaArchitecture.model_type:
+        if vision_tower is not None:
+            raise UserError(f"model.vision_tower: {owner} carries its own; accepted is null")
+        read = _load_own(folder, name, getattr(torch, dtype), expert_capacity)
+    else:
+        read = load_original(
+            folder, content, owner, getattr(torch, dtype), vision_tower, expert_capacity
+        )
+    tokenizer = read.text.tokenizer
+    read.model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    read.model.to(device).eval()
+    loaded = LoadedModel(
+        read.model,
+        tokenizer,
+        read.image_processor,
+        prompting or Prompting(),
+        name,
+        image_fit or read.image_fit,
+        read.image_text,
+        read.text.begins_with_bos,
+    )
+    _check_together(loaded, image_size, owner)
+    return loaded
+
+
+def _load_own(folder: Path, name: str, dtype: torch.dtype, expert_capacity: str) -> Original:
+    """Loads a folder in transformers' format with our configuration class."""
     needed = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
     for file in needed:
         if not (folder / file).is_file():
@@ -140,8 +228,10 @@ def load_model(
             )
     try:
         architecture = LlavaArchitecture.from_pretrained(folder)
+        if expert_capacity == "unlimited" and hasattr(architecture.text_config, "capacity_factor"):
+            architecture.text_config.capacity_factor = None
         model, report = Llava.from_pretrained(
-            folder, config=architecture, dtype=getattr(torch, dtype), output_loading_info=True
+            folder, config=architecture, dtype=dtype, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = CLIPImageProcessorPil.from_pretrained(folder)
@@ -155,10 +245,28 @@ def load_model(
             f"model {name}: {folder / 'model.safetensors'} does not fit its config.json: "
             f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}"
         )
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.to(device).eval()
-    return LoadedModel(model, tokenizer, image_processor, prompting or Prompting(), name)
+    text = TextEncoding(tokenizer, begins_with_bos=True)
+    return Original(model, text, image_processor, "crop", IMAGE_TOKEN)
+
+
+def _check_together(loaded: LoadedModel, image_size: int | None, owner: str) -> None:
+    """Refuses a template or an image size that is not the checkpoint's."""
+    end = loaded.tokenizer.eos_token
+    if loaded.prompting.end != end:
+        raise UserError(
+            f"model.conversation: {loaded.prompting.conversation} ends a turn with "
+            f"{loaded.prompting.end}, but the tokenizer of {owner} with {end}; give the template "
+            "that the checkpoint was tuned with"
+        )
+    side = loaded.image_size
+    if image_size not in (None, side):
+        raise UserError(
+            f"model.image_size: {image_size} is not what the vision tower of {owner} takes; "
+            f"accepted is {side}"
+        )
+    crop = loaded.image_processor.crop_size
+    if (crop["height"], crop["width"]) != (side, side):
+        raise UserError(
+            f"{owner}: preprocessor_config.json cuts images to {crop['height']} x {crop['width']}, "
+            f"but the vision tower takes {side} x {side}; give the one that belongs to the tower"
+        )

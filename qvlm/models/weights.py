@@ -1,0 +1,131 @@
+"""The tensors of a checkpoint folder, each read when it is asked for.
+
+A folder holds safetensors or PyTorch's `.bin` files, in one piece or in shards that an index names.
+`.bin` files are pickles: they are read with `weights_only`, which builds tensors and nothing else,
+and mapped into memory rather than read whole.
+"""
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qvlm.errors import UserError
+
+INDEX_SUFFIX = ".index.json"
+STEMS = ("model.safetensors", "pytorch_model.bin")
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a folder by the names that its files give them.
+
+    Args:
+        folder: with one of the files in `STEMS`, or with an index and the shards that it names.
+        owner: what messages call the checkpoint, for example "model llava_13b".
+
+    Raises:
+        UserError: if there are no weights, a shard is missing or truncated, holds anything but
+            tensors, or lacks one that the index promises.
+    """
+
+    def __init__(self, folder: Path, owner: str) -> None:
+        self._owner = owner
+        self._open: dict[Path, Any] = {}
+        self._files: dict[str, Path] = {}
+        names = [name for stem in STEMS for name in (stem + INDEX_SUFFIX, stem)]
+        found = next((folder / name for name in names if (folder / name).is_file()), None)
+        if found is None:
+            raise UserError(f"{owner}: {folder} has no weights; accepted are {', '.join(names)}")
+        if found.name.endswith(INDEX_SUFFIX):
+            self._read_index(found)
+        else:
+            self._files = dict.fromkeys(self._names_in(found), found)
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._files[name]
+        content = self._content(file)
+        try:
+            return content[name] if isinstance(content, dict) else content.get_tensor(name)
+        except SafetensorError as error:
+            raise self._damaged(file, error) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        content = self._content(self._files[name])
+        if isinstance(content, dict):
+            return tuple(content[name].shape)
+        return tuple(content.get_slice(name).get_shape())
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
+
+    def _read_index(self, index: Path) -> None:
+        try:
+            placed = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self._owner}: {index} is no index of shards: {error!r}; download it again"
+            ) from error
+        shards = {shard: index.parent / Path(shard).name for shard in sorted(set(placed.values()))}
+        for file in shards.values():
+            if not file.is_file():
+                raise UserError(
+                    f"{self._owner}: shard {file} is missing, which {index.name} names; download it"
+                )
+        held = {shard: dict.fromkeys(self._names_in(file)) for shard, file in shards.items()}
+        for name, shard in placed.items():
+            if name not in held[shard]:
+                raise UserError(
+                    f"{self._owner}: {shards[shard]} lacks tensor {name}, which {index.name} "
+                    "places there; download both again"
+                )
+        # A shard may hold more than the index says: such a tensor is unexpected, not invisible.
+        self._files = {name: shards[shard] for shard, names in held.items() for name in names}
+
+    def _names_in(self, file: Path) -> list[str]:
+        return list(self._content(file).keys())
+
+    def _content(self, file: Path) -> Any:
+        """A dict of tensors that are mapped into memory, or an open safetensors file."""
+        if file not in self._open:
+            try:
+                if file.suffix == ".safetensors":
+                    self._open[file] = safe_open(file, framework="pt")
+                else:
+                    self._open[file] = _read_bin(file)
+            except pickle.UnpicklingError as error:
+                raise UserError(
+                    f"{self._owner}: {file} is not read, because it holds other things than "
+                    "tensors or is damaged; accepted are files of tensors"
+                ) from error
+            except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+                raise self._damaged(file, error) from error
+        return self._open[file]
+
+    def _damaged(self, file: Path, error: Exception) -> UserError:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(
+            f"{self._owner}: {file} is truncated or damaged ({reason}); download it again"
+        )
+
+
+def _read_bin(file: Path) -> dict[str, Tensor]:
+    # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+    with file.open("rb") as opened:
+        mapped = opened.read(4) == b"PK\x03\x04"
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise pickle.UnpicklingError("no dictionary of tensors")
+    return content
