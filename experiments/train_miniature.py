@@ -94,7 +94,7 @@ class Recipe:
 
 
 RECIPES = {
-    "mini_llava": Recipe(joint_steps=5000, decay_share=0.7),
+    "mini_llava": Recipe(joint_steps=3400, decay_share=0.7),
     "mini_moe_llava": Recipe(joint_steps=4600, decay_share=0.8),
 }
 
