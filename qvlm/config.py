@@ -149,14 +149,21 @@ class DataConfig:
 
 @dataclass
 class CalibrationConfig:
-    """The problems, with their answers, from which activation ranges are taken."""
+    """The problems, with their answers, from which activation ranges are taken.
+
+    Attributes:
+        images: "only" draws problems with a picture, the image-text pairs of the paper; "any" draws
+            from all.
+    """
 
     split: str = "train"
     samples: int = 64
+    images: str = "only"
     batch_size: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _one_of("calibration.images", self.images, ("only", "any"))
         _within("calibration.samples", self.samples, 1)
         _within("calibration.batch_size", self.batch_size, 1)
 

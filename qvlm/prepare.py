@@ -10,6 +10,7 @@ import inspect
 import os
 import random
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -240,10 +241,19 @@ def draw_calibration(config: RunConfig) -> tuple[list[dict[str, Any]], list[int]
     """
     data, calibration = config.data, config.calibration
     pool = load_scienceqa(data.source, calibration.split, None, data.seed)
-    if calibration.samples > len(pool):
+    count = calibration.samples
+    order = random.Random(calibration.seed).sample(range(len(pool)), len(pool))
+    if calibration.images == "only":
+        # In small steps: a picture is decoded to be looked at.
+        order = list(islice((row for row in order if pool[row]["image"] is not None), count))
+    if count > len(order):
         raise UserError(
-            f"calibration.samples: {calibration.samples} is more than split {calibration.split} "
-            f"has; accepted are 1 to {len(pool)}"
+            f"calibration.samples: {count} is more than split {calibration.split} has"
+            + (
+                f" with images; accepted are 1 to {len(order)}, or calibration.images=any"
+                if calibration.images == "only"
+                else f"; accepted are 1 to {len(order)}"
+            )
         )
-    rows = sorted(random.Random(calibration.seed).sample(range(len(pool)), calibration.samples))
+    rows = sorted(order[:count])
     return [pool[row] for row in rows], rows

@@ -103,9 +103,12 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> dict[str, Any]:
-    """The git revision of this checkout and whether its tracked files were changed since."""
+    """The git revision of this checkout and whether its tracked files were changed since.
+
+    What a run generates does not count: the second table of a fresh clone is as clean as the first.
+    """
     commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     return {"revision": commit, "dirty": bool(changed) if commit else None}
 
 

@@ -236,20 +236,24 @@ def write_tower(folder: Path, model: Llava) -> None:
             "model_type": "clip",
             "projection_dim": 16,
             "text_config": {"hidden_size": 8, "model_type": "clip_text_model"},
-            "vision_config": {
-                "hidden_act": "quick_gelu",
-                "hidden_size": vision.hidden_size,
-                "image_size": vision.image_size,
-                "intermediate_size": vision.intermediate_size,
-                "model_type": "clip_vision_model",
-                "num_attention_heads": vision.num_attention_heads,
-                "num_hidden_layers": vision.num_hidden_layers,
-                "patch_size": vision.patch_size,
-                "projection_dim": 16,
-            },
+            "vision_config": {"hidden_act": "quick_gelu", **_vision_facts(vision)},
         },
     )
     write_preprocessor(folder, vision.image_size)
+
+
+def _vision_facts(vision: CLIPVisionConfig) -> dict[str, Any]:
+    """What a config.json says of a CLIP tower."""
+    return {
+        "hidden_size": vision.hidden_size,
+        "image_size": vision.image_size,
+        "intermediate_size": vision.intermediate_size,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": vision.num_attention_heads,
+        "num_hidden_layers": vision.num_hidden_layers,
+        "patch_size": vision.patch_size,
+        "projection_dim": 16,
+    }
 
 
 def write_preprocessor(folder: Path, side: int) -> None:
@@ -426,17 +430,7 @@ def _hub_config(model: Llava) -> dict[str, Any]:
         },
         "tie_word_embeddings": False,
         "torch_dtype": "float16",
-        "vision_config": {
-            "hidden_size": vision.hidden_size,
-            "image_size": vision.image_size,
-            "intermediate_size": vision.intermediate_size,
-            "model_type": "clip_vision_model",
-            "num_attention_heads": vision.num_attention_heads,
-            "num_hidden_layers": vision.num_hidden_layers,
-            "patch_size": vision.patch_size,
-            "projection_dim": 16,
-            "vocab_size": 32000,
-        },
+        "vision_config": {**_vision_facts(vision), "vocab_size": 32000},
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     }

@@ -115,6 +115,7 @@ def test_interpolations_follow_what_they_point_at() -> None:
         ("calibration.samples=-1", ["calibration.samples", "-1", "at least 1"]),
         ("calibration.samples=0", ["calibration.samples", "at least 1"]),
         ("calibration.batch_size=0", ["calibration.batch_size"]),
+        ("calibration.images=none", ["calibration.images", "none", "only, any"]),
         ("bits.weights=1", ["bits.weights", "from 2 to 8"]),
         ("bits.activations=9", ["bits.activations", "from 2 to 8"]),
         ("bits.weights=null", ["bits.weights", "bits.activations", "null"]),

@@ -174,10 +174,21 @@ def test_the_seed_draws_the_calibration_samples(cell: Any) -> None:
     assert [p["question"] for p in problems] == [SPLITS["train"][row]["question"] for row in rows]
 
 
+def test_calibration_draws_image_text_pairs_unless_told_otherwise(cell: Any) -> None:
+    pictured = [row for row in range(20) if SPLITS["train"][row]["image"] is not None]
+    assert 6 < len(pictured) < 20
+    _, rows = prepare.draw_calibration(cell(f"calibration.samples={len(pictured)}"))
+    assert rows == pictured
+    _, rows = prepare.draw_calibration(cell("calibration.images=any", "calibration.samples=20"))
+    assert rows == list(range(20))
+    with pytest.raises(UserError, match=f"1 to {len(pictured)}, or calibration.images=any"):
+        prepare.draw_calibration(cell(f"calibration.samples={len(pictured) + 1}"))
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("calibration.samples=21", "calibration.samples: 21 .* 1 to 20"),
+        ("calibration.samples=21", "calibration.samples: 21 .* with images; accepted are 1 to "),
         ("model.weight_group_size=7", "group.size"),
     ],
 )
