@@ -7,6 +7,7 @@ Nothing here depends on which model or method runs: a checkpoint is a folder, a 
 """
 
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from qvlm import prepare
 from qvlm.config import RunConfig, canonical
 from qvlm.evaluation import Evaluation, evaluate
 from qvlm.methods.base import Method, MethodReport
-from qvlm.provenance import surroundings
+from qvlm.provenance import hardware, surroundings, versions
 from qvlm.quantization import (
     Block,
     LayerBits,
@@ -31,7 +32,7 @@ from qvlm.quantization import (
     expected_layers,
     measure_bits,
 )
-from qvlm.records import find_record, write_record
+from qvlm.records import answers_folder, find_record, write_record
 from qvlm.stages import Stages
 from qvlm.tracking import track
 
@@ -51,8 +52,13 @@ class Outcome:
     layers: list[LayerBits] = field(default_factory=list)
 
 
-def compute(config: RunConfig, method: Method, title: str, device: str) -> Outcome:
+def compute(
+    config: RunConfig, method: Method, title: str, device: str, answers: Path | None = None
+) -> Outcome:
     """The straight line, without its beginning and end on disk.
+
+    Args:
+        answers: a folder for the answers given so far, of this cell on this kind of machine.
 
     Raises:
         UserError: if checkpoint or data cannot be used.
@@ -84,7 +90,9 @@ def compute(config: RunConfig, method: Method, title: str, device: str) -> Outco
         with stages.stage("evaluate"):
             options = asdict(config.evaluation)
             del options["limit"]  # the questions are limited already
-            evaluation = evaluate(loaded, questions, seed=config.seed, **options)
+            evaluation = evaluate(loaded, questions, seed=config.seed, answers=answers, **options)
+    if evaluation.resumed:  # the stage's seconds are those of the other questions only
+        stages.costs["evaluate"]["resumed_questions"] = evaluation.resumed
     return Outcome(questions, evaluation, stages.costs, **found)
 
 
@@ -108,7 +116,12 @@ def run_cell(config: RunConfig) -> Path:
     method = prepare.build_method(config.method)
     device = prepare.find_device(config.device)
     prepare.settle(config, device)
-    outcome = compute(config, method, path.name, device)
+    machine = hardware()
+    place = {"device": device.partition(":")[0], "cpu": machine["cpu"], "gpu": str(machine["gpu"])}
+    answers = answers_folder(path, identity["hash"], place | versions())
+    if config.force:
+        shutil.rmtree(answers, ignore_errors=True)
+    outcome = compute(config, method, path.name, device, answers)
     exceeding = check_bits(outcome.layers)
     if exceeding:
         tqdm.write(
@@ -136,6 +149,7 @@ def run_cell(config: RunConfig) -> Path:
     layers = [asdict(layer) for layer in outcome.layers]
     metrics, predictions = outcome.evaluation.metrics, outcome.evaluation.predictions
     record = write_record(path, asdict(config), run, metrics, predictions, layers)
+    shutil.rmtree(answers, ignore_errors=True)
     track(record, outcome.questions, config.tracking, config.group)
     tqdm.write(f"wrote {path}")
     return path

@@ -33,7 +33,9 @@ import yaml
 from qvlm.errors import RunError, UserError
 
 PARTIAL = ".partial"
+ANSWERS = ".answers"
 ABANDONED_SECONDS = 600.0  # writing takes well under a second
+FORGOTTEN_SECONDS = 30 * 86_400.0  # nobody resumes a cell that was killed that long ago
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,21 @@ def remove_leftovers(runs: Path) -> None:
     """Removes what killed runs left: hidden folders that nobody has written to for long."""
     if not runs.is_dir():
         return
-    for path in runs.glob(f".*{PARTIAL}"):
-        if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+    for suffix, seconds in ((PARTIAL, ABANDONED_SECONDS), (ANSWERS, FORGOTTEN_SECONDS)):
+        for path in runs.glob(f".*{suffix}"):
+            if time.time() - path.stat().st_mtime > seconds:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def answers_folder(path: Path, identity: str, place: Mapping[str, str]) -> Path:
+    """Where a cell keeps its answers until its record is written: beside the record, hidden.
+
+    Args:
+        path: the folder of the record.
+        identity: the cell's hash.
+        place: what else the answers must have in common to be put together: device, versions.
+    """
+    return path.with_name(f".{path.name}.{identify({}, identity, place)[:16]}{ANSWERS}")
 
 
 def plain(value: Any) -> Any:

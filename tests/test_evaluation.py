@@ -1,6 +1,7 @@
 """Evaluation through lm-eval, on a tiny random LLaVA whose answers are letters."""
 
 import io
+import json
 import logging
 import random
 import socket
@@ -26,6 +27,7 @@ from transformers import (
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation import evaluate
 from qvlm.evaluation import task as task_functions
+from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.models import Llava, LlavaArchitecture, LoadedModel
 from qvlm.prompts import IMAGE_TOKEN, LETTERS, Prompting
 
@@ -334,6 +336,58 @@ def test_sampling_is_seeded_and_leaves_the_callers_random_state(
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]
+
+
+class Interrupted(Exception):
+    """In place of a kill."""
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    loaded: LoadedModel,
+    dataset: datasets.Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    temperature: float,
+    stop: int,
+) -> None:
+    options = {"batch_size": 7, "temperature": temperature}
+    undisturbed = run(loaded, dataset, **options)
+    answers, asked = tmp_path / "answers", 0
+    ask = InMemoryModel._batch
+
+    def interrupted(self: InMemoryModel, start: int, requests: Any) -> list[str]:
+        nonlocal asked
+        if asked == stop:
+            raise Interrupted
+        asked += 1
+        return ask(self, start, requests)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(InMemoryModel, "_batch", interrupted)
+        run(loaded, dataset, answers=answers, **options)
+    evaluation = evaluate(loaded, dataset, max_new_tokens=4, answers=answers, **options)
+    pd.testing.assert_frame_equal(evaluation.predictions, undisturbed)
+    assert evaluation.resumed == 7 * stop
+    again = evaluate(loaded, dataset, max_new_tokens=4, answers=answers, **options)
+    pd.testing.assert_frame_equal(again.predictions, undisturbed)
+    assert again.resumed == len(dataset)
+
+
+def test_answers_to_other_prompts_or_cut_off_are_not_taken(
+    loaded: LoadedModel, dataset: datasets.Dataset, problems: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run(loaded, dataset, answers=tmp_path, batch_size=7)
+    files = sorted(tmp_path.iterdir())
+    files[0].write_text("")
+    files[1].write_text(files[1].read_text()[:-5])
+    settings = {"batch_size": 7, "max_new_tokens": 4, "answers": tmp_path}
+    resumed = evaluate(loaded, dataset, **settings).resumed
+    kept = [json.loads(file.read_text()) for file in files]
+    assert resumed == sum(len(content["answers"]) for content in kept[2:])
+    others = make_dataset([{**problem, "question": "Which one?"} for problem in problems])
+    assert evaluate(loaded, others, **settings).resumed == 0
 
 
 def test_a_nan_in_one_question_is_named(problems: list[dict[str, Any]]) -> None:

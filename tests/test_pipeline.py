@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from test_evaluation import make_dataset, make_model, make_problems
 from qvlm import pipeline, prepare
 from qvlm.config import RunConfig
 from qvlm.errors import RunError, UserError
+from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.methods.base import MethodReport
 from qvlm.pipeline import run_cell
 from qvlm.quantization import Walk, expected_layers
@@ -223,6 +225,41 @@ def test_a_run_that_breaks_leaves_nothing(
     with pytest.raises(RunError, match="parsed"):
         run_cell(cell())
     assert os.listdir(tmp_path) == []
+
+
+def test_a_killed_cell_goes_on_within_its_evaluation(
+    cell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["evaluation.batch_size=5"]
+    undisturbed = Record.load(run_cell(cell(*words)))
+    assert "resumed_questions" not in undisturbed.run["stages"]["evaluate"]
+    ask = InMemoryModel._batch
+
+    def interrupted(self: InMemoryModel, start: int, requests: Any) -> list[str]:
+        if start == 10:
+            raise KeyboardInterrupt
+        return ask(self, start, requests)
+
+    def stop(*others: str) -> list[str]:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(InMemoryModel, "_batch", interrupted)
+            run_cell(cell(*words, *others, "force=true"))
+        return [name for name in os.listdir(runs) if name.startswith(".")]
+
+    runs = tmp_path / "results" / "runs"
+    (answers,) = stop()
+    assert answers.startswith(f".{undisturbed.name}.")
+    run_cell(cell("evaluation.batch_size=5", "seed=1"))  # another cell: it takes none of these
+    assert len(stop("evaluation.max_new_tokens=3")) == 2
+    shutil.rmtree(undisturbed.path)
+
+    record = Record.load(run_cell(cell(*words)))
+    assert record.run["stages"]["evaluate"]["resumed_questions"] == 10
+    pd.testing.assert_frame_equal(record.predictions, undisturbed.predictions)
+    assert record.metrics == undisturbed.metrics
+    assert not (runs / answers).exists()
+    (other,) = (record for record in find_records(runs) if record.run["seed"] == 1)
+    assert "resumed_questions" not in other.run["stages"]["evaluate"]
 
 
 class Forgetful:

@@ -18,7 +18,9 @@ from qvlm import provenance
 from qvlm.errors import RunError, UserError
 from qvlm.records import (
     ABANDONED_SECONDS,
+    FORGOTTEN_SECONDS,
     Record,
+    answers_folder,
     find_records,
     identify,
     plain,
@@ -126,6 +128,22 @@ test_records.write(Path({str(tmp_path)!r}) / "cell")
     os.utime(leftover, (old, old))
     assert find_records(tmp_path) == []
     write(tmp_path / "cell")
+    assert os.listdir(tmp_path) == ["cell"]
+
+
+def test_answers_of_a_killed_cell_wait_for_it_a_month(tmp_path: Path) -> None:
+    path = tmp_path / "cell"
+    answers = answers_folder(path, "abc", {"device": "cpu"})
+    assert answers != answers_folder(path, "abd", {"device": "cpu"})
+    assert answers != answers_folder(path, "abc", {"device": "cuda"})
+    answers.mkdir()
+    old = time.time() - ABANDONED_SECONDS - 1
+    os.utime(answers, (old, old))
+    write(path)
+    assert answers.exists()
+    assert [record.name for record in find_records(tmp_path)] == ["cell"]
+    os.utime(answers, (old - FORGOTTEN_SECONDS, old - FORGOTTEN_SECONDS))
+    write(path)
     assert os.listdir(tmp_path) == ["cell"]
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from qvlm.errors import RunError, UserError
+from qvlm.evaluation.answers import KeptAnswers
 from qvlm.models.load import LoadedModel
 
 _IMAGE = datasets.Image(mode="RGB")
@@ -30,15 +31,26 @@ class InMemoryModel(LM):
     Args:
         loaded: the model with its encoding.
         batch_size: questions per batch.
+        seed: of sampling; each batch has a seed of its own that follows from it.
+        kept: answers of an earlier evaluation, and where to keep these.
         progress: one bar over the questions; silent anyway when stderr is no terminal.
     """
 
     MULTIMODAL = True
 
-    def __init__(self, loaded: LoadedModel, batch_size: int, progress: bool = True) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        batch_size: int,
+        seed: int = 0,
+        kept: KeptAnswers | None = None,
+        progress: bool = True,
+    ) -> None:
         super().__init__()
         self.loaded = loaded
         self.batch_size = batch_size
+        self.seed = seed
+        self.kept = kept
         self.progress = progress
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -57,13 +69,25 @@ class InMemoryModel(LM):
         ) as bar:
             for start in range(0, len(requests), self.batch_size):
                 rows = longest_first[start : start + self.batch_size]
-                for row, text in zip(rows, self._batch([requests[r] for r in rows]), strict=True):
+                answers = self._answers(start, [requests[row] for row in rows])
+                for row, text in zip(rows, answers, strict=True):
                     texts[row] = text
                 bar.update(len(rows))
         return texts
 
+    def _answers(self, start: int, requests: Sequence[Instance]) -> list[str]:
+        """The answers of the batch that begins at `start`, from the model unless they are kept."""
+        prompts = [request.args[0] for request in requests]
+        found = self.kept.find(start, prompts) if self.kept else None
+        if found is not None:
+            return found
+        answers = self._batch(start, requests)
+        if self.kept:
+            self.kept.keep(start, prompts, answers)
+        return answers
+
     @torch.inference_mode()
-    def _batch(self, requests: Sequence[Instance]) -> list[str]:
+    def _batch(self, start: int, requests: Sequence[Instance]) -> list[str]:
         settings = requests[0].args[1]  # the task has one set of them
         names = [request.doc["question_id"] for request in requests]
         inputs = self.loaded.encode_prompts(
@@ -78,6 +102,7 @@ class InMemoryModel(LM):
             "logits_processor": LogitsProcessorList([_RefuseNonFinite(self.loaded.name, names)]),
         }
         if settings["do_sample"]:  # from the distribution itself, without a default cut-off
+            torch.manual_seed(self.seed + start)
             options |= {"temperature": settings["temperature"], "top_k": 0, "top_p": 1.0}
         model: Any = self.loaded.model  # the types of `generate` do not admit a subclass of ours
         generated = model.generate(**options)

@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel
+from qvlm.evaluation.answers import KeptAnswers
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.models.load import LoadedModel
 
@@ -40,10 +41,12 @@ class Evaluation:
         predictions: one row per question in the data set's order, with the columns `question_id`,
             `subject`, `grade`, `skill`, `has_image`, `has_text`, `n_choices`, `answer`,
             `prediction` (missing if unparsable), `correct`, `text`.
+        resumed: how many of the answers an earlier evaluation had given and kept.
     """
 
     metrics: dict[str, Any]
     predictions: pd.DataFrame
+    resumed: int = 0
 
 
 def evaluate(
@@ -55,6 +58,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     temperature: float = 0.0,
+    answers: Path | None = None,
 ) -> Evaluation:
     """Asks every question and scores the answers.
 
@@ -68,6 +72,8 @@ def evaluate(
         seed: of that choice, and of sampling.
         progress: shows a bar if stderr is a terminal.
         temperature: 0 is greedy; above, tokens are sampled from the whole distribution.
+        answers: a folder to keep the answers in as they are given; those that are there already,
+            of the same model and options, are not asked again.
 
     Raises:
         UserError: for an option outside its range, no questions, or an image that does not decode.
@@ -75,7 +81,8 @@ def evaluate(
     """
     _check(dataset, batch_size, max_new_tokens, unparsable, temperature)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
-    with _quiet_lm_eval(), _seeded(seed, loaded.model.device):
+    kept = KeptAnswers(answers) if answers else None
+    with _quiet_lm_eval(), _preserved(loaded.model.device):
         manager = TaskManager(
             include_path=Path(__file__).parent,
             include_defaults=False,
@@ -91,7 +98,7 @@ def evaluate(
             "generation_kwargs", {"max_gen_toks": max_new_tokens, **sampling}, update=True
         )
         results = lm_eval.evaluator.evaluate(
-            InMemoryModel(loaded, batch_size, progress),
+            InMemoryModel(loaded, batch_size, seed, kept, progress),
             tasks,
             bootstrap_iters=0,
             log_samples=False,
@@ -107,7 +114,9 @@ def evaluate(
             "and the scales of quantized layers"
         )
     return Evaluation(
-        {"classes": class_metrics(predictions), "unparsable_rule": unparsable}, predictions
+        {"classes": class_metrics(predictions), "unparsable_rule": unparsable},
+        predictions,
+        kept.resumed if kept else 0,
     )
 
 
@@ -150,15 +159,14 @@ def _quiet_lm_eval() -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch for sampling and gives the caller's random states back.
+def _preserved(device: torch.device) -> Iterator[None]:
+    """Gives the caller's random states back: sampling seeds torch.
 
     Python's is among them: lm-eval draws from it for task names that it never uses.
     """
     state = random.getstate()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
             yield
     finally:
         random.setstate(state)
