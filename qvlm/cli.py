@@ -123,7 +123,7 @@ def plan(
     from qvlm import prepare
 
     for config, _ in cells.values():
-        prepare.check(config)
+        prepare.check(prepare.adopt(config))
     for first in (True, False):
         if batch := [job for config, job in cells.values() if config.full_precision is first]:
             yield batch

@@ -22,6 +22,7 @@ from qvlm.errors import UserError
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 FULL_PRECISION = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
+KERNELS = ("auto", "reference", "int_mm", "int4_weight_only", "triton")
 
 
 def _one_of(key: str, value: object, accepted: Collection[str]) -> None:
@@ -51,6 +52,8 @@ class ModelConfig:
         expert_capacity: "checkpoint" drops the tokens that an expert has no place for, as the
             checkpoint states; "unlimited" drops none.
         weight_group_size: weights that share a scale, where the quantizer groups them.
+        packed: a folder that `save_packed` wrote: it is evaluated as it is, and brings method,
+            bits, quantizer and calibration with it.
     """
 
     name: str = MISSING
@@ -64,6 +67,7 @@ class ModelConfig:
     expert_capacity: str = "checkpoint"
     dtype: str = "float32"
     weight_group_size: int = 128
+    packed: str | None = None
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
@@ -216,6 +220,10 @@ class RunConfig:
     Attributes:
         method: `_target_` and its parameters.
         method_name: the name of the method's YAML; names the record's folder.
+        execution: "simulated" multiplies rounded numbers in floating point; "packed" keeps codes
+            and multiplies them with the products of `qvlm.packing`.
+        kernel: the packed product, see `qvlm.packing.KERNELS`; "auto" is chosen by each layer.
+        save_packed: a folder to write the packed model to; its execution is packed.
         group: cells that belong together, in Weights & Biases.
         device: "auto" is the first GPU, or the CPU where there is none.
         threads: of PyTorch on the CPU; null leaves its choice.
@@ -231,6 +239,9 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0
+    execution: str = "simulated"
+    kernel: str = "auto"
+    save_packed: str | None = None
     results_dir: str = "results"
     device: str = "auto"
     threads: int | None = None
@@ -243,6 +254,16 @@ class RunConfig:
             raise UserError("method._target_: give the import path of a class, pkg.module.Class")
         if self.threads is not None:
             _within("threads", self.threads, 1)
+        _one_of("execution", self.execution, ("simulated", "packed"))
+        _one_of("kernel", self.kernel, KERNELS)
+        if self.kernel != "auto" and not self.packed:
+            raise UserError(f"kernel: {self.kernel!r} needs execution=packed")
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes are multiplied, and not their values."""
+        wanted = self.execution == "packed" or self.save_packed or self.model.packed
+        return bool(wanted) and not self.full_precision
 
     @property
     def runs_dir(self) -> Path:
@@ -258,8 +279,15 @@ class RunConfig:
 def canonical(config: RunConfig) -> RunConfig:
     """The same cell under its one name: full precision has no bits and no other method."""
     if not config.full_precision:
-        return config
-    return replace(config, method=dict(FULL_PRECISION), method_name="fp", bits=BitsConfig())
+        return replace(config, execution="packed" if config.packed else "simulated")
+    return replace(
+        config,
+        method=dict(FULL_PRECISION),
+        method_name="fp",
+        bits=BitsConfig(),
+        execution="simulated",
+        save_packed=None,
+    )
 
 
 def influences(config: RunConfig) -> dict[str, Any]:
@@ -267,14 +295,16 @@ def influences(config: RunConfig) -> dict[str, Any]:
 
     The content of the checkpoint counts as well and is hashed beside it (`qvlm.prepare`). Where the
     work happens (device, threads), where it is written and how it is shown do not count. Full
-    precision does not depend on quantizer and calibration.
+    precision does not depend on quantizer and calibration, and only packed execution on the kernel.
     """
     config = canonical(config)
     parts = ["model", "method", "bits", "data", "evaluation", "seed"]
     if not config.full_precision:
         parts += ["quantizer", "calibration"]
+    if config.packed:
+        parts += ["execution", "kernel"]
     whole = asdict(config)
-    for place in ("path", "vision_tower", "stands_for"):
+    for place in ("path", "packed", "vision_tower", "stands_for"):
         del whole["model"][place]
     return {part: whole[part] for part in parts}
 

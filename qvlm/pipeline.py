@@ -1,9 +1,10 @@
 """One cell from configuration to record: the straight line of this project, on one screen.
 
-    load model and data -> calibrate -> quantize -> prove the bits -> evaluate -> record
+    load model and data -> calibrate -> quantize -> prove the bits -> pack -> evaluate -> record
 
 Nothing here depends on which model or method runs: a checkpoint is a folder, a method is whatever
-`method._target_` names. Full precision skips what there is nothing to do for.
+`method._target_` names. Full precision skips what there is nothing to do for, simulated execution
+does not pack, and a model that was packed before is proven and evaluated only.
 """
 
 import shlex
@@ -16,12 +17,23 @@ from typing import Any
 
 import datasets
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from qvlm import prepare
-from qvlm.config import RunConfig, canonical
+from qvlm.config import RunConfig
 from qvlm.evaluation import Evaluation, evaluate
 from qvlm.methods.base import Method, MethodReport
+from qvlm.models.load import LoadedModel, save_packed_model
+from qvlm.packing import (
+    force_kernel,
+    kernels_used,
+    measure_packed_bits,
+    pack_model,
+    packed_layers,
+    read_origin,
+    weight_bytes,
+)
 from qvlm.provenance import hardware, surroundings, versions
 from qvlm.quantization import (
     Block,
@@ -41,7 +53,12 @@ PROOF_QUESTIONS = 16
 
 @dataclass
 class Outcome:
-    """What one cell brought to light."""
+    """What one cell brought to light.
+
+    Attributes:
+        weight_bytes: of all parameters and buffers, as the model was evaluated.
+        kernels: packed product -> calls of it during the evaluation.
+    """
 
     questions: datasets.Dataset
     evaluation: Evaluation
@@ -50,14 +67,22 @@ class Outcome:
     calibration_ids: list[int] = field(default_factory=list)
     uncalibrated: list[str] = field(default_factory=list)
     layers: list[LayerBits] = field(default_factory=list)
+    weight_bytes: int = 0
+    kernels: dict[str, int] = field(default_factory=dict)
 
 
 def compute(
-    config: RunConfig, method: Method, title: str, device: str, answers: Path | None = None
+    config: RunConfig,
+    method: Method,
+    title: str,
+    device: str,
+    identity: str,
+    answers: Path | None = None,
 ) -> Outcome:
     """The straight line, without its beginning and end on disk.
 
     Args:
+        identity: the cell's hash, which a saved packed model is marked with.
         answers: a folder for the answers given so far, of this cell on this kind of machine.
 
     Raises:
@@ -65,11 +90,12 @@ def compute(
         RunError: if something broke on the way.
     """
     found: dict[str, Any] = {}
-    with Stages(title, count=2 if config.full_precision else 5) as stages:
+    kept = config.model.packed
+    with Stages(title, _count_stages(config)) as stages:
         with stages.stage("load"):
             loaded = prepare.load(config, device)
             questions = prepare.load_questions(config)
-        if not config.full_precision:
+        if not config.full_precision and kept is None:
             quantization = prepare.quantization_config(config)
             with stages.stage("calibrate"):
                 samples, found["calibration_ids"] = prepare.draw_calibration(config)
@@ -80,20 +106,52 @@ def compute(
                 found["report"] = method.quantize(walk)
                 found["uncalibrated"] = list(walk.uncalibrated)
             with stages.stage("prove"):
-                some = [questions[row] for row in range(min(PROOF_QUESTIONS, len(questions)))]
-                size = config.calibration.batch_size
-                proof = [
-                    loaded.encode(some[start : start + size], with_target=True)
-                    for start in range(0, len(some), size)
-                ]
+                proof = _proof_batches(config, loaded, questions)
                 found["layers"] = measure_bits(loaded.model, expected, proof, quantization)
+        if config.packed:
+            with stages.stage("pack"):
+                if kept is None:
+                    pack_model(loaded.model, config.kernel)
+                    if config.save_packed is not None:
+                        origin = {"config": asdict(config), "expected": expected, "hash": identity}
+                        save_packed_model(loaded, Path(config.save_packed), origin)
+                else:
+                    force_kernel(loaded.model, config.kernel)
+                    expected = read_origin(kept)["expected"]
+                proof = _proof_batches(config, loaded, questions)
+                found["layers"] = measure_packed_bits(loaded.model, expected, proof)
+                for layer in packed_layers(loaded.model).values():
+                    layer.used.clear()  # what the evaluation uses is recorded
         with stages.stage("evaluate"):
             options = asdict(config.evaluation)
             del options["limit"]  # the questions are limited already
             evaluation = evaluate(loaded, questions, seed=config.seed, answers=answers, **options)
     if evaluation.resumed:  # the stage's seconds are those of the other questions only
         stages.costs["evaluate"]["resumed_questions"] = evaluation.resumed
-    return Outcome(questions, evaluation, stages.costs, **found)
+    if config.packed:
+        found["kernels"] = kernels_used(loaded.model)
+    return Outcome(
+        questions, evaluation, stages.costs, weight_bytes=weight_bytes(loaded.model), **found
+    )
+
+
+def _count_stages(config: RunConfig) -> int:
+    """How many stages a cell has."""
+    if config.full_precision:
+        return 2
+    return 3 if config.model.packed else 5 + config.packed
+
+
+def _proof_batches(
+    config: RunConfig, loaded: LoadedModel, questions: datasets.Dataset
+) -> list[dict[str, Tensor]]:
+    """A few questions with their answers, to watch a model compute on."""
+    some = [questions[row] for row in range(min(PROOF_QUESTIONS, len(questions)))]
+    size = config.calibration.batch_size
+    return [
+        loaded.encode(some[start : start + size], with_target=True)
+        for start in range(0, len(some), size)
+    ]
 
 
 def run_cell(config: RunConfig) -> Path:
@@ -103,11 +161,12 @@ def run_cell(config: RunConfig) -> Path:
         UserError: if configuration, checkpoint or data cannot be used; nothing is written then.
         RunError: if something broke on the way; no record is written then.
     """
-    config = canonical(config)
+    config = prepare.adopt(config)
     identity = prepare.check(config)
     path = prepare.record_path(config, identity)
+    saved = prepare.is_saved(config, identity)
     record, damage = find_record(path, identity["hash"])
-    if record and not config.force:
+    if record and saved and not config.force:
         tqdm.write(f"reused {path}")
         return path
     if damage:
@@ -121,7 +180,7 @@ def run_cell(config: RunConfig) -> Path:
     answers = answers_folder(path, identity["hash"], place | versions())
     if config.force:
         shutil.rmtree(answers, ignore_errors=True)
-    outcome = compute(config, method, path.name, device, answers)
+    outcome = compute(config, method, path.name, device, identity["hash"], answers)
     exceeding = check_bits(outcome.layers)
     if exceeding:
         tqdm.write(
@@ -136,6 +195,9 @@ def run_cell(config: RunConfig) -> Path:
         "method_name": config.method_name,
         "bits": config.bits.label,
         "seed": config.seed,
+        "execution": config.execution,
+        "kernels": outcome.kernels,
+        "weight_bytes": outcome.weight_bytes,
         "device": device,
         "threads": torch.get_num_threads(),
         "command": shlex.join(["python", *sys.argv]),

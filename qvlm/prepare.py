@@ -10,6 +10,7 @@ import inspect
 import os
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,27 @@ import torch
 import transformers
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qvlm import provenance
-from qvlm.config import RunConfig, influences
+from qvlm.config import RunConfig, canonical, influences
 from qvlm.data.scienceqa import load_scienceqa, require_published
 from qvlm.errors import UserError
 from qvlm.methods.base import Method
 from qvlm.models.hub import local_folder
 from qvlm.models.load import MINIATURES, LoadedModel, load_model
+from qvlm.packing import read_origin
 from qvlm.prompts import Prompting
 from qvlm.quantization import QuantizationConfig, QuantSpec
 from qvlm.records import identify, require_writable
 
 CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".model", ".tiktoken")
+# What a packed checkpoint does not settle: which questions, how they are asked, and where.
+_NOT_OF_THE_CHECKPOINT = (
+    *("data", "evaluation", "tracking", "kernel", "results_dir", "device", "threads", "force"),
+    *("seed", "group"),
+)
 DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
 
 
@@ -51,8 +60,10 @@ def check(config: RunConfig) -> dict[str, Any]:
     if not config.full_precision:
         quantization_config(config)
     require_writable(config.runs_dir)
+    if config.save_packed is not None:
+        require_writable(Path(config.save_packed).parent)
     files = {"model": provenance.content_hash(checkpoint_folder(config), CHECKPOINT_FILES)}
-    if config.model.vision_tower is not None:
+    if config.model.vision_tower is not None and config.model.packed is None:
         tower = local_folder(config.model.vision_tower, "model.vision_tower")
         files["vision_tower"] = provenance.content_hash(tower, CHECKPOINT_FILES)
     if Path(config.data.source).is_dir():
@@ -67,10 +78,61 @@ def check(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def adopt(config: RunConfig) -> RunConfig:
+    """The cell that is meant: canonical, and what a packed checkpoint was quantized with.
+
+    Raises:
+        UserError: if the checkpoint does not say, or does not fit in the schema.
+    """
+    if config.model.packed is None:
+        return canonical(config)
+    folder = config.model.packed
+    if config.save_packed is not None:
+        raise UserError("save_packed: model.packed is packed already; accepted is null")
+    try:
+        saved = read_origin(folder)["config"]
+        given = OmegaConf.merge(OmegaConf.structured(RunConfig), saved)
+        origin = OmegaConf.to_object(given)
+    except (KeyError, TypeError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.packed: {folder} is of another version ({reason})") from error
+    assert isinstance(origin, RunConfig)
+    return canonical(
+        replace(
+            origin,
+            model=replace(origin.model, packed=folder),
+            execution="packed",
+            save_packed=None,
+            **{key: getattr(config, key) for key in _NOT_OF_THE_CHECKPOINT},
+        )
+    )
+
+
+def is_saved(config: RunConfig, identity: Mapping[str, Any]) -> bool:
+    """Whether there is nothing to save, or just this cell's packed model is where it should be.
+
+    Raises:
+        UserError: if something else is.
+    """
+    if config.save_packed is None:
+        return True
+    folder = Path(config.save_packed)
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "config.json").is_file():
+        raise UserError(f"save_packed: {folder} holds other files; give a new or an empty folder")
+    try:
+        return bool(read_origin(folder)["hash"] == identity["hash"])
+    except (UserError, KeyError):
+        return False  # killed while it was written
+
+
 def record_path(config: RunConfig, identity: Mapping[str, Any]) -> Path:
     """The folder of a cell's record."""
-    names = (config.model.name, config.method_name, config.bits.label.lower(), identity["hash"][:8])
-    return config.runs_dir / "-".join(names)
+    names = [config.model.name, config.method_name, config.bits.label.lower()]
+    if config.packed:
+        names.append("packed")
+    return config.runs_dir / "-".join([*names, identity["hash"][:8]])
 
 
 def method_class(node: Mapping[str, Any]) -> Any:
@@ -166,6 +228,8 @@ def checkpoint_folder(config: RunConfig) -> Path:
     Raises:
         UserError: if there is none.
     """
+    if config.model.packed is not None:
+        return local_folder(config.model.packed, "model.packed")
     embedded = MINIATURES / config.model.path
     return embedded if embedded.is_dir() else local_folder(config.model.path, "model.path")
 
@@ -213,7 +277,7 @@ def load(config: RunConfig, device: str) -> LoadedModel:
         prompting(config),
         device,
         model.dtype,
-        vision_tower=model.vision_tower,
+        vision_tower=None if model.packed else model.vision_tower,
         image_size=model.image_size,
         image_fit=model.image_fit,
         expert_capacity=model.expert_capacity,

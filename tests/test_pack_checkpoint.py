@@ -10,6 +10,7 @@ from test_pack_model import logits, rounded
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as Llava
 
 from qvlm.errors import UserError
+from qvlm.packing import kernels
 from qvlm.packing.checkpoint import load_packed, save_packed
 from qvlm.packing.model import pack_model, packed_layers
 
@@ -21,6 +22,11 @@ def folder(tmp_path: Path) -> Path:
     pack_model(model)
     save_packed(model, tmp_path, shard_size="20KB")
     return tmp_path
+
+
+def test_a_fresh_process_loads_while_there_is_no_memory(folder: Path) -> None:
+    kernels._int4_layout_is_known.cache_clear()
+    assert packed_layers(load_packed(Llava, folder))
 
 
 def test_round_trip_gives_identical_logits(folder: Path, tmp_path: Path) -> None:

@@ -169,6 +169,64 @@ def test_cells_that_differ_do_not_meet(cell: Any, tmp_path: Path) -> None:
     assert sorted(len(record.predictions) for record in records) == [5, 12, 12, 12]
 
 
+def test_a_packed_model_answers_as_the_simulated_one(cell: Any, tmp_path: Path) -> None:
+    simulated = Record.load(run_cell(cell()))
+    config = cell(f"save_packed={tmp_path}/packed")
+    path = run_cell(config)
+    assert re.fullmatch(r"toy-rtn-w4a4-packed-[0-9a-f]{8}", path.name)
+    packed = Record.load(path)
+    assert list(packed.run["stages"]) == [*QUANTIZED_STAGES[:-1], "pack", "evaluate"]
+    assert packed.run["execution"] == "packed"
+    assert sum(packed.run["kernels"].values()) > 0
+    assert packed.run["weight_bytes"] < simulated.run["weight_bytes"] / 2
+    assert packed.predictions["text"].equals(simulated.predictions["text"])
+    # What is counted are the packed codes, of the same layers and no fewer than were simulated.
+    assert [row["layer"] for row in packed.layers] == [row["layer"] for row in simulated.layers]
+    assert all(0 < row["weight_levels"] <= 16 for row in packed.layers)
+    assert all(1 < row["input_levels"] <= 16 for row in packed.layers)
+
+    loaded = Record.load(run_cell(cell(f"model.packed={tmp_path}/packed", "method=awq", "seed=5")))
+    assert (loaded.method, loaded.bits, loaded.run["seed"]) == ("RTN", "W4A4", 5)
+    assert list(loaded.run["stages"]) == ["load", "pack", "evaluate"]
+    assert loaded.predictions["text"].equals(packed.predictions["text"])
+    assert loaded.layers == packed.layers
+
+
+def test_a_packed_cell_is_reused_as_long_as_its_checkpoint_is_there(
+    cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = cell(f"save_packed={tmp_path}/packed")
+    for said in ("wrote", "reused"):
+        run_cell(config)
+        assert said in capsys.readouterr().out
+    (tmp_path / "packed" / "qvlm.json").unlink()
+    run_cell(config)
+    assert "wrote" in capsys.readouterr().out
+    run_cell(cell(f"model.packed={tmp_path}/packed"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["kernel=int_mm"], "needs execution=packed"),
+        (["execution=fast"], "execution: 'fast' .* simulated, packed"),
+        (["execution=packed", "kernel=int4_weight_only", "bits=w6a6"], "takes no layer"),
+        (["model.packed=nowhere"], "model.packed: nowhere has no readable qvlm.json"),
+        (["save_packed=FULL"], "save_packed: .* holds other files"),
+    ],
+)
+def test_what_cannot_be_packed_is_said(
+    overrides: list[str], words: str, cell: Any, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "diary.txt").write_text("dear")
+    with pytest.raises(UserError, match=words):
+        run_cell(cell(*(text.replace("FULL", str(full)) for text in overrides)))
+    assert (full / "diary.txt").read_text() == "dear"
+    assert os.listdir(tmp_path) == ["full"]
+
+
 def test_the_seed_draws_the_calibration_samples(cell: Any) -> None:
     drawn = [prepare.draw_calibration(cell(f"seed={seed}"))[1] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]

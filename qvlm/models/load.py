@@ -32,6 +32,7 @@ from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.moe_stablelm import MoeStableLmConfig as MoeStableLmConfig  # registers it
 from qvlm.models.original import Original, load_original
 from qvlm.models.tokenizer import TextEncoding
+from qvlm.packing import ORIGIN, is_packed, load_packed, read_origin, save_packed, write_origin
 from qvlm.prompts import IMAGE_TOKEN, Prompting
 
 MINIATURES = Path(__file__).parent / "miniature"
@@ -188,7 +189,9 @@ def load_model(
     folder = MINIATURES / path if (MINIATURES / path).is_dir() else local_folder(path, "model.path")
     owner = f"model {name}"
     content = read_config(folder, owner)
-    if content.get("model_type") == LlavaArchitecture.model_type:
+    if is_packed(content):
+        read = _load_packed(folder, name, getattr(torch, dtype), expert_capacity)
+    elif content.get("model_type") == LlavaArchitecture.model_type:
         if vision_tower is not None:
             raise UserError(f"model.vision_tower: {owner} carries its own; accepted is null")
         read = _load_own(folder, name, getattr(torch, dtype), expert_capacity)
@@ -217,6 +220,56 @@ def load_model(
     return loaded
 
 
+def save_packed_model(loaded: LoadedModel, folder: Path, origin: Mapping[str, Any]) -> None:
+    """Writes a packed model with everything that it takes to ask it, for `load_model`.
+
+    Args:
+        loaded: with packed layers.
+        folder: made if need be; a packed checkpoint in it is replaced.
+        origin: what the model was quantized with.
+
+    Raises:
+        UserError: if the model has no packed layer, or the folder cannot be written.
+    """
+    encoding = {
+        "image_fit": loaded.image_fit,
+        "image_text": loaded.image_text,
+        "begins_with_bos": loaded.begins_with_bos,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ORIGIN).unlink(missing_ok=True)
+        save_packed(loaded.model, folder)
+        loaded.tokenizer.save_pretrained(folder)
+        loaded.image_processor.save_pretrained(folder)
+        write_origin(folder, {**origin, "encoding": encoding})
+    except OSError as error:
+        raise UserError(f"save_packed: {folder} cannot be written ({error})") from error
+
+
+def _load_packed(folder: Path, name: str, dtype: torch.dtype, expert_capacity: str) -> Original:
+    """Loads what `save_packed_model` wrote."""
+    encoding = read_origin(folder)["encoding"]
+    try:
+        model = load_packed(
+            Llava, folder, config=_architecture(folder, expert_capacity), dtype=dtype
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        image_processor = CLIPImageProcessorPil.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model {name}: {folder} does not load: {reason}") from error
+    text = TextEncoding(tokenizer, encoding["begins_with_bos"])
+    return Original(model, text, image_processor, encoding["image_fit"], encoding["image_text"])
+
+
+def _architecture(folder: Path, expert_capacity: str) -> LlavaArchitecture:
+    architecture = LlavaArchitecture.from_pretrained(folder)
+    if expert_capacity == "unlimited" and hasattr(architecture.text_config, "capacity_factor"):
+        architecture.text_config.capacity_factor = None
+    return architecture
+
+
 def _load_own(folder: Path, name: str, dtype: torch.dtype, expert_capacity: str) -> Original:
     """Loads a folder in transformers' format with our configuration class."""
     needed = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
@@ -227,11 +280,11 @@ def _load_own(folder: Path, name: str, dtype: torch.dtype, expert_capacity: str)
                 f"{', '.join(needed)}"
             )
     try:
-        architecture = LlavaArchitecture.from_pretrained(folder)
-        if expert_capacity == "unlimited" and hasattr(architecture.text_config, "capacity_factor"):
-            architecture.text_config.capacity_factor = None
         model, report = Llava.from_pretrained(
-            folder, config=architecture, dtype=dtype, output_loading_info=True
+            folder,
+            config=_architecture(folder, expert_capacity),
+            dtype=dtype,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = CLIPImageProcessorPil.from_pretrained(folder)

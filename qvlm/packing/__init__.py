@@ -1,15 +1,38 @@
 """Packed layers: codes in as many bits as they need, and products that take them as they are."""
 
+from qvlm.packing.checkpoint import (
+    ORIGIN,
+    is_packed,
+    load_packed,
+    read_origin,
+    save_packed,
+    write_origin,
+)
 from qvlm.packing.layer import KERNELS, Form, PackedLinear, accumulation_bound
-from qvlm.packing.model import kernels_used, pack_model, packed_layers, weight_bytes
+from qvlm.packing.model import (
+    force_kernel,
+    kernels_used,
+    pack_model,
+    packed_layers,
+    weight_bytes,
+)
+from qvlm.packing.proof import measure_packed_bits
 
 __all__ = [
     "KERNELS",
+    "ORIGIN",
     "Form",
     "PackedLinear",
     "accumulation_bound",
+    "force_kernel",
+    "is_packed",
     "kernels_used",
+    "load_packed",
+    "measure_packed_bits",
     "pack_model",
     "packed_layers",
+    "read_origin",
+    "save_packed",
     "weight_bytes",
+    "write_origin",
 ]

@@ -9,6 +9,7 @@ Left out: other formats, and quantizing on the way in.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from qvlm.packing.model import packed_layers
 
 METHOD = "qvlm_packed"
 VERSION = 1
+# What the model was quantized with; beside the weights, because it is nothing to load them with.
+ORIGIN = "qvlm.json"
 
 
 @register_quantization_config(METHOD)
@@ -78,6 +81,33 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's config.json says that it is packed."""
+    return (config.get("quantization_config") or {}).get("quant_method") == METHOD
+
+
+def write_origin(folder: str | Path, origin: Mapping[str, Any]) -> None:
+    """Writes what a packed checkpoint was quantized with; last, so that it marks a whole one."""
+    (Path(folder) / ORIGIN).write_text(json.dumps(origin, indent=2), encoding="utf-8")
+
+
+def read_origin(folder: str | Path) -> dict[str, Any]:
+    """What a packed checkpoint was quantized with.
+
+    Raises:
+        UserError: if the folder does not say.
+    """
+    try:
+        origin = json.loads((Path(folder) / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.packed: {folder} has no readable {ORIGIN}; give a folder that "
+            "python run.py save_packed=FOLDER wrote"
+        ) from error
+    assert isinstance(origin, dict)
+    return origin
+
+
 def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2GB") -> None:
     """Writes a packed model with `save_pretrained`.
 
@@ -107,7 +137,7 @@ def load_packed(kind: type[PreTrainedModel], folder: str | Path, **kwargs: Any) 
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config.get("quantization_config", {}).get("quant_method") != METHOD:
+        if not is_packed(config):
             raise UserError(f"{folder} is no packed checkpoint: its config.json does not say so")
         model, report = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:

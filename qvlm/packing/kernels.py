@@ -210,9 +210,10 @@ def int4_weight_only(
 @cache
 def _int4_layout_is_known() -> bool:
     """Whether this build packs a known weight to what `from_int4_layout` expects."""
-    codes = torch.randint(0, 16, (112, 64), generator=torch.Generator().manual_seed(0))
-    try:
-        packed = to_int4_layout(codes)
-    except (RuntimeError, AttributeError):  # another build of PyTorch, without the operator
-        return False
-    return packed.shape == (112, 32) and torch.equal(from_int4_layout(packed).long(), codes)
+    with torch.device("cpu"):  # it may be asked for while a model without memory is built
+        codes = torch.randint(0, 16, (112, 64), generator=torch.Generator().manual_seed(0))
+        try:
+            packed = to_int4_layout(codes)
+        except (RuntimeError, AttributeError):  # another build of PyTorch, without the operator
+            return False
+        return packed.shape == (112, 32) and torch.equal(from_int4_layout(packed).long(), codes)

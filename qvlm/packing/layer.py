@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvlm.config import KERNELS as KERNELS
 from qvlm.errors import RunError, UserError
 from qvlm.packing import kernels
 from qvlm.packing.formats import (
@@ -31,7 +32,6 @@ from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer, normal_float_levels
 from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer, affine_grid
 
-KERNELS = ("auto", "reference", "int_mm", "int4_weight_only", "triton")
 # Rows up to which the int4 product beats int8 x int8 (one thread, 2048 x 2048, AVX-512): 1 row
 # 0.22 ms against 0.39, 4 rows 0.45 against 1.5, 16 rows 1.6 against 2.1, without the unpacking
 # (1.4 ms) that the latter needs; 64 rows 7.2 against 7.2.

@@ -28,19 +28,28 @@ def pack_model(model: nn.Module, kernel: str = "auto") -> int:
         raise UserError(
             f"{type(model).__name__} has no quantized linear to pack: quantize it before"
         )
-    forced = 0
     for name in layers:
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear)
         layer.layer_name = layer.layer_name or name
-        packed = PackedLinear.from_quantized(layer)
-        if kernel in packed.serving():
-            packed.kernel = kernel
-            forced += 1
-        model.set_submodule(name, packed)
-    if kernel != "auto" and not forced:
-        raise UserError(f"kernel={kernel!r} takes no layer of this model: accepted is auto")
+        model.set_submodule(name, PackedLinear.from_quantized(layer))
+    force_kernel(model, kernel)
     return len(layers)
+
+
+def force_kernel(model: nn.Module, kernel: str) -> None:
+    """Has every packed layer use a kernel; one that cannot take a layer leaves that at "auto".
+
+    Raises:
+        UserError: if it takes no layer.
+    """
+    if kernel == "auto":
+        return
+    serving = [layer for layer in packed_layers(model).values() if kernel in layer.serving()]
+    if not serving:
+        raise UserError(f"kernel={kernel!r} takes no layer of this model: accepted is auto")
+    for layer in serving:
+        layer.kernel = kernel
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:

@@ -63,8 +63,16 @@ class Selection:
 
 
 def whole_method(record: Record) -> bool:
-    """Whether a record is of a method, and not of a part of Q-VLM, which has tables of its own."""
-    return not record.method.startswith(f"{HERO}, ")
+    """Whether a record is of a method in simulation.
+
+    A part of Q-VLM and packed execution have tables of their own.
+    """
+    return not record.method.startswith(f"{HERO}, ") and not is_packed(record)
+
+
+def is_packed(record: Record) -> bool:
+    """Whether the codes themselves were multiplied."""
+    return record.run.get("execution") == "packed"
 
 
 def select(records: Iterable[Record], wanted: Callable[[Record], bool] = whole_method) -> Selection:
