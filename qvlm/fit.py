@@ -159,7 +159,9 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.peak = 0
-        self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that ids stay theirs
+        self._known = [
+            tensor.untyped_storage() for tensor in known
+        ]  # kept, so that ids stay theirs
         self._sizes = dict.fromkeys(map(id, self._known), 0)
 
     def __torch_dispatch__(
@@ -226,9 +228,7 @@ def measured(model: str, config: RunConfig, variant: Variant) -> int | None:
     return weight_bytes(loaded)
 
 
-def rows(
-    models: Sequence[str], budget: float, text_tokens: int, runs: Path
-) -> Iterator[list[str]]:
+def rows(models: Sequence[str], budget: float, text_tokens: int, runs: Path) -> Iterator[list[str]]:
     """The table's rows."""
     found = recorded(runs)
     for model in models:
