@@ -11,7 +11,7 @@ a shape is drawn, quantized and packed, the others are copies of its bytes. Two 
 A question is an image and text of 600 tokens together, and 64 tokens of answer, of which a few are
 timed. What a layer takes is timed apart, so that a model whose layers did not all run is what ran
 plus, for each missing layer, what one of its shape took; it is marked as extrapolated. So are a
-whole model that would take longer than a minute, and one that does not fit, whose memory is what
+whole model that would take longer than half a minute, and one that does not fit, whose memory is what
 `qvlm.fit` predicts.
 
 It writes `table4_scale.csv`, the columns of Table 4, and `table4_scale.md`. Left out: accuracy.
@@ -57,7 +57,7 @@ from qvlm.tables.published import label, published
 MODELS = ("llava_13b", "llava_7b", "moe_llava")
 PEER = Variant("w4a16", "bitsandbytes NF4")
 PROMPT, ANSWER, TIMED = 600, 64, 4
-PATIENCE = 60.0  # seconds that a whole model may take
+PATIENCE = 30.0  # seconds that a whole model may take
 
 
 @dataclass(frozen=True)
@@ -497,7 +497,7 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
         "stands the paper's row of Q-VLM. *paper* columns are what the paper prints, hours for "
         "4,241 questions on its own hardware.",
         "Peak is the resident set of a fresh process while it answers, Python and its libraries "
-        "included; *predicted* is the sum of `make fit` and what the process held before the model.",
+        "included; *predicted* is the sum of `make fit` and what the process held before.",
         "*extrapolated*: time is what ran plus, for each layer that did not, what one of its shape "
         "took; memory is the prediction.",
         f"Ratios to bf16 are of {given.repeats} repeats side by side on a layer of each shape, "

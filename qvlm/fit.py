@@ -14,8 +14,8 @@ The prompt is a ScienceQA question of 344 text tokens and its image: 600 tokens 
 pixels, whose image takes 256. Full precision is the dtype of conf/model, and one question is
 answered at a time. Not counted: Python and its libraries, and the pixels.
 
-Beside the predicted weight bytes stand measured ones: those of recorded runs of packed models, and
-those of the embedded miniatures, which are packed on the spot.
+Beside the predicted weight bytes stand measured ones: those of recorded runs of packed models, of
+`make table4-scale`, and of the embedded miniatures, which are packed on the spot.
 """
 
 import argparse
@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+import transformers
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,8 +123,8 @@ def predict(
     """
     dtype = getattr(torch, config.model.dtype)
     prompt = image_tokens(built) + text_tokens
-    cache, activations = _running(skeleton(built, dtype), prompt)
     model = skeleton(built, dtype)
+    cache, activations = _running(skeleton(built, dtype), prompt)
     if variant != FULL:
         quantization = prepare.quantization_config(config)
         plan(model, quantization, variant.normal_float)
@@ -206,16 +208,23 @@ def _running(model: Llava, prompt: int) -> tuple[int, int]:
 
 
 def recorded(runs: Path) -> dict[tuple[str, str, str], int]:
-    """Weight bytes of the packed runs in a folder, by model, bits and kind of weights."""
-    return {
-        (
-            record.run["model"],
-            record.run["bits"],
-            "QLoRA" if record.run["method"] == "QLoRA" else "uniform",
-        ): record.run["weight_bytes"]
-        for record in find_records(runs)
-        if "weight_bytes" in record.run
-    }
+    """Measured weight bytes by model, bits and kind of weights.
+
+    Args:
+        runs: the folder of records; `table4_scale.csv` beside it counts too.
+    """
+    found: dict[tuple[str, str, str], int] = {}
+    scale = runs.parent / "table4_scale.csv"
+    if scale.is_file():
+        placed = pd.read_csv(scale, keep_default_na=False)
+        placed = placed[(placed["weight_gib"] != "") & ~placed["extrapolated"].str.contains("mem")]
+        for row in placed.to_dict("records"):
+            found[row["model"], row["bits"], row["method"]] = round(float(row["weight_gib"]) * GIB)
+    for run in (record.run for record in find_records(runs)):
+        if "weight_bytes" in run:
+            method = run["method"] if run["method"] in ("FP", "QLoRA") else "uniform"
+            found[run["model"], run["bits"], method] = run["weight_bytes"]
+    return found
 
 
 def measured(model: str, config: RunConfig, variant: Variant) -> int | None:
@@ -267,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--budget: {given.budget:g} is not accepted; give a number above 0")
         if given.text_tokens < 1:
             raise UserError(f"--text-tokens: {given.text_tokens}; accepted are numbers from 1")
+        transformers.utils.logging.disable_progress_bar()
         header = ["model", "bits", "method", "weights", "KV cache", "activations", "sum"]
         header += [f"fits {given.budget:g} GiB", "weights measured", "prediction off by"]
         lines = list(rows(given.models, given.budget, given.text_tokens, given.runs))
