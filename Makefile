@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+BUDGET ?= 6
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -19,11 +20,11 @@ $(BIN)/python -m qvlm.tables.$(1) --runs results/runs --out results --command 'm
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 table2 table5 figure2 test lint format miniature mini_llava \
-	mini_moe_llava preview clean
+.PHONY: help install table1 table2 table5 table4-scale figure2 fit test lint format miniature \
+	mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## makes the environment in .venv with pinned packages
 
@@ -42,6 +43,12 @@ table2: install  ## regenerates Table 2: models x methods x bits; reuses what is
 
 table5: install  ## regenerates Table 5: entropy against quantization error as proxy
 	$(call table,$@)
+
+table4-scale: install  ## measures time and memory of the true architectures, random weights
+	$(BIN)/python experiments/table4_scale.py
+
+fit: install  ## what each model takes at each bit width, and whether it fits BUDGET (GiB)
+	@$(BIN)/python -m qvlm.fit --budget $(BUDGET)
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

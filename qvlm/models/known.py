@@ -1,0 +1,113 @@
+"""The architectures of the known checkpoints, built without one.
+
+What a size or a speed hangs on is public: it stands in the config.json of each checkpoint and of
+CLIP's two towers, and the entries that matter are repeated here. They take the same way as a real
+config.json (`families`), and end in the same classes.
+
+`skeleton` is such a model on torch's meta device: every module with its shapes, and no memory.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig
+
+from qvlm.errors import UserError
+from qvlm.models.families import read_blueprint
+from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.load import MINIATURES
+from qvlm.models.moe_stablelm import MixtureOfExperts
+
+_LLAVA_7B: dict[str, Any] = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "mm_vision_tower": "openai/clip-vit-large-patch14",
+    "mm_hidden_size": 1024,
+}
+_LLAVA_13B = _LLAVA_7B | {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+}
+_V15 = {
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_projector_type": "mlp2x_gelu",
+    "max_position_embeddings": 4096,
+    "image_aspect_ratio": "pad",
+}
+_MOE_LLAVA = {
+    "architectures": ["MoELLaVAStablelmForCausalLM"],
+    "vocab_size": 100352,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "mm_image_tower": "openai/clip-vit-large-patch14-336",
+    "image_projector_type": "mlp2x_gelu",
+    "mm_hidden_size": 1024,
+    "moe": {
+        "num_experts": [4] * 12,
+        "top_k_experts": 2,
+        "moe_layers_idx": list(range(0, 24, 2)),
+        "eval_capacity_factor": 2.0,
+        "min_capacity": 0,
+    },
+}
+KNOWN: dict[str, dict[str, Any]] = {
+    "llava_13b": _LLAVA_13B,
+    "llava_7b": _LLAVA_7B,
+    "llava_v15_13b": _LLAVA_13B | _V15,
+    "llava_v15_7b": _LLAVA_7B | _V15,
+    "moe_llava": _MOE_LLAVA,
+}
+
+
+def architecture(name: str) -> LlavaArchitecture:
+    """The configuration of an embedded miniature or of a model of `KNOWN`.
+
+    Raises:
+        UserError: if there is none of this name.
+    """
+    if name in KNOWN:
+        blueprint = read_blueprint(KNOWN[name], f"model {name}")
+        return blueprint.architecture(_tower(str(blueprint.vision_tower)), f"model {name}")
+    if (MINIATURES / Path(name).name).is_dir():
+        return LlavaArchitecture.from_pretrained(MINIATURES / name)
+    embedded = sorted(folder.name for folder in MINIATURES.iterdir() if folder.is_dir())
+    raise UserError(f"model {name!r} is not known; accepted are {', '.join([*embedded, *KNOWN])}")
+
+
+def image_tokens(architecture: LlavaArchitecture) -> int:
+    """Positions that one image takes in the language model: its patches."""
+    vision = architecture.vision_config
+    whole = architecture.vision_feature_select_strategy == "full"
+    return (vision.image_size // vision.patch_size) ** 2 + whole
+
+
+def skeleton(architecture: LlavaArchitecture, dtype: torch.dtype) -> Llava:
+    """The model on the meta device, in evaluation mode; routers in float32, as when loaded."""
+    with torch.device("meta"):
+        model = Llava(architecture)
+    model.to(dtype).eval()
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.router.float()
+    return model
+
+
+def _tower(repository: str) -> CLIPVisionConfig:
+    """CLIP ViT-L/14, at 336 pixels where the repository's name says so."""
+    return CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336 if repository.endswith("-336") else 224,
+        patch_size=14,
+    )
