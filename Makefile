@@ -4,22 +4,30 @@
 # To choose, name PyTorch's own index for a build (its path ends in /cpu, /cu130, ...):
 #
 #     make install TORCH_INDEX=URL
+#
+# SCALE=paper makes a table of the paper's own checkpoints on ScienceQA: see docs/paper-scale.md.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+SCALE ?= miniature
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/installed
 
+# Any other scale than the default is an option, and has results of its own (conf/scale).
+OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
+RESULTS := results$(if $(OPTION),/$(SCALE))
+
 # Runs what is missing of an experiment, then makes its table of what is recorded.
 define table
-$(BIN)/python run.py -m experiment=$(1)
-$(BIN)/python -m qvlm.tables.$(1) --runs results/runs --out results --command 'make $(1)'
+$(BIN)/python run.py -m experiment=$(1)$(OPTION)
+$(BIN)/python -m qvlm.tables.$(1) --runs $(RESULTS)/runs --out $(RESULTS) \
+	--command 'make $(1)$(if $(OPTION), SCALE=$(SCALE))'
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 table2 table5 figure2 test lint format miniature mini_llava \
+.PHONY: help install preflight table1 table2 table5 figure2 test lint format miniature mini_llava \
 	mini_moe_llava preview clean
 
 help:  ## lists these targets
@@ -42,6 +50,9 @@ table2: install  ## regenerates Table 2: models x methods x bits; reuses what is
 
 table5: install  ## regenerates Table 5: entropy against quantization error as proxy
 	$(call table,$@)
+
+preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
+	$(BIN)/python run.py -m experiment=table2$(OPTION) preflight=true
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py
