@@ -4,24 +4,32 @@
 # To choose, name PyTorch's own index for a build (its path ends in /cpu, /cu130, ...):
 #
 #     make install TORCH_INDEX=URL
+#
+# SCALE=paper makes a table of the paper's own checkpoints on ScienceQA: see docs/paper-scale.md.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+SCALE ?= miniature
 BUDGET ?= 6
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/installed
 
+# Any other scale than the default is an option, and has results of its own (conf/scale).
+OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
+RESULTS := results$(if $(OPTION),/$(SCALE))
+
 # Runs what is missing of an experiment, then makes its table of what is recorded.
 define table
-$(BIN)/python run.py -m experiment=$(1)
-$(BIN)/python -m qvlm.tables.$(1) --runs results/runs --out results --command 'make $(1)'
+$(BIN)/python run.py -m experiment=$(1)$(OPTION)
+$(BIN)/python -m qvlm.tables.$(1) --runs $(RESULTS)/runs --out $(RESULTS) \
+	--command 'make $(1)$(if $(OPTION), SCALE=$(SCALE))'
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 table2 table5 table4-scale figure2 fit test lint format miniature \
-	mini_llava mini_moe_llava preview clean
+.PHONY: help install preflight table1 table2 table4 table4-scale table5 figure2 fit test lint \
+	format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -44,11 +52,18 @@ table2: install  ## regenerates Table 2: models x methods x bits; reuses what is
 table5: install  ## regenerates Table 5: entropy against quantization error as proxy
 	$(call table,$@)
 
+table4: install  ## measures packed models: seconds, memory, accuracy
+	$(BIN)/python run.py -m experiment=table4
+	$(BIN)/python experiments/table4.py --results $(RESULTS)
+
 table4-scale: install  ## measures time and memory of the true architectures, random weights
 	$(BIN)/python experiments/table4_scale.py
 
 fit: install  ## what each model takes at each bit width, and whether it fits BUDGET (GiB)
 	@$(BIN)/python -m qvlm.fit --budget $(BUDGET)
+
+preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
+	$(BIN)/python run.py -m experiment=table2$(OPTION) preflight=true
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

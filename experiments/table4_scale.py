@@ -11,8 +11,8 @@ a shape is drawn, quantized and packed, the others are copies of its bytes. Two 
 A question is an image and text of 600 tokens together, and 64 tokens of answer, of which a few are
 timed. What a layer takes is timed apart, so that a model whose layers did not all run is what ran
 plus, for each missing layer, what one of its shape took; it is marked as extrapolated. So are a
-whole model that would take longer than half a minute, and one that does not fit, whose memory is what
-`qvlm.fit` predicts.
+whole model that would take longer than half a minute, and one that does not fit, whose memory is
+what `qvlm.fit` predicts.
 
 It writes `table4_scale.csv`, the columns of Table 4, and `table4_scale.md`. Left out: accuracy.
 """
@@ -141,7 +141,8 @@ def place(built: LlavaArchitecture, change: Callable[[str, nn.Module], None], de
         if kind == "projector":
             model.set_submodule(name, block)
             continue
-        block.self_attn.layer_idx = int(index)  # its place in the cache
+        attention: Any = block.self_attn
+        attention.layer_idx = int(index)  # its place in the cache
         model.get_submodule(parent).append(block)
     return model.requires_grad_(False).eval()
 
@@ -266,7 +267,7 @@ def ask(clock: Clock, prompt: int, tokens: int) -> Seconds:
     embedded = model.get_input_embeddings()(ids)
     embedded[0, : len(image)] = image
     cache = DynamicCache()
-    read = partial(model, inputs_embeds=embedded, past_key_values=cache, logits_to_keep=1)
+    read = partial(model.__call__, inputs_embeds=embedded, past_key_values=cache, logits_to_keep=1)
     _, prefill = clock(("language_model",), read)
 
     def answer(token: Tensor) -> Tensor:

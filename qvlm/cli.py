@@ -37,10 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     full_error = os.environ.get(FULL_ERROR) == "1"
+    recorded: list[Path] = []
     try:
-        _run(given)
+        _run(given, recorded)
     except KeyboardInterrupt:
-        print("interrupted: what was recorded stays, the rest can be run again", file=sys.stderr)
+        # Cells that a parallel launcher ran are not known here; they have said so themselves.
+        done = f"{len(recorded)} cells are recorded" if recorded else "what was recorded stays"
+        print(
+            f"interrupted: {done}; give the same command to go on: recorded cells are reused, and "
+            "one that was being evaluated keeps the answers it gave",
+            file=sys.stderr,
+        )
         return 130
     except SystemExit as done:  # --help, --version
         return done.code if isinstance(done.code, int) else 0
@@ -60,8 +67,8 @@ def _report(failures: Sequence[Exception], full_error: bool) -> None:
         print(f"error: {sentence}", file=sys.stderr)
 
 
-def _run(arguments: list[str]) -> None:
-    """Hands the arguments to Hydra; raises what went wrong."""
+def _run(arguments: list[str], recorded: list[Path]) -> None:
+    """Hands the arguments to Hydra; raises what went wrong. Fills `recorded` cell by cell."""
     parser = get_args_parser()
     parser.error = _refuse
     options: argparse.Namespace = parser.parse_args(arguments)
@@ -76,7 +83,8 @@ def _run(arguments: list[str]) -> None:
             config = _typed(composed)
             from qvlm.pipeline import run_cell
 
-            return run_cell(config)
+            recorded.append(run_cell(config))
+            return recorded[-1]
         except Exception as error:
             failures.append(error)
             return error

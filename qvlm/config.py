@@ -214,6 +214,15 @@ class TrackingConfig:
 
 
 @dataclass
+class ScaleConfig:
+    """The models that each experiment sweeps over, separated by commas."""
+
+    table1: str = MISSING
+    table2: str = MISSING
+    table5: str = MISSING
+
+
+@dataclass
 class RunConfig:
     """One cell: one model, quantized by one method to one bit width, evaluated on one data set.
 
@@ -228,6 +237,7 @@ class RunConfig:
         device: "auto" is the first GPU, or the CPU where there is none.
         threads: of PyTorch on the CPU; null leaves its choice.
         force: compute even if a complete record exists.
+        preflight: say what the cell will read, need and take, and stop.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -238,6 +248,7 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     seed: int = 0
     execution: str = "simulated"
     kernel: str = "auto"
@@ -246,6 +257,7 @@ class RunConfig:
     device: str = "auto"
     threads: int | None = None
     force: bool = False
+    preflight: bool = False
     group: str = "cells"
     method_name: str = MISSING
 

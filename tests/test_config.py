@@ -22,7 +22,12 @@ GROUPS = {
     for folder in CONF.iterdir()
     if folder.is_dir()
 }
-CHOICES = [(g, option) for g, options in GROUPS.items() if g != "experiment" for option in options]
+CHOICES = [
+    (group, option)
+    for group, options in GROUPS.items()
+    for option in options
+    if "@package _global_" not in (CONF / group / f"{option}.yaml").read_text()
+]
 NEEDED = {
     option: ["data.source=somewhere"] for option in ("folder", "official")
 }  # what an option leaves to the user
@@ -46,7 +51,7 @@ def load(*overrides: str) -> RunConfig:
 def test_the_groups_of_the_command_line_exist() -> None:
     assert set(GROUPS) == {
         *("model", "method", "bits", "quantizer", "data", "calibration"),
-        *("evaluation", "tracking", "experiment"),
+        *("evaluation", "tracking", "experiment", "scale"),
     }
     assert GROUPS["bits"] == ["fp", "w2a4", "w3a3", "w4a4", "w6a6", "w8a8"]
     assert {"mini_llava", "mini_moe_llava"} <= set(GROUPS["model"])
@@ -74,8 +79,9 @@ def test_every_pair_of_model_and_method_composes(model: str, method: str) -> Non
 
 
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
-def test_every_experiment_sweeps_over_known_options(experiment: str) -> None:
-    with composed(f"experiment={experiment}") as config:
+@pytest.mark.parametrize("scale", GROUPS["scale"])
+def test_every_experiment_sweeps_over_known_options(experiment: str, scale: str) -> None:
+    with composed(f"experiment={experiment}", f"scale={scale}") as config:
         assert config.hydra.mode is RunMode.MULTIRUN
         assert from_hydra(config).group == experiment
         for group, options in config.hydra.sweeper.params.items():
@@ -95,6 +101,16 @@ def test_the_defaults_are_the_documented_cell() -> None:
     assert (config.calibration.split, config.calibration.samples) == ("train", 64)
     assert (config.evaluation.unparsable, config.evaluation.temperature) == ("wrong", 0.0)
     assert config.tracking.mode == "offline"
+
+
+def test_the_papers_scale_is_its_checkpoints_on_the_real_data() -> None:
+    config = load("scale=paper")
+    assert (config.model.name, config.data.name) == ("llava_13b", "scienceqa")
+    assert config.evaluation.max_new_tokens == 1024
+    assert config.results_dir == "results/paper"
+    assert load("scale=paper", "model=llava_7b").model.name == "llava_7b"
+    with composed("experiment=table2", "scale=paper") as composition:
+        assert composition.hydra.sweeper.params.model == "llava_13b,moe_llava"
 
 
 def test_interpolations_follow_what_they_point_at() -> None:
@@ -220,7 +236,7 @@ def test_no_option_is_hidden() -> None:
 
 def test_every_option_says_what_it_is_for() -> None:
     """A YAML that is not plain from its name opens with a comment."""
-    for group in ("model", "method", "data", "tracking", "experiment", "quantizer"):
+    for group in ("model", "method", "data", "tracking", "experiment", "quantizer", "scale"):
         for path in (CONF / group).glob("*.yaml"):
             assert path.read_text().startswith("#"), path
 
