@@ -19,12 +19,10 @@ It writes `table4_scale.csv`, the columns of Table 4, and `table4_scale.md`. Lef
 
 import argparse
 import copy
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -51,6 +49,7 @@ from qvlm.packing.plan import blind
 from qvlm.provenance import surroundings
 from qvlm.quantization.layout import block_layers, decoder_layers, quantizable
 from qvlm.stages import MIB, Stages
+from qvlm.tables.cost import COLUMNS, in_fresh_process, spread
 from qvlm.tables.markdown import bullets, table
 from qvlm.tables.published import label, published
 
@@ -335,13 +334,6 @@ def whole(model: str, variant: Variant, layers: int, prompt: int, device: str) -
     return Whole(seconds, weights, before, peak, complete)
 
 
-def in_fresh_process(function: Callable[..., Whole], *arguments: Any) -> Whole:
-    """Calls a function in a process that has done nothing else."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def measure(model: str, given: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """A model's rows: those of the CSV, and under other names what only the page shows."""
     built = architecture(model)
@@ -416,19 +408,6 @@ def _paper(model: str, variant: Variant) -> dict[str, Any]:
         for row in printed[same & (printed["method"] == method)].to_dict("records")
         for column, name in names.items()
     } | ({"paper_model": label(model)} if (same & (printed["method"] == method)).any() else {})
-
-
-COLUMNS = (
-    *("model", "bits", "method", "device", "threads", "seconds_per_question", "vision_s"),
-    *("prefill_s", "decode_s", "tokens_per_s", "peak_memory_gib", "weight_gib", "accuracy"),
-    *("memory_ratio", "speed_ratio", "speed_ratio_low", "speed_ratio_high", "extrapolated"),
-    *("paper_model", "paper_hours", "paper_memory_gib", "paper_accuracy"),
-)
-
-
-def spread(ratios: Sequence[float]) -> str:
-    """Median, lowest and highest."""
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def targets(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

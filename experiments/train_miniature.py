@@ -10,7 +10,8 @@ circuit forms late and suddenly; and through an untrained tower it gets hardly a
    at first; whenever four in five letters are right the word set doubles, until it holds the whole
    vocabulary.
 3. Joint: fresh problems of the training split in the format of evaluation, loss on the answer alone
-   (lecture, solution, letter), a few look-up rows mixed in, learning rate decayed to zero.
+   (lecture, solution, letter), a few look-up rows mixed in, learning rate decayed to zero, for the
+   mixture of experts twice.
 
 Hidden matrices are trained with Muon, everything else with AdamW. Every random draw depends on the
 seed and the step only, and a checkpoint holds weights, optimizers and phase, so a killed run goes
@@ -26,7 +27,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,10 @@ PHRASES = [
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a training run depends on."""
+    """Everything that a training run depends on; `restart` is a joint step that rates rise at."""
 
     joint_steps: int
+    restart: int | None = None
     batch_size: int = 64
     lookup_batch_size: int = 48
     vision_steps: int = 700
@@ -95,7 +97,7 @@ class Recipe:
 
 RECIPES = {
     "mini_llava": Recipe(joint_steps=3400, decay_share=0.7),
-    "mini_moe_llava": Recipe(joint_steps=4600, decay_share=0.8),
+    "mini_moe_llava": Recipe(joint_steps=6600, restart=4600, decay_share=0.8),
 }
 
 
@@ -379,11 +381,14 @@ def train_tower(loaded: LoadedModel, recipe: Recipe, log: Callable[..., None]) -
 
 
 def joint_factor(step: int, recipe: Recipe) -> float:
-    """Constant, then a cosine to zero over the last `decay_share` of the joint phase."""
-    start = recipe.joint_steps * (1 - recipe.decay_share)
+    """Constant, then a cosine to zero over the last `decay_share`; the same again at a restart."""
+    begin, end = 0, recipe.joint_steps
+    if recipe.restart is not None:
+        begin, end = (0, recipe.restart) if step < recipe.restart else (recipe.restart, end)
+    start = end - (end - begin) * recipe.decay_share
     if step < start:
         return 1.0
-    progress = (step - start) / (recipe.joint_steps - start)
+    progress = (step - start) / (end - start)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -536,7 +541,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     recipe = RECIPES[args.model]
     if args.steps:
-        recipe = Recipe(**{**recipe.__dict__, "joint_steps": args.steps})
+        recipe = replace(recipe, joint_steps=args.steps, restart=None)
     train(
         args.model,
         recipe,

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +128,13 @@ def test_training_problems_never_reach_the_test_split() -> None:
     trained = {miniature.fingerprint(next(drawn)) for _ in range(1500)}
     tested = {miniature.fingerprint(p) for p in miniature.generate("test", 1500, seed=0)}
     assert not trained & tested
+
+
+def test_a_restart_repeats_the_decay_and_changes_nothing_before_it() -> None:
+    once = training.Recipe(joint_steps=100, decay_share=0.8)
+    twice = replace(once, joint_steps=150, restart=100)
+    factors = [training.joint_factor(step, twice) for step in range(150)]
+    assert factors[:100] == [training.joint_factor(step, once) for step in range(100)]
+    assert factors[100] == factors[0] == 1.0
+    assert factors[99] < 0.01 > factors[149]
+    assert all(a >= b for a, b in pairwise(factors[100:]))

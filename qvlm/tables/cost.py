@@ -1,0 +1,28 @@
+"""What the two forms of Table 4 share: their columns, their spreads, a process of one's own."""
+
+import multiprocessing
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+COLUMNS = (
+    *("model", "bits", "method", "device", "threads", "seconds_per_question", "vision_s"),
+    *("prefill_s", "decode_s", "tokens_per_s", "peak_memory_gib", "weight_gib", "accuracy"),
+    *("memory_ratio", "speed_ratio", "speed_ratio_low", "speed_ratio_high", "extrapolated"),
+    *("paper_model", "paper_hours", "paper_memory_gib", "paper_accuracy"),
+)
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """Median, lowest and highest."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls a function in a process that has done nothing else."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
