@@ -28,7 +28,7 @@ $(BIN)/python -m qvlm.tables.$(1) --runs $(RESULTS)/runs --out $(RESULTS) \
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install preflight table1 table2 table4 table4-scale table5 figure2 fit test lint \
+.PHONY: help install preflight table1 table2 table4 table4-scale table5 claims figure2 fit test lint \
 	format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
@@ -64,6 +64,10 @@ fit: install  ## what each model takes at each bit width, and whether it fits BU
 
 preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
 	$(BIN)/python run.py -m experiment=table2$(OPTION) preflight=true
+
+claims: install  ## which claims of the paper hold, over questions and over calibration draws
+	for name in table2 table1 table5 draws; do $(BIN)/python run.py -m experiment=$$name || exit; done
+	$(BIN)/python experiments/claims.py
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py
