@@ -96,7 +96,7 @@ class Recipe:
 
 
 RECIPES = {
-    "mini_llava": Recipe(joint_steps=3400, decay_share=0.7),
+    "mini_llava": Recipe(joint_steps=2600, decay_share=0.7),
     "mini_moe_llava": Recipe(joint_steps=6600, restart=4600, decay_share=0.8),
 }
 
