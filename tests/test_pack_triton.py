@@ -58,12 +58,17 @@ def test_kernels_compile_for_gpus(
     from qvlm.packing import triton_kernels
 
     per_unit, unit_bytes = unit(bits)
-    constants = {"TOKEN": inputs == "token", "FOLDS": inputs == "folded", "BIAS": True}
+    constants: dict[str, object] = {
+        "TOKEN": inputs == "token",
+        "FOLDS": inputs == "folded",
+        "BIAS": True,
+    }
     constants |= {"INPUT_BITS": bits, "BITS": bits, "PER_UNIT": per_unit}
-    constants |= {"UNIT_BYTES": unit_bytes, "BLOCK_UNITS": 64, "BLOCK_OUT": 64}
+    constants |= {"UNIT_BYTES": unit_bytes, "BLOCK_UNITS": 64, "BLOCK_OUT": 32}
     pointers = {"x_at": "*bf16", "codes_at": "*u8", "weight_zero_at": "*u8", "y_at": "*bf16"}
-    for name, more in (("_tiles", {"BLOCK_ROWS": rows}), ("_row", {})):
-        kernel, fixed = getattr(triton_kernels, name).fn, constants | more
+    kernel = triton_kernels._product
+    for block_rows in (rows, 1):
+        fixed = constants | {"BLOCK_ROWS": block_rows}
         signature = {
             argument: pointers.get(argument, "*fp32" if argument.endswith("_at") else "i32")
             for argument in kernel.arg_names
@@ -71,7 +76,25 @@ def test_kernels_compile_for_gpus(
         source = ASTSource(kernel, signature, fixed)
         code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
         assert "div.rn.f32" in code and "cvt.rn.bf16" in code
-        assert (".s32.s8.s8" in code) == (name == "_tiles")
+        assert (".s32.s8.s8" in code) == (block_rows > 1)
+
+
+@needs_triton
+def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qvlm.packing import triton_kernels
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    found = triton_kernels.obstacle.__wrapped__(torch.device("cuda", 0))
+    assert found == "the GPU's compute capability is (7, 5), below (8, 0)"
+
+
+def test_triton_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.find_spec("qvlm.packing.triton_kernels")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.obstacle(torch.device("cuda", 0)) == "Triton is not installed"
 
 
 def test_a_cpu_never_chooses_triton() -> None:

@@ -1,19 +1,19 @@
 """Products of packed layers on a GPU: quantizing the input and unpacking the weight in registers.
 
-In the notation of `kernels.py`, with one scale d per token (or for all), both kernels compute
+In the notation of `kernels.py`, with one scale d per token (or for all), both products are
 
     y = d sum_g s_g (sum_{k in g} t_k v_k) + b
 
 whose inner sums are exact in int32. They are taken in tiles that end where a weight group ends,
 of at most 2^24, so that float32 holds each; everything outside the brackets is float32.
 
-`_tiles` serves prefill: the int8 product of tensor cores. At 8 bits an operand is q - 128 instead
-of q - z, and what is missing is added from sums over the other operand, as in `kernels.py`. An
-input tile is quantized again for every tile of outputs; in return its codes are never stored.
+`_prefill` multiplies tiles of rows on int8 tensor cores. At 8 bits an operand is q - 128 instead of
+q - z, and what is missing is added from sums over the other operand, as in `kernels.py`. An input
+tile is quantized again for every tile of outputs; in return its codes are never stored.
 
-`_row` serves decoding, up to `DECODING_ROWS` rows: one input row and a few outputs per program,
-multiplied in int32 on ordinary cores, where reading the weight is what takes time. Programs of the
-same outputs and different rows run side by side, so that the weight is read once.
+`_decode` serves up to `DECODING_ROWS` rows, where reading the weight is what takes time: one row
+per program, multiplied in int32 on ordinary cores. Programs of the same outputs and different rows
+run side by side, so that the weight is fetched from memory once.
 
 All weights of 2 to 8 bits are served alike: codes repeat their places in every unit (see
 `formats.py`: one byte for INT4 and INT8, three for INT6), so the loop is over places in a unit, and
@@ -95,16 +95,18 @@ def linear(
     if not y.numel():
         return y
     per_unit, unit_bytes = unit(weight_bits)
-    decoding = rows <= DECODING_ROWS
-    block = triton.next_power_of_2(triton.cdiv(group_size, per_unit))
-    sizes = {"BLOCK_UNITS": min(block, 256) if decoding else min(max(block, 32), 64)}
-    if not decoding:
-        sizes["BLOCK_ROWS"] = min(max(triton.next_power_of_2(rows), 16), 128)
-    row_blocks = rows if decoding else triton.cdiv(rows, sizes["BLOCK_ROWS"])
+    units = triton.next_power_of_2(triton.cdiv(group_size, per_unit))
+    if rows <= DECODING_ROWS:
+        kernel, block_rows, block_units = _decode, 1, min(units, 256)
+    else:
+        kernel, block_rows = _prefill, min(max(triton.next_power_of_2(rows), 16), 128)
+        block_units = min(max(units, 32), 64)
+
+    def grid(chosen: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(rows, block_rows), triton.cdiv(out, chosen["BLOCK_OUT"])
+
     with torch.cuda.device_of(x):
-        (_row if decoding else _tiles)[
-            lambda chosen: (row_blocks, triton.cdiv(out, chosen["BLOCK_OUT"]))
-        ](
+        kernel[grid](
             x,
             scale,
             zero_point,
@@ -128,28 +130,14 @@ def linear(
             BITS=weight_bits,
             PER_UNIT=per_unit,
             UNIT_BYTES=unit_bytes,
-            **sizes,
+            BLOCK_ROWS=block_rows,
+            BLOCK_UNITS=block_units,
         )
     return y
 
 
 def _jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
-
-
-def _tuned(sizes: list[tuple[int, int, int]], key: list[str]) -> Callable[[Any], Any]:
-    """Times the kernel for each (BLOCK_OUT, warps, stages) once per value of `key`.
-
-    The interpreter takes the first, without timing.
-    """
-    if triton is None:
-        return lambda kernel: kernel
-    kept = sizes[:1] if triton.knobs.runtime.interpret else sizes
-    configs = [
-        triton.Config({"BLOCK_OUT": block}, num_warps=warps, num_stages=stages)
-        for block, warps, stages in kept
-    ]
-    return triton.autotune(configs, key)
 
 
 @_jit
@@ -208,12 +196,8 @@ def _weight_codes(
     return code & (2**BITS - 1)
 
 
-@_tuned(
-    [(64, 4, 3), (32, 4, 4), (128, 4, 3), (128, 8, 3)],
-    ["width", "out", "group_size", "INPUT_BITS", "BITS", "BLOCK_ROWS"],
-)
 @_jit
-def _tiles(
+def _product(
     x_at,
     scale_at,
     zero_at,
@@ -241,10 +225,15 @@ def _tiles(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """y[rows, out] in tiles of [BLOCK_ROWS, BLOCK_OUT]; a place of a unit at a time."""
+    """Tiles [BLOCK_ROWS, BLOCK_OUT] of y, from one place of BLOCK_UNITS units at a time.
+
+    A tile of one row keeps a sum for each unit, and adds them up at the end.
+    """
+    ROW: tl.constexpr = BLOCK_ROWS == 1
+    SUMS: tl.constexpr = BLOCK_UNITS if ROW else BLOCK_ROWS
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
-    y = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    sums = tl.zeros((SUMS, BLOCK_OUT), tl.float32)
     tiles = tl.cdiv(group_size, BLOCK_UNITS * PER_UNIT)
     for tile in range(groups * tiles):
         group = tile // tiles
@@ -254,7 +243,7 @@ def _tiles(
         at = column * weight_scale_stride + group
         weight_scale = tl.load(weight_scale_at + at, mask=column < out, other=0)
         weight_zero = tl.load(weight_zero_at + at, mask=column < out, other=0).to(tl.int32)
-        total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.int32)
+        total = tl.zeros((SUMS, BLOCK_OUT), tl.int32)
         for place in tl.static_range(PER_UNIT):
             channel = unit * PER_UNIT + place
             steps, zero = _input_steps(
@@ -262,7 +251,7 @@ def _tiles(
                 scale_at,
                 zero_at,
                 row,
-                channel[None, :],
+                channel[:, None] if ROW else channel[None, :],
                 rows,
                 width,
                 end,
@@ -273,19 +262,23 @@ def _tiles(
             codes = _weight_codes(
                 codes_at, column, unit[:, None], out, row_bytes, place, BITS, UNIT_BYTES
             )
-            left, right = steps, codes - weight_zero
-            if BITS == 8:
-                right = codes - 128
-                total += tl.sum(steps, 1)[:, None] * (128 - weight_zero)
-            if INPUT_BITS == 8:
-                missing = 128 - zero
-                left = steps - missing
-                if TOKEN:
-                    total += missing * tl.sum(right, 0)[None, :]
-                else:
-                    total += tl.sum(tl.trans(missing) * right, 0)[None, :]
-            total = tl.dot(left.to(tl.int8), right.to(tl.int8), total)
-        y += total.to(tl.float32) * weight_scale
+            if ROW:
+                total += steps * (codes - weight_zero)
+            else:
+                left, right = steps, codes - weight_zero
+                if BITS == 8:
+                    right = codes - 128
+                    total += tl.sum(steps, 1)[:, None] * (128 - weight_zero)
+                if INPUT_BITS == 8:
+                    missing = 128 - zero
+                    left = steps - missing
+                    if TOKEN:
+                        total += missing * tl.sum(right, 0)[None, :]
+                    else:
+                        total += tl.sum(tl.trans(missing) * right, 0)[None, :]
+                total = tl.dot(left.to(tl.int8), right.to(tl.int8), total)
+        sums += total.to(tl.float32) * weight_scale
+    y = tl.sum(sums, 0)[None, :] if ROW else sums
     if TOKEN:
         y *= tl.load(scale_at + row, mask=row < rows, other=0)
     elif not FOLDS:
@@ -296,84 +289,21 @@ def _tiles(
     tl.store(y_at + row * out + column, y.to(y_at.dtype.element_ty), mask=inside)
 
 
-@_tuned(
-    [(16, 4, 3), (4, 2, 4), (8, 4, 4), (32, 8, 3)],
-    ["width", "out", "group_size", "INPUT_BITS", "BITS"],
-)
-@_jit
-def _row(
-    x_at,
-    scale_at,
-    zero_at,
-    codes_at,
-    weight_scale_at,
-    weight_zero_at,
-    bias_at,
-    y_at,
-    rows,
-    width,
-    out,
-    row_bytes,
-    group_size,
-    groups,
-    weight_scale_stride,
-    scale_stride,
-    TOKEN: tl.constexpr,
-    FOLDS: tl.constexpr,
-    BIAS: tl.constexpr,
-    INPUT_BITS: tl.constexpr,
-    BITS: tl.constexpr,
-    PER_UNIT: tl.constexpr,
-    UNIT_BYTES: tl.constexpr,
-    BLOCK_UNITS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
-    """BLOCK_OUT outputs of one row; sums of a unit are exact, then scaled, and added at the end."""
-    row = tl.program_id(0) + tl.zeros((1, 1), tl.int32)
-    column = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    sums = tl.zeros((BLOCK_OUT, BLOCK_UNITS), tl.float32)
-    tiles = tl.cdiv(group_size, BLOCK_UNITS * PER_UNIT)
-    for tile in range(groups * tiles):
-        group = tile // tiles
-        end = tl.minimum((group + 1) * group_size, width)
-        unit = group * group_size // PER_UNIT + tile % tiles * BLOCK_UNITS
-        unit += tl.arange(0, BLOCK_UNITS)
-        at = column[:, None] * weight_scale_stride + group
-        weight_scale = tl.load(weight_scale_at + at, mask=column[:, None] < out, other=0)
-        weight_zero = tl.load(weight_zero_at + at, mask=column[:, None] < out, other=0).to(tl.int32)
-        total = tl.zeros((BLOCK_OUT, BLOCK_UNITS), tl.int32)
-        for place in tl.static_range(PER_UNIT):
-            steps, _ = _input_steps(
-                x_at,
-                scale_at,
-                zero_at,
-                row,
-                (unit * PER_UNIT + place)[None, :],
-                rows,
-                width,
-                end,
-                scale_stride,
-                TOKEN,
-                INPUT_BITS,
-            )
-            codes = _weight_codes(
-                codes_at,
-                column[:, None],
-                unit[None, :],
-                out,
-                row_bytes,
-                place,
-                BITS,
-                UNIT_BYTES,
-            )
-            total += steps * (codes - weight_zero)
-        sums += total.to(tl.float32) * weight_scale
-    y = tl.sum(sums, 1)[None, :]
-    column = column[None, :]
-    if TOKEN:
-        y *= tl.load(scale_at + row)
-    elif not FOLDS:
-        y *= tl.load(scale_at)
-    if BIAS:
-        y += tl.load(bias_at + column, mask=column < out, other=0)
-    tl.store(y_at + row * out + column, y.to(y_at.dtype.element_ty), mask=column < out)
+def _tuned(sizes: list[tuple[int, int, int]]) -> Any:
+    """`_product` with the fastest (BLOCK_OUT, warps, stages), timed once per shape and bits.
+
+    The interpreter takes the first, without timing.
+    """
+    if triton is None:
+        return None
+    kept = sizes[:1] if triton.knobs.runtime.interpret else sizes
+    configs = [
+        triton.Config({"BLOCK_OUT": block}, num_warps=warps, num_stages=stages)
+        for block, warps, stages in kept
+    ]
+    key = ["width", "out", "group_size", "INPUT_BITS", "BITS", "BLOCK_ROWS"]
+    return triton.autotune(configs, key)(_product)
+
+
+_prefill = _tuned([(64, 4, 3), (32, 4, 4), (128, 4, 3), (128, 8, 3)])
+_decode = _tuned([(16, 4, 3), (4, 2, 4), (8, 4, 4), (32, 8, 3)])
