@@ -1,6 +1,8 @@
 """Packed checkpoints: identical logits after a round trip, one sentence for what is broken."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,14 @@ from safetensors.torch import load_file, save_file
 from test_pack_model import logits, rounded
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as Llava
 
+from qvlm import prepare
 from qvlm.errors import UserError
-from qvlm.packing import kernels
+from qvlm.fit import configuration
+from qvlm.models.known import architecture, skeleton
+from qvlm.packing import kernels, weight_bytes
 from qvlm.packing.checkpoint import load_packed, save_packed
 from qvlm.packing.model import pack_model, packed_layers
+from qvlm.packing.plan import plan
 
 
 @pytest.fixture
@@ -69,3 +75,40 @@ def test_what_is_broken_is_said(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="no packed checkpoint"):
         load_packed(Llava, folder)
+
+
+LOAD = """
+import sys
+import torch
+from qvlm.models.llava import Llava
+from qvlm.packing import load_packed, weight_bytes
+
+def resident(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+before = resident("VmRSS")
+model = load_packed(Llava, sys.argv[1])
+for tensor in (*model.parameters(), *model.buffers()):
+    tensor.sum()  # what lies in a file is not resident before it is touched
+print((resident("VmHWM") - before) / weight_bytes(model))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
+def test_loading_takes_little_more_than_the_packed_model(tmp_path: Path) -> None:
+    """Two layers of LLaVA-7B; in floating point they would be four times as large."""
+    built = architecture("llava_7b")
+    built.text_config.num_hidden_layers, built.text_config.vocab_size = 2, 512
+    built.vision_config.num_hidden_layers, built.image_token_id = 3, 511
+    model = skeleton(built, torch.bfloat16)
+    plan(model, prepare.quantization_config(configuration("llava_7b", "w4a4")), False)
+    model = model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.zero_()
+    assert weight_bytes(model) > 2**27
+    save_packed(model, tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert 0.9 < float(run.stdout) < 1.15

@@ -38,7 +38,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
         raise UserError(f"codes do not fit in bits={bits}: accepted are 0 to {2**bits - 1}")
     count = codes.shape[-1]
-    per_unit, unit_bytes = _unit(bits)
+    per_unit, unit_bytes = unit(bits)
     codes = F.pad(codes.to(torch.uint8), (0, -count % per_unit)).unflatten(-1, (-1, per_unit))
     packed = codes.new_zeros(*codes.shape[:-1], unit_bytes)
     for index in range(per_unit):
@@ -63,7 +63,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         )
     if bits == 8:
         return packed
-    per_unit, unit_bytes = _unit(bits)
+    per_unit, unit_bytes = unit(bits)
     packed = F.pad(packed, (0, -packed.shape[-1] % unit_bytes)).unflatten(-1, (-1, unit_bytes))
     codes = packed.new_empty(*packed.shape[:-1], per_unit)
     for index in range(per_unit):
@@ -129,7 +129,7 @@ def decode_constants(codes: Tensor | None, largest: Tensor, mean: Tensor, size: 
     return levels[codes.long()] * largest.repeat_interleave(size)[: len(codes)] + mean
 
 
-def _unit(bits: int) -> tuple[int, int]:
+def unit(bits: int) -> tuple[int, int]:
     """The fewest codes that fill whole bytes, and these bytes."""
     common = math.gcd(8, bits)
     return 8 // common, bits // common

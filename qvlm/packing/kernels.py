@@ -17,6 +17,8 @@ exact sums, which come out of the same product as two further rows.
 (q - 8) s, with s rounded to bf16; the rest, (8 - z) s times the sum of the group's inputs, is added
 in float32. Inputs are the steps, which bf16 holds exactly, unless channels have different scales.
 Its layout is found out by packing a known weight, and where that fails it does not serve.
+
+On a GPU, `triton_kernels.py` has products of its own.
 """
 
 from collections.abc import Sequence
@@ -73,19 +75,6 @@ def find_cells(width: int, group_size: int, channel_scale: Tensor | None) -> lis
         Cell(channels, len(channels), int(group[channels[0]]), int(channels[0]))
         for channels in order.split(sizes)
     ]
-
-
-def reference(
-    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
-) -> Tensor:
-    """x [rows, in] times the weight (codes - zero_point) scale, transposed: [rows, out] float32.
-
-    Args:
-        codes: [out, in] uint8.
-        scale, zero_point: [out, groups] float32.
-    """
-    weight = dequantize(codes, scale, zero_point, group_size)
-    return F.linear(x, weight)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:

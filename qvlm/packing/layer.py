@@ -5,14 +5,17 @@ It computes the function of the `QuantLinear` it was made of. The integers are t
 only; `accumulation_bound` says by how much at most.
 
 Which product runs is chosen in the call from device, rows and bits (`choose`), can be forced by
-`kernel`, and is noted in `used`. See `kernels.py` for the products.
+`kernel`, and is noted in `used`. See `kernels.py` and `triton_kernels.py` for the products.
 
 Left out: gradients, and a floating-point copy of the weight in any form.
 """
 
 import math
+import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,15 +29,15 @@ from qvlm.packing.formats import (
     decode_constants,
     pack,
     packed_width,
+    unit,
     unpack,
 )
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer, normal_float_levels
 from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer, affine_grid
 
-# Rows up to which the int4 product beats int8 x int8 (one thread, 2048 x 2048, AVX-512): 1 row
-# 0.22 ms against 0.39, 4 rows 0.45 against 1.5, 16 rows 1.6 against 2.1, without the unpacking
-# (1.4 ms) that the latter needs; 64 rows 7.2 against 7.2.
+# Rows up to which the int4 product is taken: it reads the weight as it is stored, while int8 x int8
+# unpacks it first, which only many rows repay.
 DECODING_ROWS = 16
 # Channels that a cell of `int_mm` needs on average: below, scaling costs more than the product.
 CELL_WIDTH = 32
@@ -153,9 +156,10 @@ class PackedLinear(nn.Module):
         if kernel not in KERNELS:
             raise UserError(f"kernel={kernel!r}: accepted are {', '.join(KERNELS)}")
         if kernel not in ("auto", *self.serving()):
+            reason = f" ({self._triton_obstacle()})" if kernel == "triton" else ""
             raise UserError(
-                f"kernel={kernel!r} cannot take {self.layer_name or 'a linear'}: accepted are "
-                f"auto, {', '.join(self.serving())}"
+                f"kernel={kernel!r} cannot take {self.layer_name or 'a linear'}{reason}: accepted "
+                f"are auto, {', '.join(self.serving())}"
             )
         self._kernel = kernel
 
@@ -164,6 +168,8 @@ class PackedLinear(nn.Module):
         form, names = self.form, ["reference"]
         if form.weight != "uniform":
             return names
+        if self._triton_obstacle() is None:
+            names.append("triton")
         if self.codes.device.type == "cpu" or self.codes.is_meta:
             if form.in_features <= kernels.INT_MM_WIDTH:
                 names.append("int_mm")
@@ -172,10 +178,18 @@ class PackedLinear(nn.Module):
         return names
 
     def choose(self, rows: int) -> str:
-        """The kernel for an input of so many rows."""
+        """The kernel for an input of so many rows.
+
+        Warns, once for a reason, if Triton cannot run on the layer's GPU.
+        """
         if self.kernel != "auto":
             return self.kernel
-        serving = self.serving()
+        serving, device = self.serving(), self.codes.device
+        if device.type == "cuda":
+            if "triton" in serving:
+                return "triton"
+            if (obstacle := _device_obstacle(device)) is not None:
+                _warn_once(obstacle)
         if "int4_weight_only" in serving and rows <= DECODING_ROWS:
             return "int4_weight_only"
         if "int_mm" in serving and self.in_features >= CELL_WIDTH * len(self.cells()):
@@ -196,10 +210,13 @@ class PackedLinear(nn.Module):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
         kernel = self.choose(len(rows))
         self.used[kernel] += 1
-        y = self._product(kernel, rows)
-        bias = self.bias
-        if bias is not None:
-            y += bias.view(torch.float32)
+        bias = None if self.bias is None else self.bias.view(torch.float32)
+        if kernel == "triton":
+            y = self._fused(rows, bias)
+        else:
+            y = self._product(kernel, rows)
+            if bias is not None:
+                y += bias
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def integers(self) -> Tensor:
@@ -214,13 +231,7 @@ class PackedLinear(nn.Module):
         A folded scale is one.
         """
         x = x.float()
-        if self.form.inputs == "token":
-            ratio = self.form.ratio
-            lo, hi = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-            scale, zero_point = affine_grid(lo * ratio, hi * ratio, self.form.input_bits)
-        else:
-            scale = self.input_scale.view(torch.float32)
-            zero_point = self.input_zero_point.float()
+        scale, zero_point = self._input_grid(x)
         steps = (x / scale).round_()
         torch.maximum(steps, -zero_point, out=steps)
         torch.minimum(steps, 2**self.form.input_bits - 1 - zero_point, out=steps)
@@ -316,6 +327,45 @@ class PackedLinear(nn.Module):
                 factor = factor * scale.expand(self.in_features)[cell.channel]
             y.addcmul_(product.float(), factor)
         return y * scale if shared else y
+
+    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The output of Triton's kernels, [rows, out] in the dtype of `x`."""
+        from qvlm.packing import triton_kernels
+
+        form = self.form
+        self.rows_layout()
+        return triton_kernels.linear(
+            x,
+            *self._input_grid(x),
+            form.input_bits,
+            self.codes,
+            self.scale.view(torch.float32),
+            self.zero_point,
+            form.weight_bits,
+            form.group_size,
+            form.folds,
+            bias,
+        )
+
+    def _input_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of an input [rows, in], to broadcast; float32."""
+        form = self.form
+        if form.inputs == "static":
+            return self.input_scale.view(torch.float32), self.input_zero_point.float()
+        x = x.float()
+        lo, hi = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        return affine_grid(lo * form.ratio, hi * form.ratio, form.input_bits)
+
+    def _triton_obstacle(self) -> str | None:
+        """Why Triton's kernels cannot take this layer where it is, or None."""
+        form = self.form
+        if form.weight != "uniform":
+            return "its weight is not uniform"
+        if form.inputs == "static" and form.input_shape and not form.folds:
+            return "the channels of its input have scales of their own"
+        if form.scale_shape[1] > 1 and form.group_size % unit(form.weight_bits)[0]:
+            return f"its groups of {form.group_size} weights begin inside a byte"
+        return _device_obstacle(self.codes.device)
 
     def _shares_scale(self, scale: Tensor) -> bool:
         """Whether all channels of a token share `scale`."""
@@ -413,6 +463,20 @@ def _input_numbers(layer: QuantLinear) -> tuple[dict[str, Any], dict[str, Tensor
     }
 
 
+def _device_obstacle(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device, or None. A CPU does not even import Triton."""
+    if device.type != "cuda" and (device.type != "cpu" or "TRITON_INTERPRET" not in os.environ):
+        return "it is not on a GPU"
+    from qvlm.packing import triton_kernels
+
+    return triton_kernels.obstacle(device)
+
+
+@cache
+def _warn_once(obstacle: str) -> None:
+    warnings.warn(f"packed layers use stock operators: {obstacle}", RuntimeWarning, stacklevel=2)
+
+
 def _as_bits(x: Tensor) -> Tensor:
     """Float32 numbers as int32 of the same bits."""
     return x.detach().float().contiguous().view(torch.int32)
@@ -425,10 +489,14 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
     Both are sums of K products t c d v s, in float32 (u = 2^-24). Rounded at most: x_hat twice,
     w_hat once, the product once, K additions, the token's scale and the bias: (K + 6) u of the sum
     A of absolute values, twice (packed and simulated); `int_mm` rounds less often (per cell the
-    conversion, two factors and the addition). The bf16 of `int4_weight_only` (u = 2^-8) rounds its
-    scale, its input where channels differ in scale, the weight that it multiplies and its output:
-    4 u of the sum of |x| |q - 8| s, as `kernels.int4_weight_only` splits the weight. A factor of
-    1.01 covers products of errors, and a tiny number those lost below the normal range.
+    conversion, two factors and the addition). So does `triton`: its sums of t v over a tile, or
+    over a unit of codes, are exact and at most 2^24, which float32 holds; each is multiplied by s
+    and added (at most K of both, fused or not, in any order), then d and the bias round once each.
+
+    The bf16 of `int4_weight_only` (u = 2^-8) rounds its scale, its input where channels differ in
+    scale, the weight that it multiplies and its output: 4 u of the sum of |x| |q - 8| s, as
+    `kernels.int4_weight_only` splits the weight. A factor of 1.01 covers products of errors, and a
+    tiny number those lost below the normal range.
     """
     steps, scale, _ = layer.input_steps(x.reshape(-1, layer.in_features))
     x_hat = (steps * scale).double().abs()
@@ -443,7 +511,6 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
             layer.integers(), weight_scale, torch.full_like(weight_scale, 8), layer.form.group_size
         )
         split = x_hat @ eight.double().abs().T
-        sums, _ = layer.weight_scales()
-        rest = x_hat.sum(1, keepdim=True) * 8 * sums.double().amax(1)
+        rest = x_hat.sum(1, keepdim=True) * 8 * weight_scale.double().amax(1)
         bound = bound + 4 * 2.0**-8 * split + unit * (split + rest)
     return 1.01 * bound + 1e-36
