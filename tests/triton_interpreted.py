@@ -12,7 +12,7 @@ from qvlm.packing.formats import pack, unit
 from qvlm.packing.layer import PackedLinear
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(st.data())
 def test_packed_computes_what_is_simulated(data: st.DataObject) -> None:
     bits = data.draw(st.sampled_from([(4, 4), (4, 8), (6, 6), (8, 8), (3, 5)]))
