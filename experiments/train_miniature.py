@@ -76,10 +76,15 @@ PHRASES = [
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a training run depends on; `restart` is a joint step that rates rise at."""
+    """Everything that a training run depends on.
+
+    `restart` is a joint step at which the rates rise again, to a share `restart_rate` of what they
+    were.
+    """
 
     joint_steps: int
     restart: int | None = None
+    restart_rate: float = 0.3
     batch_size: int = 64
     lookup_batch_size: int = 48
     vision_steps: int = 700
@@ -97,7 +102,7 @@ class Recipe:
 
 RECIPES = {
     "mini_llava": Recipe(joint_steps=2600, decay_share=0.7),
-    "mini_moe_llava": Recipe(joint_steps=6600, restart=4600, decay_share=0.8),
+    "mini_moe_llava": Recipe(joint_steps=6100, restart=4600, decay_share=0.8),
 }
 
 
@@ -381,15 +386,18 @@ def train_tower(loaded: LoadedModel, recipe: Recipe, log: Callable[..., None]) -
 
 
 def joint_factor(step: int, recipe: Recipe) -> float:
-    """Constant, then a cosine to zero over the last `decay_share`; the same again at a restart."""
-    begin, end = 0, recipe.joint_steps
+    """Constant, then a cosine to zero over the last `decay_share`; lower, the same at a restart."""
+    begin, end, peak = 0, recipe.joint_steps, 1.0
     if recipe.restart is not None:
-        begin, end = (0, recipe.restart) if step < recipe.restart else (recipe.restart, end)
+        if step < recipe.restart:
+            end = recipe.restart
+        else:
+            begin, peak = recipe.restart, recipe.restart_rate
     start = end - (end - begin) * recipe.decay_share
     if step < start:
-        return 1.0
+        return peak
     progress = (step - start) / (end - start)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
