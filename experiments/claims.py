@@ -23,7 +23,7 @@ from qvlm.provenance import surroundings
 from qvlm.records import Record, find_records
 from qvlm.tables.comparison import paired
 from qvlm.tables.markdown import bullets, table
-from qvlm.tables.selection import CDM, ERROR_PROXY, HERO, VEO, is_packed, select
+from qvlm.tables.selection import CDM, ERROR_PROXY, HERO, VEO, is_draw, is_ordinary, select
 
 TOKEN = "ZeroQuant-V2, per token"
 
@@ -122,11 +122,6 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.2f} +- {statistics.stdev(values):.2f}"
 
 
-def is_draw(record: Record) -> bool:
-    """Whether a record is of `experiment=draws`."""
-    return record.config["group"] == "draws" and not is_packed(record)
-
-
 def newest(records: Sequence[Record]) -> list[Record]:
     """The newest record of each model, method and draw."""
     found: dict[tuple[str, str, int], Record] = {}
@@ -137,7 +132,7 @@ def newest(records: Sequence[Record]) -> list[Record]:
 
 def page(records: Sequence[Record]) -> str:
     """The Markdown page."""
-    settled = select(records, lambda r: not is_packed(r) and not is_draw(r)).shown
+    settled = select(records, is_ordinary).shown
     drawn = newest([record for record in records if is_draw(record)])
     about: Mapping[str, Mapping[str, object]] = surroundings()
     parts = [

@@ -25,7 +25,7 @@ from qvlm.tables.report import (
     paired_tests,
     signed,
 )
-from qvlm.tables.selection import FULL_PRECISION, Selection, bits_order, is_packed
+from qvlm.tables.selection import FULL_PRECISION, Selection, bits_order, is_ordinary
 
 COLUMNS = (
     *("model", "bits", "method", "n", "accuracy", "ci_low", "ci_high", "unparsable"),
@@ -70,7 +70,7 @@ class Ablation:
 
     def wanted(self, record: Record) -> bool:
         """Whether a record is this table's affair."""
-        return record.method in (FULL_PRECISION, *self.methods) and not is_packed(record)
+        return record.method in (FULL_PRECISION, *self.methods) and is_ordinary(record)
 
     def long(self, selection: Selection) -> pd.DataFrame:
         """`COLUMNS`, a row per model, bit width and method; accuracy in percent."""

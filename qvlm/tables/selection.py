@@ -63,11 +63,18 @@ class Selection:
 
 
 def whole_method(record: Record) -> bool:
-    """Whether a record is of a method in simulation.
+    """Whether a record is of a method, and not of a part of Q-VLM, which has tables of its own."""
+    return not record.method.startswith(f"{HERO}, ") and is_ordinary(record)
 
-    A part of Q-VLM and packed execution have tables of their own.
-    """
-    return not record.method.startswith(f"{HERO}, ") and not is_packed(record)
+
+def is_ordinary(record: Record) -> bool:
+    """Whether a record is of simulation, and not one of many draws: those have their own pages."""
+    return not is_packed(record) and not is_draw(record)
+
+
+def is_draw(record: Record) -> bool:
+    """Whether a record is of `experiment=draws`, which varies the calibration problems."""
+    return record.config["group"] == "draws"
 
 
 def is_packed(record: Record) -> bool:
