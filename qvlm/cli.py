@@ -81,6 +81,11 @@ def _run(arguments: list[str], recorded: list[Path]) -> None:
         """One job; its failure is its value, because Hydra prints about those that raise."""
         try:
             config = _typed(composed)
+            if config.preflight:
+                from qvlm.preflight import preflight
+
+                preflight([config])
+                return Path(config.results_dir)
             from qvlm.pipeline import run_cell
 
             recorded.append(run_cell(config))
@@ -106,6 +111,8 @@ def plan(
 ) -> Iterator[list[list[str]]]:
     """The batches of a sweep: its distinct cells, full precision first, all of them checked.
 
+    With `preflight` there are none: what they would take has then been said.
+
     Args:
         combinations: the overrides of each cell.
         compose: the configuration, Hydra's part included, that overrides make.
@@ -127,6 +134,12 @@ def plan(
         if config.full_precision:
             del whole["quantizer"], whole["calibration"]
         cells.setdefault(json.dumps(whole, sort_keys=True), (config, combination))
+
+    if any(config.preflight for config, _ in cells.values()):
+        from qvlm.preflight import preflight
+
+        preflight([config for config, _ in cells.values()])
+        return
 
     from qvlm import prepare
 

@@ -46,14 +46,17 @@ DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
 
 
 def check(config: RunConfig) -> dict[str, Any]:
-    """Makes sure that a cell can start, and returns what identifies it.
-
-    Returns:
-        `hash`, and what it was made from: `influences`, `code`, `files`.
+    """Makes sure that a cell can start, and returns what identifies it: see `identity`.
 
     Raises:
         UserError: naming the option that is wrong and what it accepts.
     """
+    check_options(config)
+    return identity(config)
+
+
+def check_options(config: RunConfig) -> None:
+    """The part of `check` that neither reads nor fetches a checkpoint."""
     build_method(config.method)
     prompting(config)
     find_device(config.device)
@@ -62,20 +65,35 @@ def check(config: RunConfig) -> dict[str, Any]:
     require_writable(config.runs_dir)
     if config.save_packed is not None:
         require_writable(Path(config.save_packed).parent)
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """What identifies a cell; fetches its checkpoint, and hashes it.
+
+    Returns:
+        `hash`, and what it was made from: `influences`, `code`, `files_hashed`.
+
+    Raises:
+        UserError: if a checkpoint is not there and cannot be fetched.
+    """
     files = {"model": provenance.content_hash(checkpoint_folder(config), CHECKPOINT_FILES)}
     if config.model.vision_tower is not None and config.model.packed is None:
         tower = local_folder(config.model.vision_tower, "model.vision_tower")
         files["vision_tower"] = provenance.content_hash(tower, CHECKPOINT_FILES)
     if Path(config.data.source).is_dir():
         files["data"] = provenance.content_hash(Path(config.data.source), DATA_FILES)
-    code = provenance.code_version(method_file(config.method))
-    parts = influences(config)
+    code, parts = code_version(config), influences(config)
     return {
         "hash": identify(parts, code, files),
         "influences": parts,
         "code": code,
         "files_hashed": files,
     }
+
+
+def code_version(config: RunConfig) -> str:
+    """The version of the code that a cell runs."""
+    return provenance.code_version(method_file(config.method))
 
 
 def adopt(config: RunConfig) -> RunConfig:

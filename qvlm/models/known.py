@@ -76,7 +76,7 @@ def architecture(name: str) -> LlavaArchitecture:
     """
     if name in KNOWN:
         blueprint = read_blueprint(KNOWN[name], f"model {name}")
-        return blueprint.architecture(_tower(str(blueprint.vision_tower)), f"model {name}")
+        return blueprint.architecture(clip_tower(str(blueprint.vision_tower)), f"model {name}")
     if (MINIATURES / Path(name).name).is_dir():
         return LlavaArchitecture.from_pretrained(MINIATURES / name)
     embedded = sorted(folder.name for folder in MINIATURES.iterdir() if folder.is_dir())
@@ -101,7 +101,7 @@ def skeleton(architecture: LlavaArchitecture, dtype: torch.dtype) -> Llava:
     return model
 
 
-def _tower(repository: str) -> CLIPVisionConfig:
+def clip_tower(repository: str) -> CLIPVisionConfig:
     """CLIP ViT-L/14, at 336 pixels where the repository's name says so."""
     return CLIPVisionConfig(
         hidden_size=1024,

@@ -83,7 +83,7 @@ def load_original(
     sources = {"checkpoint": (weights, blueprint.renamings)}
     vision, tower = blueprint.vision, folder
     if vision is None:
-        carried = _has_tower(weights, blueprint.renamings)
+        carried = has_tower(weights, blueprint.renamings)
         assert blueprint.vision_tower is not None
         tower = local_folder(
             vision_tower or blueprint.vision_tower, "model.vision_tower", weights=not carried
@@ -184,7 +184,7 @@ def _build(
     return model
 
 
-def _has_tower(weights: Weights, renamings: Renamings) -> bool:
+def has_tower(weights: Weights, renamings: Renamings) -> bool:
     """Whether a checkpoint carries its vision tower."""
     return any(rename(name, renamings).startswith(_TOWER) for name in weights)
 
