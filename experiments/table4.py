@@ -6,6 +6,8 @@ whose checkpoints lie in `<results>/packed`, and then this, which measures each 
 - Time, side by side in one process: full precision and every packed model of one architecture
   answer the same questions, one question at a time, in turn, `--repeats` times. A ratio compares
   two models within a repeat; its spread is that of the repeats.
+- Agreement: on how many questions of the whole split packed and simulated execution chose the same
+  answer, where the simulated cell is recorded too, and on which they did not.
 - Memory, in a fresh process per model that loads it and answers the same questions: the resident
   set at most, or what the allocator held at most on a GPU.
 
@@ -18,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,11 +61,23 @@ class Subject:
         record: its cell, which has its accuracy.
         folder: of its checkpoint; an embedded miniature's name for full precision.
         device: where it runs.
+        simulated: the cell of the same method in simulated execution.
     """
 
     record: Record
     folder: str
     device: str
+    simulated: Record | None = None
+
+    def disagreements(self) -> list[str] | None:
+        """The questions that simulated execution answers otherwise, of all that were asked."""
+        if self.simulated is None:
+            return None
+        both = [r.predictions.set_index("question_id") for r in (self.record, self.simulated)]
+        if not both[0].index.equals(both[1].index):
+            return None
+        chosen = [frame["prediction"].fillna(-1) for frame in both]
+        return [str(question) for question in both[0].index[chosen[0] != chosen[1]]]
 
     def load(self) -> LoadedModel:
         """The model as it is measured: all that is not packed in bfloat16."""
@@ -184,6 +198,10 @@ def find_subjects(results: Path, device: str) -> dict[str, list[Subject]]:
         if FULL_PRECISION not in cells.get(model, {}):
             raise UserError(f"{model} has no record in full precision: run experiment=table4")
         full = cells[model][FULL_PRECISION][0]
+        simulated = {(r.bits, r.method): r for records in cells[model].values() for r in records}
+        subjects[:] = [
+            replace(s, simulated=simulated.get((s.record.bits, s.record.method))) for s in subjects
+        ]
         subjects.sort(key=lambda s: (-int(s.record.bits.partition("A")[2]), s.record.method))
         subjects.insert(0, Subject(full, full.config["model"]["path"], device))
     return found
@@ -227,6 +245,7 @@ def measure(subjects: Sequence[Subject], given: argparse.Namespace) -> list[dict
                 "weight ratio": memory[0].weights / own.weights,
                 "before": own.before,
                 "kernels": own.kernels,
+                "disagreements": subject.disagreements(),
                 "n": record.metrics["classes"]["Avg"]["n"],
             }
         )
@@ -252,6 +271,13 @@ def _paper(record: Record) -> dict[str, Any]:
     }
 
 
+def _agreement(row: Mapping[str, Any]) -> str:
+    """The share of questions with the answer of simulated execution, or that nobody compared."""
+    if row["disagreements"] is None:
+        return ""
+    return f"{100 * (1 - len(row['disagreements']) / row['n']):.2f} %"
+
+
 def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: str) -> str:
     """The Markdown page."""
     parts = [
@@ -263,12 +289,21 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
         "bfloat16. *hours* is the time of 4,241 questions at this speed. Peak memory is that of a "
         "fresh process, whose libraries alone take what stands in the last column; at this size "
         "they are nearly all of it, and the weights tell more. Accuracy in percent, of the packed "
-        "model on all questions of the test split; that of full precision is float32's.\n\n"
+        "model on all questions of the test split; that of full precision is float32's. *agrees*: "
+        "questions with the answer of simulated execution, where that was recorded.\n\n"
         "Rows that begin with *paper* are what the paper prints for a larger model on a GPU."
     ]
     header = [
         *("bits", "method", "s/question", "vision", "prefill", "decoding", "tokens/s", "hours"),
-        *("speed-up", "weights MiB", "smaller", "peak GiB", "accuracy", "without model GiB"),
+        *(
+            "speed-up",
+            "weights MiB",
+            "smaller",
+            "peak GiB",
+            "accuracy",
+            "agrees",
+            "without model GiB",
+        ),
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         lines = []
@@ -283,6 +318,7 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
                 f"{row['weight ratio']:.2f}x",
                 f"{row['peak_memory_gib']:.3f}",
                 f"{row['accuracy']:.2f}",
+                _agreement(row),
                 f"{row['before'] / GIB:.3f}",
             ]
             lines.append(own)
@@ -295,6 +331,13 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
                 printed[header.index("accuracy")] = f"{row['paper_accuracy']:.2f}"
                 lines.append(printed)
         parts.append(f"## {model}\n\n{table(header, lines, left=2)}")
+    differing = [
+        f"{row['model']}, {row['bits']}, {row['method']}: {', '.join(row['disagreements'])}"
+        for row in rows
+        if row["disagreements"]
+    ]
+    if differing:
+        parts.append("## Questions that simulation answers otherwise\n\n" + bullets(differing))
     kernels = {
         (row["bits"], row["method"], ", ".join(f"{k} {n}" for k, n in row["kernels"].items()))
         for row in rows

@@ -1,5 +1,6 @@
 """Table 4 of toys: every packed checkpoint is traced to its record, timed and weighed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from test_pipeline import SPLITS, Tracked, cell, checkpoint, tracked
 
 from experiments import table4
 from qvlm.pipeline import run_cell
+from qvlm.records import Record
 from qvlm.tables.cost import COLUMNS
 
 __all__ = ["Tracked", "cell", "checkpoint", "tracked"]
@@ -22,6 +24,7 @@ def test_the_table(
         table4, "load_scienceqa", lambda source, split, limit, seed: SPLITS[split].select([0, 1])
     )
     run_cell(cell("method=fp"))
+    run_cell(cell("bits=w4a4"))
     for bits in ("w8a8", "w4a4"):
         run_cell(cell(f"bits={bits}", f"save_packed={results}/packed/toy-rtn-{bits}"))
     stray = results / "packed" / "stray"
@@ -42,6 +45,7 @@ def test_the_table(
     text = (results / "table4.md").read_text()
     assert "reference" in text or "int_mm" in text
     assert "GPU: not measured" in text
+    assert text.count("100.00 %") == 1
 
 
 def test_without_packed_models_there_is_no_table(
@@ -50,3 +54,15 @@ def test_without_packed_models_there_is_no_table(
     assert table4.main(["--results", str(tmp_path)]) == 2
     assert "holds no packed models" in capsys.readouterr().err
     assert table4.main(["--repeats", "0"]) == 2
+
+
+def test_questions_that_are_answered_otherwise_are_named(cell: Any, tmp_path: Path) -> None:
+    record = Record.load(run_cell(cell("bits=w4a4")))
+    changed = record.predictions.copy()
+    changed.loc[3, "prediction"] = (changed["prediction"].fillna(0)[3] + 1) % 5
+    other = replace(record, predictions=changed)
+    subject = table4.Subject(record, "", "cpu")
+    assert subject.disagreements() is None
+    assert replace(subject, simulated=record).disagreements() == []
+    expected = [str(changed["question_id"][3])]
+    assert replace(subject, simulated=other).disagreements() == expected
