@@ -84,7 +84,7 @@ format: install  ## rewrites the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-miniature: install  ## trains both embedded models from nothing (an hour; goes on where it stopped)
+miniature: install  ## trains both embedded models from nothing (up to two hours; goes on where it stopped)
 	$(MAKE) --no-print-directory -j 2 mini_llava mini_moe_llava
 
 # Products this small gain nothing from a second thread, so the two share the cores.
