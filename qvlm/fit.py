@@ -8,7 +8,8 @@ Three parts, in bytes, add up to what a question takes:
 - KV cache: of prompt and answer, counted in the cache that such a model returns;
 - activations: the most that is alive at once beside these, while the model on the meta device
   encodes an image and reads the prompt. A packed layer adds what it works with: its input three
-  times and its output twice in float32, and its weight's codes unpacked.
+  times and its output twice in float32, and its weight's codes unpacked, once also to 32 bits where
+  the stock int4 product needs another layout.
 
 The prompt is a ScienceQA question of 344 text tokens and its image: 600 tokens for LLaVA at 224
 pixels, whose image takes 256. Full precision is the dtype of conf/model, and one question is
@@ -50,6 +51,8 @@ from qvlm.tables.markdown import table
 GIB = 2**30
 TEXT_TOKENS = 344
 ANSWER_TOKENS = 64
+# What the weights of a method are packed to; others may quantize other things than the default.
+FORMS = {"FP": "FP", "RTN": "uniform", "AWQ": "uniform", "Q-VLM": "uniform", "QLoRA": "QLoRA"}
 MODELS = tuple(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
 
 
@@ -130,7 +133,9 @@ def predict(
         plan(model, quantization, variant.normal_float)
         activations += max(
             4 * prompt * (3 * layer.in_features + 2 * layer.out_features)
-            + layer.in_features * layer.out_features
+            + layer.in_features
+            * layer.out_features
+            * (5 if "int4_weight_only" in layer.serving() else 1)
             for layer in packed_layers(model).values()
         )
     return Need(weight_bytes(model), cache * (prompt + answer_tokens) // prompt, activations)
@@ -221,9 +226,9 @@ def recorded(runs: Path) -> dict[tuple[str, str, str], int]:
         for row in placed.to_dict("records"):
             found[row["model"], row["bits"], row["method"]] = round(float(row["weight_gib"]) * GIB)
     for run in (record.run for record in find_records(runs)):
-        if "weight_bytes" in run:
-            method = run["method"] if run["method"] in ("FP", "QLoRA") else "uniform"
-            found[run["model"], run["bits"], method] = run["weight_bytes"]
+        form = FORMS.get(run["method"])
+        if "weight_bytes" in run and form and (form == "FP" or run["execution"] == "packed"):
+            found[run["model"], run["bits"], form] = run["weight_bytes"]
     return found
 
 

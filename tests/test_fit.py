@@ -100,10 +100,14 @@ def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_measured_bytes_come_from_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    packed, simulated = ({"execution": execution} for execution in ("packed", "simulated"))
     runs = [
-        {"model": "a", "bits": "W4A4", "method": "AWQ", "weight_bytes": 7},
-        {"model": "a", "bits": "W4A4", "method": "QLoRA", "weight_bytes": 6},
-        {"model": "a", "bits": "W6A6", "method": "AWQ"},
+        {"model": "a", "bits": "W4A4", "method": "AWQ", "weight_bytes": 7, **packed},
+        {"model": "a", "bits": "W4A4", "method": "QLoRA", "weight_bytes": 6, **packed},
+        {"model": "a", "bits": "W6A6", "method": "AWQ", **packed},
+        {"model": "a", "bits": "W8A8", "method": "AWQ", "weight_bytes": 99, **simulated},
+        {"model": "a", "bits": "W8A8", "method": "mine", "weight_bytes": 98, **packed},
+        {"model": "a", "bits": "FP", "method": "FP", "weight_bytes": 20, **simulated},
     ]
     records = [SimpleNamespace(run=run) for run in runs]
     monkeypatch.setattr(fit, "find_records", lambda folder: records)
@@ -114,5 +118,6 @@ def test_measured_bytes_come_from_records(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert fit.recorded(tmp_path / "runs") == {
         ("a", "W4A4", "uniform"): 7,
         ("a", "W4A4", "QLoRA"): 6,
+        ("a", "FP", "FP"): 20,
         ("b", "W4A4", "uniform"): 2 * GIB,
     }
