@@ -9,10 +9,10 @@ a shape is drawn, quantized and packed, the others are copies of its bytes. Two 
 - Whole, in a fresh process per form: all layers, for the peak of memory and the time.
 
 A question is an image and text of 600 tokens together, and 64 tokens of answer, of which a few are
-timed. What a layer takes is timed apart, so that a model whose layers did not all run is what ran
-plus, for each missing layer, what one of its shape took; it is marked as extrapolated. So are a
-whole model that would take longer than half a minute, and one that does not fit, whose memory is
-what `qvlm.fit` predicts.
+timed (fewer where they are slow). What a layer takes is timed apart, so that a model whose layers
+did not all run is what ran plus, for each missing layer, what one of its shape took; it is marked
+as extrapolated. So are a whole model that would take longer than 20 seconds, and one that does not
+fit, whose memory is what `qvlm.fit` predicts.
 
 It writes `table4_scale.csv`, the columns of Table 4, and `table4_scale.md`. Left out: accuracy.
 """
@@ -56,7 +56,8 @@ from qvlm.tables.published import label, published
 MODELS = ("llava_13b", "llava_7b", "moe_llava")
 PEER = Variant("w4a16", "bitsandbytes NF4")
 PROMPT, ANSWER, TIMED = 600, 64, 4
-PATIENCE = 30.0  # seconds that a whole model may take
+PATIENCE = 20.0  # seconds that a whole model may take, for two questions
+PACE = 5.0  # seconds of decoding after which no further token is timed
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,12 @@ class Whole:
     Attributes:
         seconds: of a question.
         weights: in bytes.
-        before: memory of the process without the model, in bytes.
-        peak: the same at most, while it answers.
+        peak: of memory, in bytes, while it answers.
         complete: all layers ran.
     """
 
     seconds: Seconds
     weights: int
-    before: float
     peak: float
     complete: bool
 
@@ -272,8 +271,9 @@ def ask(clock: Clock, prompt: int, tokens: int) -> Seconds:
     def answer(token: Tensor) -> Tensor:
         return model(input_ids=token, past_key_values=cache).logits.argmax(2)
 
-    each, token = [], ids[:, -1:]
-    for _ in range(tokens + 1):
+    each: list[float] = []
+    begun, token = time.perf_counter(), ids[:, -1:]
+    while len(each) < 2 or (len(each) <= tokens and time.perf_counter() - begun < PACE):
         token, seconds = clock(("language_model",), partial(answer, token))
         each.append(seconds)
     # The first one brings weights into another layout.
@@ -315,7 +315,6 @@ def side_by_side(
 def whole(model: str, variant: Variant, layers: int, prompt: int, device: str) -> Whole:
     """Places all of a model and runs it through its first `layers` decoder layers."""
     built = architecture(model)
-    before = 0 if device != "cpu" else psutil.Process().memory_info().rss
     placed = place(built, changer(model, variant), device)
     weights = weight_bytes(placed)
     decoder = list(decoder_layers(placed).values())
@@ -325,13 +324,19 @@ def whole(model: str, variant: Variant, layers: int, prompt: int, device: str) -
         placed.config.text_config.num_hidden_layers = layers
     clock = Clock(placed, shapes_of(built), complete)
     with Stages(model, 1) as stages, stages.stage("ask"):
+        ask(clock, prompt, TIMED)  # warms up, and may bring weights into another layout
         seconds = ask(clock, prompt, TIMED)
-    peak = stages.costs["ask"].get("gpu_peak_mib", stages.costs["ask"]["peak_mib"]) * MIB
+    peak = stages.costs["ask"]["peak_mib" if device == "cpu" else "gpu_peak_mib"] * MIB
     cached = fit.predict(
         built, fit.configuration(model, "fp"), FULL, prompt - image_tokens(built), TIMED
     ).cache
     peak += cached * (1 - min(layers, len(decoder)) / len(decoder))
-    return Whole(seconds, weights, before, peak, complete)
+    return Whole(seconds, weights, peak, complete)
+
+
+def empty(device: str) -> int:
+    """Bytes that a process takes which has no model; on a GPU, none."""
+    return psutil.Process().memory_info().rss if device == "cpu" else 0
 
 
 def measure(model: str, given: argparse.Namespace, device: str) -> list[dict[str, Any]]:
@@ -343,6 +348,7 @@ def measure(model: str, given: argparse.Namespace, device: str) -> list[dict[str
         raise UserError(f"--prompt: {model} needs more than its {image_tokens(built)} image tokens")
     peers = [PEER] if find_spec("bitsandbytes") else []
     sides = side_by_side(model, [*VARIANTS, *peers], given.repeats, given.prompt, device)
+    before = in_fresh_process(empty, device)
     rows: list[dict[str, Any]] = []
     for variant, repeats in sides.items():
         seconds = Seconds(*map(statistics.median, zip(*map(astuple, repeats), strict=True)))
@@ -351,16 +357,19 @@ def measure(model: str, given: argparse.Namespace, device: str) -> list[dict[str
         if variant != PEER:
             config = fit.configuration(model, variant.bits)
             need = fit.predict(built, config, variant, text_tokens, TIMED)
-            weights, peak, before = float(need.weights), float(need.total), 0.0
-            missing = "time, memory"
-            if need.total < _memory(given, device):
+            predicted = before + need.total
+            weights, peak, missing = need.weights, float(predicted), "time, memory"
+            if predicted < _memory(given, device):
                 expected = seconds.vision + seconds.prefill + (TIMED + 1) * seconds.token
-                allowed = max(1, min(given.layers, int(count * PATIENCE / expected)))
+                allowed = max(1, min(given.layers, int(count * PATIENCE / (2 * expected))))
                 done = in_fresh_process(whole, model, variant, allowed, given.prompt, device)
-                weights, peak, before = done.weights, done.peak, done.before
+                weights, peak = done.weights, done.peak
                 seconds, missing = done.seconds, "" if done.complete else "time"
-            row |= {"peak_memory_gib": peak / GIB, "weight_gib": weights / GIB}
-            row["predicted"] = (before + need.total) / GIB
+            row |= {
+                "peak_memory_gib": peak / GIB,
+                "weight_gib": weights / GIB,
+                "predicted": predicted / GIB,
+            }
         ratios = [full.over(own) for full, own in zip(sides[FULL], repeats, strict=True)]
         whole_ratios = [
             full.question / own.question for full, own in zip(sides[FULL], repeats, strict=True)
@@ -472,12 +481,13 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
         f"{hardware['cpu']}, {hardware['memory_gib']} GiB, {rows[0]['threads']} threads; device "
         f"{device}{'; on a GPU: not measured' if device == 'cpu' else ''}.",
         f"A question is {given.prompt} tokens of image and text and {ANSWER} tokens of answer, of "
-        f"which {TIMED} were timed. Weights are random; there is no accuracy.",
+        f"which at most {TIMED} were timed. Weights are random; there is no accuracy.",
         "FP is bf16. *uniform* is the form of every method but QLoRA's NormalFloat; beside it "
         "stands the paper's row of Q-VLM. *paper* columns are what the paper prints, hours for "
         "4,241 questions on its own hardware.",
         "Peak is the resident set of a fresh process while it answers, Python and its libraries "
-        "included; *predicted* is the sum of `make fit` and what the process held before.",
+        "included; *predicted* is the sum of `make fit` and what such a process takes without a "
+        "model.",
         "*extrapolated*: time is what ran plus, for each layer that did not, what one of its shape "
         "took; memory is the prediction.",
         f"Ratios to bf16 are of {given.repeats} repeats side by side on a layer of each shape, "
