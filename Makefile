@@ -54,7 +54,7 @@ table5: install  ## regenerates Table 5: entropy against quantization error as p
 
 table4: install  ## measures packed models: seconds, memory, accuracy
 	$(BIN)/python run.py -m experiment=table4
-	$(BIN)/python experiments/table4.py --results $(RESULTS)
+	$(BIN)/python experiments/table4.py
 
 table4-scale: install  ## measures time and memory of the true architectures, random weights
 	$(BIN)/python experiments/table4_scale.py

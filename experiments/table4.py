@@ -44,6 +44,7 @@ from qvlm.prepare import find_device
 from qvlm.provenance import surroundings
 from qvlm.records import Record, find_records
 from qvlm.stages import MIB, Stages
+from qvlm.tables.command import write_files
 from qvlm.tables.cost import COLUMNS, in_fresh_process, spread
 from qvlm.tables.markdown import bullets, table
 from qvlm.tables.published import label, published
@@ -338,18 +339,19 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
     ]
     if differing:
         parts.append("## Questions that simulation answers otherwise\n\n" + bullets(differing))
-    kernels = {
-        (row["bits"], row["method"], ", ".join(f"{k} {n}" for k, n in row["kernels"].items()))
+    kernels = [
+        f"{row['model']} {row['bits']} {row['method']} "
+        + ", ".join(f"{name} {calls}" for name, calls in sorted(row["kernels"].items()))
         for row in rows
         if row["kernels"]
-    }
+    ]
     about = surroundings()
     machine, versions = about["hardware"], about["versions"]
     parts.append(
         bullets(
             [
                 "Command: `make table4`",
-                f"Calls of packed products: {'; '.join(' '.join(k) for k in sorted(kernels))}",
+                f"Calls of packed products for these questions: {'; '.join(kernels)}",
                 f"Device: {device}; {machine['cpu']}, {torch.get_num_threads()} threads, "
                 f"{machine['memory_gib']} GiB"
                 + (f"; {machine['gpu']}" if device != "cpu" else "; GPU: not measured"),
@@ -382,12 +384,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row for subjects in found.values() for row in measure(subjects, given)]
         text = page(rows, given, device)
         frame = pd.DataFrame([{key: row.get(key) for key in COLUMNS} for row in rows])
-        out.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(out / "table4.csv", index=False, float_format="%.6g", lineterminator="\n")
-        (out / "table4.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        print(f"error: --out: {out} cannot be written ({error})", file=sys.stderr)
-        return 2
+        csv = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        write_files({out / "table4.csv": csv, out / "table4.md": text})
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

@@ -49,6 +49,7 @@ from qvlm.packing.plan import blind
 from qvlm.provenance import surroundings
 from qvlm.quantization.layout import block_layers, decoder_layers, quantizable
 from qvlm.stages import MIB, Stages
+from qvlm.tables.command import write_files
 from qvlm.tables.cost import COLUMNS, in_fresh_process, spread
 from qvlm.tables.markdown import bullets, table
 from qvlm.tables.published import label, published
@@ -532,11 +533,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = prepare.find_device(given.device)
         for model in tqdm(given.models, desc="models", disable=None):
             rows += measure(model, given, device)
-        given.out.mkdir(parents=True, exist_ok=True)
         frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
-        frame.to_csv(given.out / "table4_scale.csv", index=False, float_format="%.4g")
+        csv = frame.to_csv(index=False, float_format="%.4g", lineterminator="\n")
         text = page(rows, given, device)
-        (given.out / "table4_scale.md").write_text(text, encoding="utf-8")
+        write_files({given.out / "table4_scale.csv": csv, given.out / "table4_scale.md": text})
         print(text, end="")
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)

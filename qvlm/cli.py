@@ -143,6 +143,9 @@ def plan(
 
     from qvlm import prepare
 
+    saved = [config.save_packed for config, _ in cells.values() if config.save_packed is not None]
+    if len(set(saved)) < len(saved):
+        raise UserError("save_packed: each cell of a sweep needs a folder of its own")
     for config, _ in cells.values():
         prepare.check(prepare.adopt(config))
     for first in (True, False):

@@ -37,12 +37,12 @@ from qvlm.quantization import QuantizationConfig, QuantSpec
 from qvlm.records import identify, require_writable
 
 CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".model", ".tiktoken")
+DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
 # What a packed checkpoint does not settle: which questions, how they are asked, and where.
 _NOT_OF_THE_CHECKPOINT = (
     *("data", "evaluation", "tracking", "kernel", "results_dir", "device", "threads", "force"),
     *("seed", "group"),
 )
-DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
 
 
 def check(config: RunConfig) -> dict[str, Any]:

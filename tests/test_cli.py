@@ -100,6 +100,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
         ("-m method=rtn,foo", ["method=foo", "rtn"]),
         ("-m +foo=1,2", ["foo", "seed"]),
         ("-m calibration.samples=8,-1", ["calibration.samples", "-1"]),
+        ("-m method=awq,rtn save_packed=one", ["save_packed", "a folder of its own"]),
         (f"-m model.path={ROOT}/conf method=rtn,fp device=cpu,tpu", ["device", "tpu"]),
         ("-m experiment=table2 bits=w4a4,w9a9", ["bits=w9a9", "w4a4"]),
         ("-m hydra.sweeper.params={modell:a}", ["modell", "model"]),

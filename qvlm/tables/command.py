@@ -81,12 +81,16 @@ def write(table: Table, selection: Selection, out: Path, made_by: str) -> tuple[
     """Writes `<name>.csv` and `<name>.md`, each whole or not at all; see the tables' `write`."""
     csv = table.long(selection).to_csv(index=False, float_format="%.2f", lineterminator="\n")
     paths = out / f"{table.name}.csv", out / f"{table.name}.md"
-    _replace(dict(zip(paths, (csv, table.render(selection, made_by)), strict=True)))
+    write_files(dict(zip(paths, (csv, table.render(selection, made_by)), strict=True)))
     return paths
 
 
-def _replace(texts: Mapping[Path, str]) -> None:
-    """Writes all files beside their places, then moves them there."""
+def write_files(texts: Mapping[Path, str]) -> None:
+    """Writes files of one folder beside their places, then moves them there: all whole or none.
+
+    Raises:
+        UserError: if the folder, which is made if need be, cannot be written.
+    """
     written: dict[Path, Path] = {}
     try:
         for path, text in texts.items():
