@@ -32,6 +32,8 @@ LONGEST = 300.0  # seconds that a sweep may take on a slow machine
 
 def sweep(folder: Path, source: Path) -> None:
     """What runs in a process of its own: `python run.py -m ...`, its output in files."""
+    # A shell starts what it runs in the background with interrupts ignored, this test perhaps too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
