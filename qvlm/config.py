@@ -22,7 +22,7 @@ from qvlm.errors import UserError
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 FULL_PRECISION = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
-KERNELS = ("auto", "reference", "int_mm", "int4_weight_only", "triton")
+KERNELS = ("auto", "reference", "bf16", "native", "int_mm", "int4_weight_only", "triton")
 
 
 def _one_of(key: str, value: object, accepted: Collection[str]) -> None:

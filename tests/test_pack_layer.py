@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qvlm.errors import RunError, UserError
-from qvlm.packing import kernels
+from qvlm.packing import kernels, native
 from qvlm.packing.layer import PackedLinear, accumulation_bound
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.normal_float import NormalFloatQuantizer
@@ -109,19 +109,28 @@ def test_sums_of_integers_are_exact(data: st.DataObject) -> None:
     assert sum(cell.width for cell in packed.cells()) == 96
 
 
-def test_kernel_is_chosen_from_rows_and_bits() -> None:
+def test_kernel_is_chosen_from_device_rows_bits_and_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16 = torch.bfloat16
     four, x = quantized((64, 128), (4, 4), group_size=64)
-    packed = PackedLinear.from_quantized(four)
-    assert (packed.choose(1), packed.choose(64)) == ("int4_weight_only", "int_mm")
-    packed(x[:1])
-    packed(x)
-    assert packed.used == {"int4_weight_only": 1, "int_mm": 1}
     eight, _ = quantized((64, 128), (8, 8), group_size=64)
-    assert PackedLinear.from_quantized(eight).choose(1) == "int_mm"
     scattered, _ = quantized((64, 128), (8, 8), inputs="per_channel_group", group_size=8)
-    assert PackedLinear.from_quantized(scattered).choose(64) == "reference"
     codebook, _ = quantized((64, 128), (4, 4), "normal_float")
-    assert PackedLinear.from_quantized(codebook).choose(64) == "reference"
+    packed = [PackedLinear.from_quantized(layer) for layer in (four, eight, scattered, codebook)]
+    one_cluster, _ = quantized((64, 128), (8, 8), inputs="per_channel_group", group_size=128)
+    if native.obstacle() is None:
+        assert PackedLinear.from_quantized(one_cluster).choose(64) == "native"
+        for layer in packed:
+            assert layer.choose(1) == layer.choose(1, bf16) == "native"
+        assert [layer.choose(64) for layer in packed] == ["native"] * 2 + ["reference"] * 2
+        assert [layer.choose(64, bf16) for layer in packed] == ["native"] * 2 + ["bf16"] * 2
+    monkeypatch.setattr(native, "obstacle", lambda: "there is no C compiler")
+    assert packed[0].choose(1, bf16) == "int4_weight_only"
+    assert [layer.choose(1) for layer in packed] == ["int_mm"] * 2 + ["reference"] * 2
+    packed[0](x[:1].bfloat16())
+    packed[0](x)
+    assert packed[0].used == {"int4_weight_only": 1, "int_mm": 1}
+    with pytest.raises(UserError, match="there is no C compiler"):
+        packed[0].kernel = "native"
 
 
 def test_nothing_is_kept_in_floating_point() -> None:

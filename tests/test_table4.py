@@ -43,7 +43,7 @@ def test_the_table(
     # Medians of the parts, so only about their sum.
     assert bool((parts < 2 * frame["seconds_per_question"]).all())
     text = (results / "table4.md").read_text()
-    assert "reference" in text or "int_mm" in text
+    assert "native" in text or "int_mm" in text
     assert "GPU: not measured" in text
     assert text.count("100.00 %") == 1
 

@@ -7,6 +7,7 @@ With steps t = q - z of an input and v = q - z of a weight, a layer is
 where d is the scale of the token (or 1), c that of the channel (or 1), s that of the weight group.
 
 `reference` unpacks the weight to float32, some rows at a time, and multiplies. Serves everything.
+`bf16` rounds both operands first, as a model in bf16 does with its own.
 
 `int_mm` multiplies int8 by int8 into int32. Channels that share c and s form a cell; what is
 summed within a cell is exact, and each cell is scaled and added in float32. Steps of up to 7 bits
@@ -18,10 +19,11 @@ exact sums, which come out of the same product as two further rows.
 in float32. Inputs are the steps, which bf16 holds exactly, unless channels have different scales.
 Its layout is found out by packing a known weight, and where that fails it does not serve.
 
-On a GPU, `triton_kernels.py` has products of its own.
+Products of our own, which leave less speed on the table: `native.py` for CPUs, `triton_kernels.py`
+for GPUs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -99,8 +101,8 @@ def int_products(
     weight_zero_point: Tensor,
     weight_bits: int,
     cells: Sequence[Cell],
-) -> list[Tensor]:
-    """The exact sums of t v over each cell, [rows, out] int32.
+) -> Iterator[Tensor]:
+    """Yields the exact sums of t v over each cell, [rows, out] int32.
 
     Args:
         steps: t = q - z, [rows, in] float32 holding integers.
@@ -123,7 +125,6 @@ def int_products(
             ]
         )
     left = left.to(torch.int8)
-    products = []
     for cell in cells:
         right = codes[:, cell.channels]
         zero = weight_zero_point[:, cell.group, None]
@@ -137,8 +138,7 @@ def int_products(
         if wide_weight:
             total = steps[:, cell.channels].to(torch.int32).sum(1, keepdim=True, dtype=torch.int32)
             product = product + total * (128 - zero.int()).T
-        products.append(product)
-    return products
+        yield product
 
 
 def _int_mm(left: Tensor, right: Tensor) -> Tensor:

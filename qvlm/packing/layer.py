@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qvlm.config import KERNELS as KERNELS
 from qvlm.errors import RunError, UserError
-from qvlm.packing import kernels
+from qvlm.packing import kernels, native
 from qvlm.packing.formats import (
     Constants,
     decode_constants,
@@ -33,7 +33,11 @@ from qvlm.packing.formats import (
     unpack,
 )
 from qvlm.quantization.linear import QuantLinear
-from qvlm.quantization.normal_float import NormalFloatQuantizer, normal_float_levels
+from qvlm.quantization.normal_float import (
+    NormalFloatQuantizer,
+    dynamic_levels,
+    normal_float_levels,
+)
 from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer, affine_grid
 
 # Rows up to which the int4 product is taken: it reads the weight as it is stored, while int8 x int8
@@ -41,6 +45,8 @@ from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer, affine
 DECODING_ROWS = 16
 # Channels that a cell of `int_mm` needs on average: below, scaling costs more than the product.
 CELL_WIDTH = 32
+# Rows up to which a float weight is better made in registers, row by row, than in memory once.
+FLOAT_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class PackedLinear(nn.Module):
         self.int4_layout = False
         self.used: Counter[str] = Counter()
         self._cells: list[kernels.Cell] | None = None
+        self._alike: bool | None = None
         for name, (shape, dtype) in buffers(form).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         if not form.bias:
@@ -156,7 +163,8 @@ class PackedLinear(nn.Module):
         if kernel not in KERNELS:
             raise UserError(f"kernel={kernel!r}: accepted are {', '.join(KERNELS)}")
         if kernel not in ("auto", *self.serving()):
-            reason = f" ({self._triton_obstacle()})" if kernel == "triton" else ""
+            obstacles = {"triton": self._triton_obstacle, "native": self._native_obstacle}
+            reason = f" ({obstacles[kernel]()})" if kernel in obstacles else ""
             raise UserError(
                 f"kernel={kernel!r} cannot take {self.layer_name or 'a linear'}{reason}: accepted "
                 f"are auto, {', '.join(self.serving())}"
@@ -165,7 +173,9 @@ class PackedLinear(nn.Module):
 
     def serving(self) -> list[str]:
         """The kernels that can take this layer where it is."""
-        form, names = self.form, ["reference"]
+        form, names = self.form, ["reference", "bf16"]
+        if self._native_obstacle() is None:
+            names.append("native")
         if form.weight != "uniform":
             return names
         if self._triton_obstacle() is None:
@@ -177,10 +187,11 @@ class PackedLinear(nn.Module):
                 names.append("int4_weight_only")
         return names
 
-    def choose(self, rows: int) -> str:
-        """The kernel for an input of so many rows.
+    def choose(self, rows: int, dtype: torch.dtype = torch.float32) -> str:
+        """The kernel for an input of so many rows, in a model of this type.
 
-        Warns, once for a reason, if Triton cannot run on the layer's GPU.
+        Products that round operands to bf16 are for models that do so themselves. Warns, once for
+        a reason, if Triton cannot run on the layer's GPU.
         """
         if self.kernel != "auto":
             return self.kernel
@@ -190,11 +201,14 @@ class PackedLinear(nn.Module):
                 return "triton"
             if (obstacle := _device_obstacle(device)) is not None:
                 _warn_once(obstacle)
-        if "int4_weight_only" in serving and rows <= DECODING_ROWS:
+        rounding = dtype == torch.bfloat16
+        if "native" in serving and (self._is_integer() or rows <= FLOAT_ROWS):
+            return "native"
+        if "int4_weight_only" in serving and rounding and rows <= DECODING_ROWS:
             return "int4_weight_only"
         if "int_mm" in serving and self.in_features >= CELL_WIDTH * len(self.cells()):
             return "int_mm"
-        return "reference"
+        return "bf16" if rounding else "reference"
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -208,7 +222,7 @@ class PackedLinear(nn.Module):
             torch.isfinite(rows).all()
         ):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
-        kernel = self.choose(len(rows))
+        kernel = self.choose(len(rows), x.dtype)
         self.used[kernel] += 1
         bias = None if self.bias is None else self.bias.view(torch.float32)
         if kernel == "triton":
@@ -246,32 +260,31 @@ class PackedLinear(nn.Module):
     def dequantized(self, rows: slice | None = None) -> Tensor:
         """Rows of the float32 weight [out, in], the one that the quantized layer kept."""
         form, rows = self.form, rows or slice(0, self.out_features)
-        if self.int4_layout:
-            codes = self.integers()[rows]
-        else:
-            codes = unpack(self.codes[rows], form.weight_bits, self.in_features)
+        self.rows_layout()
+        if self._native_obstacle() is None:
+            return native.dequantize(self._native_weight(), rows)
+        codes = unpack(self.codes[rows], form.weight_bits, self.in_features)
         if form.weight == "uniform":
             scale, zero_point = self.weight_scales()
             return kernels.dequantize(codes, scale[rows], zero_point[rows], form.group_size)
-        values = normal_float_levels(form.weight_bits).to(codes.device)[codes.int()]
+        values = _levels(form.weight_bits).to(codes.device)[codes.int()]
         constants = decode_constants(
             self.constant_codes if form.constants[0] else None,
             self.scale.view(torch.float32),
             self.mean.view(torch.float32),
             form.constant_block_size,
         )
-        first = rows.start * self.in_features
-        element = torch.arange(first, first + codes.numel(), device=codes.device)
-        return values * constants[element // form.group_size].view_as(values)
+        begin, end = (row * self.in_features for row in (rows.start, rows.stop))
+        first, size = begin // form.group_size, form.group_size
+        used = constants[first : -(-end // size)].repeat_interleave(size)
+        return values * used[begin - first * size :][: values.numel()].view_as(values)
 
     def cells(self) -> list[kernels.Cell]:
         """The runs of channels whose products are exact; found once, then kept."""
         if self._cells is None:
-            scale = None
-            if self.form.inputs == "static" and not self.form.folds and self.form.input_shape:
-                scale = self.input_scale.view(torch.float32).expand(self.in_features)
-                scale = None if bool((scale == scale[0]).all()) else scale
-            self._cells = kernels.find_cells(self.in_features, self.form.group_size, scale)
+            self._cells = kernels.find_cells(
+                self.in_features, self.form.group_size, self._channel_scale()
+            )
         return self._cells
 
     def rows_layout(self) -> None:
@@ -289,17 +302,26 @@ class PackedLinear(nn.Module):
 
     def _product(self, kernel: str, x: Tensor) -> Tensor:
         steps, scale, zero_point = self.input_steps(x)
-        if kernel == "reference":
-            x_hat = steps * scale
+        shared = self._shares_scale(scale)
+        if kernel in ("reference", "bf16"):
+            dtype = torch.bfloat16 if kernel == "bf16" else torch.float32
+            x_hat = (steps * scale).to(dtype)
             parts = kernels.pieces(self.out_features, self.in_features)
-            return torch.cat([x_hat @ self.dequantized(part).T for part in parts], dim=1)
+            made = [x_hat @ self.dequantized(part).to(dtype).T for part in parts]
+            return torch.cat(made, dim=1).float()
+        if kernel == "native":
+            self.rows_layout()
+            weight = self._native_weight()
+            if not self._is_integer():
+                return native.float_product(weight, steps * scale)
+            y = native.integer_product(weight, steps, zero_point, self.form.input_bits)
+            return y.mul_(scale if shared else scale[0])
         weight_scale, weight_zero_point = self.weight_scales()
         if kernel == "int4_weight_only":
             size = self._int4_group()
             assert size is not None
             if not self.int4_layout:
                 self.codes, self.int4_layout = kernels.to_int4_layout(self.integers()), True
-            shared = self._shares_scale(scale)
             repeats = self.in_features // size // weight_scale.shape[1]
             y = kernels.int4_weight_only(
                 steps if shared else steps * scale,
@@ -319,7 +341,6 @@ class PackedLinear(nn.Module):
             self.form.weight_bits,
             cells,
         )
-        shared = self._shares_scale(scale)
         y = torch.zeros(len(x), self.out_features, device=x.device)
         for cell, product in zip(cells, products, strict=True):
             factor = weight_scale[:, cell.group]
@@ -355,6 +376,46 @@ class PackedLinear(nn.Module):
         x = x.float()
         lo, hi = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         return affine_grid(lo * form.ratio, hi * form.ratio, form.input_bits)
+
+    def _is_integer(self) -> bool:
+        """Whether the channels of a weight group share all scales, so that steps multiply codes."""
+        return self.form.weight == "uniform" and self._channel_scale() is None
+
+    def _channel_scale(self) -> Tensor | None:
+        """Scales [in] of input channels that differ, or None if they do not, or are folded."""
+        form = self.form
+        if form.inputs != "static" or form.folds or not form.input_shape:
+            return None
+        scale = self.input_scale.view(torch.float32).expand(self.in_features)
+        if self._alike is None:
+            self._alike = not scale.is_meta and bool((scale == scale[0]).all())
+        return None if self._alike else scale
+
+    def _native_weight(self) -> native.Weight:
+        """The weight as `native.c` reads it."""
+        form = self.form
+        weight = native.Weight(self.codes, self.in_features, form.weight_bits, form.group_size)
+        if form.weight == "uniform":
+            return weight.uniform(self.scale, self.zero_point)
+        return weight.normal_float(
+            _levels(form.weight_bits),
+            self.scale,
+            self.constant_codes if form.constants[0] else None,
+            _constant_levels(),
+            self.mean.view(torch.float32).item(),
+            form.constant_block_size,
+        )
+
+    def _native_obstacle(self) -> str | None:
+        """Why `native.c` cannot take this layer where it is, or None."""
+        form = self.form
+        if self.codes.device.type != "cpu" and not self.codes.is_meta:
+            return "it is not on the CPU"
+        if not native.takes(self.in_features, form.weight_bits, form.group_size):
+            return f"its groups of {form.group_size} weights begin inside a byte"
+        if form.weight != "uniform" and self.in_features % form.group_size:
+            return f"its blocks of {form.group_size} weights cross rows"
+        return native.obstacle()
 
     def _triton_obstacle(self) -> str | None:
         """Why Triton's kernels cannot take this layer where it is, or None."""
@@ -473,6 +534,16 @@ def _device_obstacle(device: torch.device) -> str | None:
 
 
 @cache
+def _levels(bits: int) -> Tensor:
+    return normal_float_levels(bits)
+
+
+@cache
+def _constant_levels() -> Tensor:
+    return dynamic_levels()
+
+
+@cache
 def _warn_once(obstacle: str) -> None:
     warnings.warn(f"packed layers use stock operators: {obstacle}", RuntimeWarning, stacklevel=2)
 
@@ -492,6 +563,10 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
     conversion, two factors and the addition). So does `triton`: its sums of t v over a tile, or
     over a unit of codes, are exact and at most 2^24, which float32 holds; each is multiplied by s
     and added (at most K of both, fused or not, in any order), then d and the bias round once each.
+    `native` adds exact sums of cells, or of 16 lanes of cells, in the same way; where it makes the
+    float weight, it rounds as the simulation does.
+
+    `bf16` rounds x_hat, w_hat and its output once more, 3 u with u = 2^-8.
 
     The bf16 of `int4_weight_only` (u = 2^-8) rounds its scale, its input where channels differ in
     scale, the weight that it multiplies and its output: 4 u of the sum of |x| |q - 8| s, as
@@ -505,6 +580,8 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
         total += layer.bias.view(torch.float32).double().abs()
     unit = 2 * (layer.in_features + 6) * 2.0**-24
     bound = unit * total
+    if kernel == "bf16":
+        bound = bound + 3 * 2.0**-8 * total
     if kernel == "int4_weight_only":
         weight_scale, _ = layer.weight_scales()
         eight = kernels.dequantize(

@@ -1,0 +1,96 @@
+"""Products in C: exact sums in every shape of tile, and a sentence where they cannot be had."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvlm.packing import native
+from qvlm.packing.formats import pack
+
+needs_native = pytest.mark.skipif(
+    native.obstacle() is not None, reason=f"native.c does not run: {native.obstacle()}"
+)
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [(4, 4), (6, 6), (8, 8), (4, 8), (3, 2)])
+@pytest.mark.parametrize(
+    ("rows", "out", "width", "group"),
+    [
+        (3, 70, 1100, 1100),
+        (9, 5, 24, 8),
+        (12, 130, 96, 32),
+        (800, 65, 40, 16),
+        (17, 64, 1030, 1030),
+    ],
+)
+@pytest.mark.parametrize("per_token", [True, False])
+def test_sums_are_exact(
+    bits: tuple[int, int], rows: int, out: int, width: int, group: int, per_token: bool
+) -> None:
+    weight_bits, input_bits = bits
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    codes = integers(2**weight_bits, out, width).to(torch.uint8)
+    groups = -(-width // group)
+    zero = integers(2**weight_bits, out, groups).to(torch.uint8)
+    scale = 2.0 ** -integers(5, out, groups).float()  # powers of two, so that float sums are exact
+    zero_point = integers(2**input_bits, *((rows, 1) if per_token else (width,))).float()
+    steps = integers(2**input_bits, rows, width).float() - zero_point
+    weight = native.Weight(pack(codes, weight_bits), width, weight_bits, group)
+    found = native.integer_product(weight.uniform(scale, zero), steps, zero_point, input_bits)
+    v = codes.double() - zero.double().repeat_interleave(group, 1)[:, :width]
+    v *= scale.double().repeat_interleave(group, 1)[:, :width]
+    expected = steps.double() @ v.T
+    if expected.abs().max() < 2**20:  # with four bits behind the point, float32 holds every sum
+        assert torch.equal(found.double(), expected)
+    magnitude = steps.double().abs() @ v.abs().T
+    assert bool(((found - expected).abs() <= width * 2.0**-24 * magnitude).all())
+
+
+@needs_native
+def test_no_rows_give_no_rows() -> None:
+    weight = native.Weight(torch.zeros(3, 4, dtype=torch.uint8), 8, 4, 8)
+    weight.uniform(torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.uint8))
+    assert native.integer_product(weight, torch.zeros(0, 8), torch.zeros(()), 4).shape == (0, 3)
+    assert native.float_product(weight, torch.zeros(0, 8)).shape == (0, 3)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Nothing is compiled or asked yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caches = (native.obstacle, native._library)
+    for cache in caches:
+        cache.cache_clear()
+    yield monkeypatch
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_what_is_in_the_way_is_said(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("CC", "false")
+    assert native.obstacle() == "the C compiler false fails: it gave no reason"
+    native.obstacle.cache_clear()
+    fresh.setenv("CC", "/no/such/compiler")
+    assert "/no/such/compiler" in (native.obstacle() or "")
+    native.obstacle.cache_clear()
+    fresh.delenv("CC")
+    fresh.setenv("PATH", "")
+    assert native.obstacle() == "there is no C compiler"
+
+
+@needs_native
+def test_it_is_compiled_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert native.obstacle() is None
+    (compiled,) = tmp_path.glob("qvlm/*")
+    native.obstacle.cache_clear()
+    native._library.cache_clear()
+    fresh.setattr(native.subprocess, "run", None)  # nothing is to be run again
+    assert native.obstacle() is None
+    assert list(tmp_path.glob("qvlm/*")) == [compiled]
