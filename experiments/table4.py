@@ -247,6 +247,7 @@ def measure(subjects: Sequence[Subject], given: argparse.Namespace) -> list[dict
                 "before": own.before,
                 "kernels": own.kernels,
                 "disagreements": subject.disagreements(),
+                "run": record.run,
                 "n": record.metrics["classes"]["Avg"]["n"],
             }
         )
@@ -339,6 +340,26 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
     ]
     if differing:
         parts.append("## Questions that simulation answers otherwise\n\n" + bullets(differing))
+    parts.append(
+        "## What it took to make them\n\n"
+        "Search is what the method looked for itself, quantization all of it, on the machine and "
+        "beside whatever else it did when the cell was computed.\n\n"
+        + table(
+            ["model", "bits", "method", "search, s", "candidates", "quantization, s", "peak MiB"],
+            [
+                [
+                    *(row["model"], row["bits"], row["method"]),
+                    f"{row['run']['report']['search_seconds']:.1f}",
+                    str(row["run"]["report"]["candidates"]),
+                    f"{row['run']['stages']['quantize']['seconds']:.1f}",
+                    f"{row['run']['stages']['quantize']['peak_mib']:.0f}",
+                ]
+                for row in rows
+                if "quantize" in row["run"]["stages"]
+            ],
+            left=3,
+        )
+    )
     kernels = [
         f"{row['model']} {row['bits']} {row['method']} "
         + ", ".join(f"{name} {calls}" for name, calls in sorted(row["kernels"].items()))

@@ -7,9 +7,8 @@ Three parts, in bytes, add up to what a question takes:
   norms and routers stay as they are);
 - KV cache: of prompt and answer, counted in the cache that such a model returns;
 - activations: the most that is alive at once beside these, while the model on the meta device
-  encodes an image and reads the prompt. A packed layer adds what it works with: its input three
-  times and its output twice in float32, and its weight's codes unpacked, once also to 32 bits where
-  the stock int4 product needs another layout.
+  encodes an image and reads the prompt. The packed layer that takes most to work with adds that
+  (`PackedLinear.working_bytes`).
 
 The prompt is a ScienceQA question of 344 text tokens and its image: 600 tokens for LLaVA at 224
 pixels, whose image takes 256. Full precision is the dtype of conf/model, and one question is
@@ -63,10 +62,12 @@ class Variant:
     Attributes:
         bits: an option of conf/bits; "fp" is full precision.
         method: as tables print it. "uniform" is the format of all methods but QLoRA.
+        granularity: of the language model's activations; None is the default quantizer's.
     """
 
     bits: str
     method: str
+    granularity: str | None = None
 
     @property
     def label(self) -> str:
@@ -101,11 +102,13 @@ class Need:
         return self.weights + self.cache + self.activations
 
 
-def configuration(model: str, bits: str) -> RunConfig:
-    """A cell's configuration, with the default quantizer."""
+def configuration(model: str, bits: str, granularity: str | None = None) -> RunConfig:
+    """A cell's configuration, with the default quantizer, or activations of this granularity."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = [f"model={model}", f"bits={bits}", "method_name=rtn"]
+        if granularity is not None:
+            overrides.append(f"quantizer.language.granularity={granularity}")
         return canonical(from_hydra(compose("config", overrides)))
 
 
@@ -131,13 +134,8 @@ def predict(
     if variant != FULL:
         quantization = prepare.quantization_config(config)
         plan(model, quantization, variant.normal_float)
-        activations += max(
-            4 * prompt * (3 * layer.in_features + 2 * layer.out_features)
-            + layer.in_features
-            * layer.out_features
-            * (5 if "int4_weight_only" in layer.serving() else 1)
-            for layer in packed_layers(model).values()
-        )
+        layers = packed_layers(model).values()
+        activations += max(layer.working_bytes(prompt) for layer in layers)
     return Need(weight_bytes(model), cache * (prompt + answer_tokens) // prompt, activations)
 
 

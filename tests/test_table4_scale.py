@@ -75,7 +75,7 @@ def test_the_files(
     assert (frame["extrapolated"] == "time").all()  # two layers of six
     assert (frame["speed_ratio"].iloc[0], frame["memory_ratio"].iloc[0]) == (1, 1)
     own = frame[frame["method"] != scale.PEER.method]
-    assert len(own) == len(VARIANTS)
+    assert len(own) == len(scale.OURS)
     assert (own["peak_memory_gib"] > own["weight_gib"]).all()
     page = capsys.readouterr().out
     assert page == (tmp_path / "table4_scale.md").read_text()
@@ -95,8 +95,23 @@ def test_targets_need_llava_13b() -> None:
     row |= {"decoding ratios": [4.0, 5.0], "prefill ratios": [1.0, 1.1]}
     rows = [
         {**row, "bits": bits, "method": method}
-        for bits, method in (("FP", "FP"), ("W8A8", "uniform"), ("W4A4", "uniform"))
+        for bits in ("W8A8", "W4A4")
+        for method in ("uniform", "uniform, per channel")
     ]
-    met = {target: verdict for target, _, _, verdict in scale.targets(rows)}
-    assert met["decoding faster, W4A4"] == "yes"
-    assert met["prefill faster, W4A4"] == "no"
+    rows += [{**row, "bits": "FP", "method": "FP"}]
+    rows[-2] |= {"prefill ratios": [1.4, 1.5]}
+    met = {(target, method): verdict for target, method, _, _, verdict in scale.targets(rows)}
+    assert met["decoding faster, W4A4", "uniform"] == "yes"
+    assert met["prefill faster, W4A4", "uniform"] == "no"
+    assert met["prefill faster, W4A4", "uniform, per channel"] == "yes"
+
+
+def test_a_search_is_estimated_from_what_layers_took() -> None:
+    once = scale.Seconds(vision=2.0, prefill=3.0, token=0.0)
+    found = scale.search_seconds("llava_13b", [once], prompt=512)
+    # 7 linears of a decoder layer: 35 settings, or 2 x 125 + 5; 6 of a vision layer: 30, or 250.
+    language, vision = 3.0 * 4096 / 512, 2.0 * 4096 / 256
+    assert found.alone == pytest.approx(35 * language + 30 * vision)
+    assert found.jointly == pytest.approx(255 * language + 250 * vision)
+    weights = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
+    assert found.alone_flops > 35 * 2 * 4096 * weights

@@ -37,7 +37,7 @@ _INT4_BLOCK = 64
 # More elements of an int32 sum of products of up to 255 * 255 could overflow.
 INT_MM_WIDTH = (2**31 - 1) // 255**2
 # Float weights that the reference makes at a time: bounds its memory to a few times this.
-_PIECE = 2**22
+PIECE = 2**22
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
 
 def pieces(rows: int, width: int) -> list[slice]:
     """Runs of weight rows that are made float together."""
-    step = max(1, _PIECE // width)
+    step = max(1, PIECE // width)
     return [slice(top, min(top + step, rows)) for top in range(0, rows, step)]
 
 

@@ -233,6 +233,23 @@ class PackedLinear(nn.Module):
                 y += bias
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
+    def working_bytes(self, rows: int) -> int:
+        """About what a call for so many rows takes at once beside its input, on this machine.
+
+        The input three times and the output twice in float32. The weight's part: where integers are
+        multiplied natively their steps once more, in order; where it is made float, a piece of it;
+        where stock products take its codes, these, and for the int4 layout 32 bits of each.
+        """
+        size = 4 * rows * (3 * self.in_features + 2 * self.out_features)
+        weight = self.in_features * self.out_features
+        if self._native_obstacle() is None:
+            return (
+                size + rows * self.in_features
+                if self._is_integer()
+                else (size + 6 * min(weight, kernels.PIECE))
+            )
+        return size + weight * (5 if "int4_weight_only" in self.serving() else 1)
+
     def integers(self) -> Tensor:
         """The codes of the weight, [out, in] uint8."""
         if self.int4_layout:
