@@ -21,7 +21,7 @@ from qvlm import prepare
 from qvlm.errors import UserError
 from qvlm.models import LoadedModel, hub, load_model
 from qvlm.models.load import pad_to_square
-from qvlm.models.moe_stablelm import MixtureOfExperts
+from qvlm.models.mixture import MixtureOfExperts
 from qvlm.models.tokenizer import load_tokenizer
 from qvlm.prompts import Prompting
 from tests import standins

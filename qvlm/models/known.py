@@ -17,7 +17,7 @@ from qvlm.errors import UserError
 from qvlm.models.families import read_blueprint
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.load import MINIATURES
-from qvlm.models.moe_stablelm import MixtureOfExperts
+from qvlm.models.mixture import MixtureOfExperts
 
 _LLAVA_7B: dict[str, Any] = {
     "architectures": ["LlavaLlamaForCausalLM"],
