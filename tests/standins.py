@@ -7,6 +7,7 @@ are rounded to half precision first, as the originals are, so that nothing is lo
 """
 
 import base64
+import itertools
 import json
 import re
 import struct
@@ -64,6 +65,20 @@ def byte_ranks() -> dict[bytes, int]:
             for end in range(2, len(text) + 1):
                 ranks.setdefault(text[:end].encode(), len(ranks))
     return ranks
+
+
+def merge(text: bytes, stop: int = 1) -> list[bytes]:
+    """Byte pairs of a text, the lowest rank first, until none is left or `stop` parts are."""
+    ranks = byte_ranks()
+    parts = [bytes([byte]) for byte in text]
+    while len(parts) > stop:
+        joined = [ranks.get(left + right) for left, right in itertools.pairwise(parts)]
+        found = [(rank, at) for at, rank in enumerate(joined) if rank is not None]
+        if not found:
+            break
+        _, at = min(found)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
 
 
 END_OF_TEXT = len(byte_ranks()) + 1  # one id is left out before it, as in StableLM-2
@@ -644,10 +659,13 @@ def write_codegen(folder: Path) -> None:
     for byte in range(256):  # a byte that cannot be printed becomes a letter that can
         shown = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
         letters[byte], spare = (chr(byte), spare) if shown else (chr(spare), spare + 1)
-    spelled = ["".join(letters[byte] for byte in token) for token in byte_ranks()]
-    merges = [f"{token[:-1]} {token[-1]}" for token in spelled if len(token) > 1]
-    vocabulary = {token: rank for rank, token in enumerate([*spelled, "<|endoftext|>"])}
-    write_json(folder / "vocab.json", vocabulary)
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = [" ".join(map(spell, merge(token, 2))) for token in byte_ranks() if len(token) > 1]
+    vocabulary = {spell(token): rank for token, rank in byte_ranks().items()}
+    write_json(folder / "vocab.json", {**vocabulary, "<|endoftext|>": PHI_END})
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     write_json(folder / "added_tokens.json", PHI_ADDED)
     ends = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
