@@ -502,6 +502,14 @@ def test_tower_without_its_weights_or_preprocessor(tmp_path: Path) -> None:
     refused(lambda: read(standin), "vision tower", "no weights")
 
 
+def test_a_tower_that_is_no_clip_is_refused(tmp_path: Path) -> None:
+    """MoE-LLaVA's checkpoints for 384 pixels have a SigLIP."""
+    standin = write("moe_llava", tmp_path)
+    assert standin.tower is not None
+    change(standin.tower / "config.json", model_type="siglip")
+    refused(lambda: read(standin), "vision tower", "a siglip", "accepted is a CLIP")
+
+
 def test_half_a_tower_is_missing_tensors(tmp_path: Path) -> None:
     standin = write("llava", tmp_path, shards=1, carry_tower=True)
     file = standin.folder / "pytorch_model.bin"

@@ -361,7 +361,14 @@ def _hub(content: Mapping[str, Any], facts: _Facts) -> Blueprint:
 
 
 def vision_config(content: Mapping[str, Any]) -> CLIPVisionConfig:
-    """The tower that a CLIP repository's config.json, or a part of it, describes."""
+    """The tower that a CLIP repository's config.json, or a part of it, describes.
+
+    Raises:
+        UserError: for a tower of another kind.
+    """
+    kind = content.get("model_type")
+    if kind not in (None, "clip", "clip_vision_model"):
+        raise UserError(f"the vision tower's config.json describes a {kind}; accepted is a CLIP")
     return CLIPVisionConfig.from_dict(dict(content.get("vision_config") or content))
 
 
