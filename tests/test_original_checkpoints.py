@@ -1,6 +1,7 @@
 """Checkpoints in their authors' formats: equal logits, a sentence for each thing that is wrong."""
 
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from qvlm import prepare
 from qvlm.errors import UserError
+from qvlm.methods.qvlm.dependency import element_joint
+from qvlm.methods.qvlm.vision import Tuning, loss_terms, reference
 from qvlm.models import LoadedModel, hub, load_model
 from qvlm.models.load import pad_to_square
 from qvlm.models.mixture import MixtureOfExperts
@@ -109,6 +112,26 @@ def test_generation_runs_over_the_placeholder(tmp_path: Path) -> None:
     ids = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert ids.shape[1] == batch["input_ids"].shape[1] + 3
     assert isinstance(loaded.decode(ids[:, -3:])[0], str)
+
+
+@pytest.mark.parametrize("family", ["llava", "moe_llava_phi2"])
+def test_the_tower_is_tuned_over_the_placeholder(tmp_path: Path, family: str) -> None:
+    """Q-VLM's L_reg counts words by the float model's trust in them, and an image is no word."""
+    loaded = read(write(family, tmp_path))
+    model, image = loaded.model, loaded.model.config.image_token_id
+    batch = loaded.encode([PROBLEM], with_target=True)
+    kept = reference(model, batch)
+    terms = loss_terms(model, batch, kept, {}, {}, element_joint, Tuning(entropy=0, error=0))
+    with torch.no_grad():
+        chances = model(**batch).logits[0].softmax(-1)
+    ids = batch["input_ids"][0].tolist()
+    expected, losses = [], []
+    for place, word in enumerate(ids[1:]):
+        chance = 0.0 if word == image else float(chances[place, word])
+        expected.append(chance)
+        losses.append(0.0 if word == image else -math.log(chance) * chance)
+    assert kept.trust[0].tolist() == pytest.approx(expected, rel=1e-4)
+    assert terms.total.item() == pytest.approx(sum(losses) / sum(expected), rel=1e-4)
 
 
 def test_dtype_is_the_one_that_was_asked_for_and_routers_stay_in_float32(tmp_path: Path) -> None:
