@@ -24,6 +24,8 @@ from qvlm.data import miniature
 from qvlm.models import LoadedModel, load_model
 from qvlm.models.tokenizer import load_tokenizer
 from qvlm.prompts import Prompting
+from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
+from qvlm.quantization.folding import find_folds
 from qvlm.records import Record
 
 Tensors = dict[str, Tensor]
@@ -341,6 +343,41 @@ def test_a_prompt_word_for_word_and_token_by_token(
     pieces = [ids[: ids.index(image)], ids[ids.index(image) + 16 :]]
     assert ids.count(image) == 16
     assert [loaded.tokenizer.decode(piece) for piece in pieces] == [before, after]
+
+
+def test_awq_finds_its_places_in_a_block_with_one_norm(tmp_path: Path) -> None:
+    loaded = read(write("moe_llava_phi2", tmp_path))
+    batches = [loaded.encode([PROBLEM], with_target=True)]
+    spec = QuantSpec(4, "per_channel")
+    walk = Walk(loaded.model, batches, QuantizationConfig(spec, spec, spec))
+    language = [find_folds(block) for block in walk.blocks() if block.kind == "language"]
+    attention = tuple(f"self_attn.{part}_proj" for part in "qkv")
+    for layer, (behind_norm, behind_value) in enumerate(language):
+        experts = tuple(f"mlp.experts.{e}.fc1" for e in range(4))
+        assert behind_norm.source == "input_layernorm"
+        assert behind_norm.readers == attention + (("mlp.fc1",) if layer % 2 else experts)
+        assert behind_norm.routers == (() if layer % 2 else ("mlp.router",))
+        assert behind_value.source == "self_attn.v_proj"
+        assert behind_value.readers == ("self_attn.dense",)
+
+
+def test_the_hero_runs_on_an_original_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of Q-VLM, the fine-tuning of the tower too, at the least that it can be."""
+    monkeypatch.setattr(pipeline, "track", lambda *_: None)
+    monkeypatch.setattr(LoadedModel, "decode", lambda _, ids: ["A"] * len(ids))
+    standin = write("moe_llava_phi2", tmp_path)
+    config = load(
+        *("model=moe_llava_phi2", f"model.path={standin.folder}"),
+        *(f"model.vision_tower={standin.tower}", "model.dtype=float32"),
+        *("model.weight_group_size=8", "method=qvlm", "bits=w4a4"),
+        *("method.percentiles=[1.0,0.99]", "method.max_depth=2", "method.veo_epochs=1"),
+        *("calibration.samples=2", "evaluation.limit=2", "evaluation.max_new_tokens=1"),
+        *("device=cpu", f"results_dir={tmp_path}/results"),
+    )
+    record = Record.load(pipeline.run_cell(config))
+    assert (record.method, record.bits, record.run["exceeding"]) == ("Q-VLM", "W4A4", [])
 
 
 @pytest.mark.parametrize("family", NEW)
