@@ -14,7 +14,7 @@ not stated gets the default of the family's own code, not of ours; what is not s
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,9 @@ from qvlm.models.moe import MoePhiConfig, MoeQwenConfig, MoeStableLmConfig
 
 Renamings = tuple[tuple[str, str], ...]
 
-LLAVA_NAMES: Renamings = (
-    (r"^model\.(vision|image)_tower\.\1_tower\.(vision_model\.)?", "model.vision_tower."),
-    (r"^model\.mm_projector\.(image_spatial_proj\.)?2\.", "model.multi_modal_projector.linear_2."),
-    (
-        r"^model\.mm_projector\.(image_spatial_proj\.)?(0\.)?",
-        "model.multi_modal_projector.linear_1.",
-    ),
-    (r"^model\.(layers|embed_tokens|norm|final_layernorm)\.", r"model.language_model.\1."),
-    (r"\.mlp\.deepspeed_moe\.gate\.wg\.", ".mlp.router."),
-    (r"\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.", ".mlp.experts."),
-)
-# Qwen names everything as GPT-2 does, and keeps query, key and value in one tensor: see `split`.
-QWEN_NAMES: Renamings = (
+# Qwen names everything as GPT-2 does, below `transformer`, as no other family does, and keeps query,
+# key and value in one tensor: see `split`. What these become are LLaVA's names.
+_QWEN_NAMES: Renamings = (
     (r"^transformer\.h\.(\d+)\.ln_1\.", r"model.layers.\1.input_layernorm."),
     (r"^transformer\.h\.(\d+)\.ln_2\.", r"model.layers.\1.post_attention_layernorm."),
     (r"^transformer\.h\.(\d+)\.attn\.c_attn\.", r"model.layers.\1.self_attn.qkv_proj."),
@@ -51,7 +41,18 @@ QWEN_NAMES: Renamings = (
     (r"^transformer\.wte\.", "model.embed_tokens."),
     (r"^transformer\.ln_f\.", "model.norm."),
     (r"^transformer\.", "model."),
-    *LLAVA_NAMES,
+)
+LLAVA_NAMES: Renamings = (
+    *_QWEN_NAMES,
+    (r"^model\.(vision|image)_tower\.\1_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"^model\.mm_projector\.(image_spatial_proj\.)?2\.", "model.multi_modal_projector.linear_2."),
+    (
+        r"^model\.mm_projector\.(image_spatial_proj\.)?(0\.)?",
+        "model.multi_modal_projector.linear_1.",
+    ),
+    (r"^model\.(layers|embed_tokens|norm|final_layernorm)\.", r"model.language_model.\1."),
+    (r"\.mlp\.deepspeed_moe\.gate\.wg\.", ".mlp.router."),
+    (r"\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.", ".mlp.experts."),
 )
 HUB_NAMES: Renamings = (
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -248,13 +249,12 @@ def _moe_llava(facts: _Facts, language: Callable[..., PretrainedConfig]) -> Blue
         min_capacity=moe.need("min_capacity"),
         **_ends(facts),
     )
-    blueprint = Blueprint(
+    return Blueprint(
         text,
         vision_tower=facts.need("mm_image_tower"),
         projector_type=_projector(facts, "image_projector_type"),
         **_images(facts),
     )
-    return replace(blueprint, renamings=QWEN_NAMES) if language is _qwen else blueprint
 
 
 def _stablelm(facts: _Facts, **common: Any) -> MoeStableLmConfig:

@@ -208,11 +208,12 @@ def _from_merges(folder: Path) -> PreTrainedTokenizerFast:
     if kind not in ("CodeGenTokenizer", "CodeGenTokenizerFast"):
         raise ValueError(f"tokenizer_config.json names {kind}; accepted is CodeGenTokenizer")
     # Read here: what transformers cannot find it replaces by an empty vocabulary, without a word.
-    vocabulary = json.loads((folder / "vocab.json").read_text())
-    _, *merges = (folder / "merges.txt").read_text().splitlines()
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    _, *merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     if len(merges) + 256 > len(vocabulary):
         raise ValueError("merges.txt makes more tokens than vocab.json has")
-    tokenizer = CodeGenTokenizer.from_pretrained(folder)
+    # Its files ask to take blanks before punctuation out of answers; texts stay as they are.
+    tokenizer = CodeGenTokenizer.from_pretrained(folder, clean_up_tokenization_spaces=False)
     added = folder / "added_tokens.json"
     for token, index in json.loads(added.read_text()).items() if added.is_file() else ():
         if tokenizer.convert_tokens_to_ids(token) != index:
