@@ -27,7 +27,7 @@ from qvlm.models.moe import MoePhiConfig, MoeQwenConfig, MoeStableLmConfig
 
 Renamings = tuple[tuple[str, str], ...]
 
-# Qwen names everything as GPT-2 does, below `transformer`, as no other family does, and keeps query,
+# Qwen names all as GPT-2 does, below `transformer`, as no other family does, and keeps query,
 # key and value in one tensor: see `split`. What these become are LLaVA's names.
 _QWEN_NAMES: Renamings = (
     (r"^transformer\.h\.(\d+)\.ln_1\.", r"model.layers.\1.input_layernorm."),
