@@ -40,7 +40,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.models.known import architecture, image_tokens, skeleton
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.load import MINIATURES
-from qvlm.models.moe_stablelm import MixtureOfExperts
+from qvlm.models.mixture import MixtureOfExperts
 from qvlm.packing.model import pack_model, packed_layers, weight_bytes
 from qvlm.packing.plan import blind, plan
 from qvlm.quantization.layout import block_layers, quantizable

@@ -6,7 +6,8 @@ E explanation, A answer, P "plain" layout on separate lines), and the *conversat
 checkpoint. A checkpoint answers well only with the pair that it was tuned on, so both live in one
 object that belongs to the model, and an unknown name is refused at construction.
 
-Source: `convert_sqa_to_llava*.py`, `conversation.py` and `eval_science_qa.py` of the LLaVA release.
+Source: `convert_sqa_to_llava*.py`, `conversation.py` and `eval_science_qa.py` of the LLaVA release,
+and of MoE-LLaVA's.
 Its templates carry no few-shot examples and no captions; neither do ours.
 """
 
@@ -45,6 +46,8 @@ _CONVERSATIONS = {
     "vicuna_v1": (_SYSTEM, "USER", "ASSISTANT", "</s>"),
     "llava_v1": (_SYSTEM.replace("user", "human"), "USER", "ASSISTANT", "</s>"),
     "stablelm": (_SYSTEM, "USER", "ASSISTANT", "<|endoftext|>"),
+    "phi": (_SYSTEM, "USER", "ASSISTANT", "<|endoftext|>"),
+    "qwen": (_SYSTEM, "USER", "ASSISTANT", "<|endoftext|>"),
 }
 
 
@@ -54,7 +57,8 @@ class Prompting:
 
     Args:
         format: "QCM-LEA", "QCM-LEPA" or "CQM-A".
-        conversation: "vicuna_v1", "llava_v1" (which says "human" for "user") or "stablelm".
+        conversation: "vicuna_v1", "llava_v1" (which says "human" for "user"), or one of MoE-LLaVA's
+            "stablelm", "phi" and "qwen", which are the same text.
 
     Raises:
         UserError: for any other name.

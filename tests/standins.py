@@ -7,7 +7,9 @@ are rounded to half precision first, as the originals are, so that nothing is lo
 """
 
 import base64
+import itertools
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,11 +24,24 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from qvlm.models import Llava, LlavaArchitecture, MoeStableLmConfig
+from qvlm.models import (
+    Llava,
+    LlavaArchitecture,
+    MoePhiConfig,
+    MoeQwenConfig,
+    MoeStableLmConfig,
+)
 
 BLANK = "\u2581"
 WORDS = ("USER", "ASSISTANT", "Which", "is", "air", "rock", "Options", "Context", "Question", "The")
-IMAGE_SIZES = {"llava": 224, "llava_v15": 336, "moe_llava": 336, "hub": 336}
+IMAGE_SIZES = {
+    "llava": 224,
+    "llava_v15": 336,
+    "moe_llava": 336,
+    "moe_llava_phi2": 336,
+    "moe_llava_qwen": 336,
+    "hub": 336,
+}
 FAMILIES = tuple(IMAGE_SIZES)
 
 
@@ -52,7 +67,28 @@ def byte_ranks() -> dict[bytes, int]:
     return ranks
 
 
+def merge(text: bytes, stop: int = 1) -> list[bytes]:
+    """Byte pairs of a text, the lowest rank first, until none is left or `stop` parts are."""
+    ranks = byte_ranks()
+    parts = [bytes([byte]) for byte in text]
+    while len(parts) > stop:
+        joined = [ranks.get(left + right) for left, right in itertools.pairwise(parts)]
+        found = [(rank, at) for at, rank in enumerate(joined) if rank is not None]
+        if not found:
+            break
+        _, at = min(found)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
 END_OF_TEXT = len(byte_ranks()) + 1  # one id is left out before it, as in StableLM-2
+QWEN_END = len(byte_ranks())  # <|endoftext|>; 207 further special tokens follow
+PHI_END = len(byte_ranks())
+# What Phi-2 adds to CodeGen's vocabulary, longest runs first, and MoE-LLaVA to Phi-2's.
+PHI_ADDED = {
+    token: PHI_END + 1 + index
+    for index, token in enumerate(["    ", "   ", "  ", "\t\t\t", "\t\t", "<|extra_0|>"])
+}
 
 
 def tiny(family: str, seed: int = 0) -> Llava:
@@ -82,6 +118,37 @@ def tiny(family: str, seed: int = 0) -> Llava:
             },
             bos_token_id=END_OF_TEXT,
             eos_token_id=END_OF_TEXT,
+        )
+    elif family == "moe_llava_phi2":
+        text_config = MoePhiConfig(
+            **{**text, "hidden_size": 40},  # heads of 10, of which Phi-2's 0.4 are rotated
+            num_hidden_layers=4,
+            num_key_value_heads=4,
+            vocab_size=PHI_END + 20,  # rounded up, as Phi's
+            moe_layers=[0, 2],
+            capacity_factor=2.0,
+            min_capacity=0,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "partial_rotary_factor": 0.4,
+            },
+            bos_token_id=PHI_END,
+            eos_token_id=PHI_END,
+            pad_token_id=PHI_ADDED["<|extra_0|>"],
+        )
+    elif family == "moe_llava_qwen":
+        text_config = MoeQwenConfig(
+            **{**text, "max_position_embeddings": 4096},
+            num_hidden_layers=4,
+            num_key_value_heads=4,
+            vocab_size=QWEN_END + 208 + 7,  # rounded up, as Qwen's
+            moe_layers=[0, 2],
+            capacity_factor=2.0,
+            min_capacity=0,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            pad_token_id=QWEN_END + 3,
         )
     else:
         padded = 24 if family == "hub" else 0  # transformers' copies have rows to spare
@@ -156,11 +223,14 @@ def write(
         "llava": lambda name: llava_name(name, linear=True),
         "llava_v15": llava_name,
         "moe_llava": moe_name,
+        "moe_llava_phi2": moe_name,
+        "moe_llava_qwen": qwen_name,
         "hub": hub_name,
     }[family]
+    state = model.state_dict()
     tensors = {
         spell(name): tensor.half()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in (fused(state) if family == "moe_llava_qwen" else state).items()
         if carry_tower or family == "hub" or not name.startswith("model.vision_tower.")
     }
     if family in ("llava", "llava_v15"):  # buffers that the libraries of 2023 saved as well
@@ -171,6 +241,15 @@ def write(
     write_json(folder / "config.json", CONFIGS[family](model))
     if family == "moe_llava":
         write_tiktoken(folder / "arcade100k.tiktoken")
+    elif family == "moe_llava_phi2":
+        write_codegen(folder)
+    elif family == "moe_llava_qwen":
+        write_tiktoken(folder / "qwen.tiktoken")
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "QWenTokenizer"})
+        write_json(
+            folder / "generation_config.json",
+            {"chat_format": "raw", "eos_token_id": QWEN_END, "pad_token_id": QWEN_END},
+        )
     elif family == "hub":
         write_fast_tokenizer(folder, model.config.image_token_id)
         write_preprocessor(folder, 336)
@@ -302,6 +381,41 @@ def moe_name(name: str) -> str:
     return ".".join(parts)
 
 
+def fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of ours with query, key and value stacked, as Qwen keeps them."""
+    whole = {}
+    for name, tensor in state.items():
+        if ".self_attn.q_proj." in name and "language_model" in name:
+            stack = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            whole[name.replace("q_proj", "c_attn")] = torch.cat(stack)
+        elif "language_model" not in name or not re.search(r"\.[kv]_proj\.", name):
+            whole[name] = tensor
+    return whole
+
+
+def qwen_name(name: str) -> str:
+    """What MoE-LLaVA on Qwen calls a tensor of ours, or of `fused`."""
+    if name == "lm_head.weight":
+        return name
+    parts = moe_name(name).split(".")
+    if parts[1] in ("image_tower", "mm_projector"):
+        return ".".join(["transformer", *parts[1:]])
+    if parts[1] == "embed_tokens":
+        return "transformer.wte.weight"
+    if parts[1] == "norm":
+        return "transformer.ln_f.weight"
+    spelled = {
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attn": "attn",
+        "o_proj": "c_proj",
+        "up_proj": "w1",
+        "gate_proj": "w2",
+        "down_proj": "c_proj",
+    }
+    return ".".join(["transformer", "h", *(spelled.get(part, part) for part in parts[2:])])
+
+
 def hub_name(name: str) -> str:
     """What transformers called a tensor of its LLaVA before version 5."""
     parts = name.split(".")
@@ -357,18 +471,14 @@ def _llava_config(model: Llava) -> dict[str, Any]:
 
 
 def _moe_config(model: Llava) -> dict[str, Any]:
+    """What every MoE-LLaVA says, whatever its language model."""
     text = model.config.text_config
     return {
-        "architectures": ["MoELLaVAStablelmForCausalLM"],
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
-        "hidden_act": "silu",
         "hidden_size": text.hidden_size,
         "image_aspect_ratio": "pad",
         "image_projector_type": "mlp2x_gelu",
         "initializer_range": 0.02,
         "intermediate_size": text.intermediate_size,
-        "max_position_embeddings": text.max_position_embeddings,
         "mm_hidden_size": model.config.vision_config.hidden_size,
         "mm_image_tower": "openai/clip-vit-large-patch14-336",
         "mm_use_im_patch_token": False,
@@ -376,7 +486,6 @@ def _moe_config(model: Llava) -> dict[str, Any]:
         "mm_video_tower": None,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2,
-        "model_type": "moe_llava_stablelm",
         "moe": {
             "capacity_factor": 1.5,
             "ep_size": 1,
@@ -391,17 +500,82 @@ def _moe_config(model: Llava) -> dict[str, Any]:
             "train_modules": ["gate_proj", "up_proj", "down_proj", "wg"],
             "use_residual": False,
         },
-        "norm_eps": 1e-05,
         "num_attention_heads": text.num_attention_heads,
         "num_hidden_layers": text.num_hidden_layers,
-        "num_key_value_heads": text.num_key_value_heads,
-        "rope_pct": 0.25,
-        "rope_theta": 10000,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "use_cache": True,
-        "use_qkv_bias": True,
         "vocab_size": text.vocab_size,
+    }
+
+
+def _stablelm_config(model: Llava) -> dict[str, Any]:
+    text = model.config.text_config
+    return _moe_config(model) | {
+        "architectures": ["MoELLaVAStablelmForCausalLM"],
+        "bos_token_id": END_OF_TEXT,
+        "eos_token_id": END_OF_TEXT,
+        "hidden_act": "silu",
+        "max_position_embeddings": text.max_position_embeddings,
+        "model_type": "moe_llava_stablelm",
+        "norm_eps": 1e-05,
+        "num_key_value_heads": text.num_key_value_heads,
+        "rope_pct": 0.25,
+        "rope_theta": 10000,
+        "use_qkv_bias": True,
+    }
+
+
+def _phi_config(model: Llava) -> dict[str, Any]:
+    text = model.config.text_config
+    return _moe_config(model) | {
+        "architectures": ["MoELLaVAPhiForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": PHI_END,
+        "embd_pdrop": 0.0,
+        "eos_token_id": PHI_END,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": text.max_position_embeddings,
+        "model_type": "moe_llava_phi",
+        "num_key_value_heads": text.num_key_value_heads,
+        "pad_token_id": PHI_ADDED["<|extra_0|>"],
+        "partial_rotary_factor": 0.4,
+        "qk_layernorm": False,
+        "resid_pdrop": 0.1,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+    }
+
+
+def _qwen_config(model: Llava) -> dict[str, Any]:
+    text = model.config.text_config
+    return _moe_config(model) | {
+        "architectures": ["MoELLaVAQWenForCausalLM"],
+        "attn_dropout_prob": 0.0,
+        "bf16": True,
+        "emb_dropout_prob": 0.0,
+        "fp16": False,
+        "fp32": False,
+        "intermediate_size": 2 * text.intermediate_size,  # of w1 and w2 together
+        "kv_channels": text.hidden_size // text.num_attention_heads,
+        "layer_norm_epsilon": 1e-06,
+        "max_position_embeddings": text.max_position_embeddings,
+        "model_type": "moe_llava_qwen",
+        "no_bias": True,
+        "onnx_safe": None,
+        "pad_token_id": QWEN_END + 3,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": text.max_position_embeddings,
+        "softmax_in_fp32": False,
+        "tokenizer_class": "QWenTokenizer",
+        "use_cache_kernel": False,
+        "use_cache_quantization": False,
+        "use_dynamic_ntk": True,
+        "use_flash_attn": False,
+        "use_logn_attn": True,
     }
 
 
@@ -439,7 +613,9 @@ def _hub_config(model: Llava) -> dict[str, Any]:
 CONFIGS = {
     "llava": _llava_config,
     "llava_v15": _llava_config,
-    "moe_llava": _moe_config,
+    "moe_llava": _stablelm_config,
+    "moe_llava_phi2": _phi_config,
+    "moe_llava_qwen": _qwen_config,
     "hub": _hub_config,
 }
 
@@ -475,6 +651,50 @@ def write_tiktoken(file: Path) -> None:
     """Writes byte pairs and their ranks, a line for each."""
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in byte_ranks().items())
     file.write_text("".join(lines))
+
+
+def write_codegen(folder: Path) -> None:
+    """Writes Phi-2's tokenizer as transformers saved it from Python classes, without a fast one."""
+    letters, spare = {}, 256
+    for byte in range(256):  # a byte that cannot be printed becomes a letter that can
+        shown = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
+        letters[byte], spare = (chr(byte), spare) if shown else (chr(spare), spare + 1)
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = [" ".join(map(spell, merge(token, 2))) for token in byte_ranks() if len(token) > 1]
+    vocabulary = {spell(token): rank for token, rank in byte_ranks().items()}
+    write_json(folder / "vocab.json", {**vocabulary, "<|endoftext|>": PHI_END})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    write_json(folder / "added_tokens.json", PHI_ADDED)
+    ends = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    spares = {"pad_token": "<|extra_0|>", "unk_token": "<|extra_0|>"}
+    write_json(folder / "special_tokens_map.json", ends | spares)
+    added = {
+        str(index): {
+            "content": token,
+            "lstrip": False,
+            "normalized": not token.startswith("<"),
+            "rstrip": False,
+            "single_word": False,
+            "special": token.startswith("<"),
+        }
+        for token, index in {"<|endoftext|>": PHI_END, **PHI_ADDED}.items()
+    }
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_prefix_space": False,
+            "added_tokens_decoder": added,
+            **ends,
+            "clean_up_tokenization_spaces": True,
+            "model_max_length": 2048,
+            **spares,
+            "padding_side": "right",
+            "tokenizer_class": "CodeGenTokenizer",
+        },
+    )
 
 
 def write_fast_tokenizer(folder: Path, image: int) -> None:

@@ -54,7 +54,13 @@ def test_planned_forms_are_the_packed_ones(variant: Variant) -> None:
 
 @pytest.mark.parametrize(
     ("model", "billions", "tokens"),
-    [("llava_13b", 13.3, 256), ("llava_7b", 7.0, 256), ("moe_llava", 3.2, 576)],
+    [
+        ("llava_13b", 13.3, 256),
+        ("llava_7b", 7.0, 256),
+        ("moe_llava", 3.2, 576),
+        ("moe_llava_phi2", 5.6, 576),
+        ("moe_llava_qwen", 3.4, 576),
+    ],
 )
 def test_known_architectures_have_the_published_size(
     model: str, billions: float, tokens: int
@@ -63,6 +69,20 @@ def test_known_architectures_have_the_published_size(
     count = sum(weight.numel() for weight in skeleton(built, torch.bfloat16).parameters())
     assert count / 1e9 == pytest.approx(billions, rel=0.02)
     assert image_tokens(built) == tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"), [("moe_llava", 2.0), ("moe_llava_phi2", 3.6), ("moe_llava_qwen", 2.2)]
+)
+def test_a_mixture_activates_what_its_authors_say(model: str, billions: float) -> None:
+    """Billions of weights that a token meets outside the tower, from MoE-LLaVA's model zoo."""
+    parameters = skeleton(architecture(model), torch.bfloat16).named_parameters()
+    met = sum(
+        weight.numel() / (2 if ".experts." in name else 1)  # two of four experts
+        for name, weight in parameters
+        if "vision_tower" not in name
+    )
+    assert met / 1e9 == pytest.approx(billions, rel=0.04)
 
 
 def test_every_model_of_the_configuration_is_known() -> None:

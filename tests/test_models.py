@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from transformers.models.stablelm.modeling_stablelm import StableLmMLP
 
 from qvlm.data import miniature
 from qvlm.errors import UserError
 from qvlm.models import LoadedModel, MoeStableLmConfig, load_model
 from qvlm.models.load import MINIATURES
-from qvlm.models.moe_stablelm import MixtureOfExperts, within_capacity
+from qvlm.models.mixture import MixtureOfExperts, within_capacity
 
 NAMES = ("mini_llava", "mini_moe_llava")
 
@@ -27,7 +28,7 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
 def test_routing_equals_a_slow_reference() -> None:
     torch.manual_seed(0)
     config = MoeStableLmConfig(hidden_size=16, intermediate_size=24, num_experts=4)
-    mixture = MixtureOfExperts(config).eval()
+    mixture = MixtureOfExperts(config, StableLmMLP).eval()
     hidden = torch.randn(3, 7, 16)
     expected = torch.zeros_like(hidden)
     for row in range(3):
@@ -72,7 +73,7 @@ def test_capacity_equals_a_slow_reference(tokens: int, factor: float, least: int
     config = MoeStableLmConfig(
         hidden_size=16, intermediate_size=24, capacity_factor=factor, min_capacity=least
     )
-    mixture = MixtureOfExperts(config).eval()
+    mixture = MixtureOfExperts(config, StableLmMLP).eval()
     hidden = torch.randn(1, tokens, 16)
     hidden[:, : tokens // 2] = hidden[:, :1]  # a crowd that wants the same two experts
     with torch.no_grad():
@@ -100,7 +101,7 @@ def test_first_choices_are_served_before_second_ones() -> None:
 def test_a_token_that_is_dropped_twice_gets_nothing() -> None:
     torch.manual_seed(0)
     config = MoeStableLmConfig(hidden_size=16, intermediate_size=24, capacity_factor=0.5)
-    mixture = MixtureOfExperts(config).eval()
+    mixture = MixtureOfExperts(config, StableLmMLP).eval()
     hidden = torch.randn(1, 1, 16).repeat(1, 8, 1)
     output = mixture(hidden)[0]
     assert output[:2].abs().amin(1).min() > 0
@@ -116,7 +117,7 @@ def test_no_capacity_is_the_default_of_the_miniature() -> None:
 
 def test_balance_loss_is_one_for_an_even_load_and_grows_with_collapse() -> None:
     config = MoeStableLmConfig(hidden_size=4, intermediate_size=8, num_experts=4)
-    mixture = MixtureOfExperts(config).train()
+    mixture = MixtureOfExperts(config, StableLmMLP).train()
     mixture.router.weight.data = torch.eye(4) * 50
     mixture(torch.eye(4))
     assert mixture.balance_loss is not None

@@ -1,6 +1,7 @@
 """Checkpoints in their authors' formats: equal logits, a sentence for each thing that is wrong."""
 
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from qvlm import prepare
 from qvlm.errors import UserError
+from qvlm.methods.qvlm.dependency import element_joint
+from qvlm.methods.qvlm.vision import Tuning, loss_terms, reference
 from qvlm.models import LoadedModel, hub, load_model
 from qvlm.models.load import pad_to_square
-from qvlm.models.moe_stablelm import MixtureOfExperts
+from qvlm.models.mixture import MixtureOfExperts
 from qvlm.models.tokenizer import load_tokenizer
 from qvlm.prompts import Prompting
 from tests import standins
@@ -39,12 +42,16 @@ PROBLEM = {
 }
 PLAIN = {**PROBLEM, "image": None}
 STABLELM = Prompting("CQM-A", "stablelm")
+PROMPTINGS = {
+    "moe_llava": STABLELM,
+    "moe_llava_phi2": Prompting("CQM-A", "phi"),
+    "moe_llava_qwen": Prompting("CQM-A", "qwen"),
+}
 
 
 def read(standin: StandIn, **options: Any) -> LoadedModel:
     options.setdefault("vision_tower", standin.tower and str(standin.tower))
-    if (standin.folder / "arcade100k.tiktoken").exists():
-        options.setdefault("prompting", STABLELM)
+    options.setdefault("prompting", PROMPTINGS.get(standin.folder.name))
     return load_model(standin.folder, "real", **options)
 
 
@@ -105,6 +112,26 @@ def test_generation_runs_over_the_placeholder(tmp_path: Path) -> None:
     ids = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert ids.shape[1] == batch["input_ids"].shape[1] + 3
     assert isinstance(loaded.decode(ids[:, -3:])[0], str)
+
+
+@pytest.mark.parametrize("family", ["llava", "moe_llava_phi2"])
+def test_the_tower_is_tuned_over_the_placeholder(tmp_path: Path, family: str) -> None:
+    """Q-VLM's L_reg counts words by the float model's trust in them, and an image is no word."""
+    loaded = read(write(family, tmp_path))
+    model, image = loaded.model, loaded.model.config.image_token_id
+    batch = loaded.encode([PROBLEM], with_target=True)
+    kept = reference(model, batch)
+    terms = loss_terms(model, batch, kept, {}, {}, element_joint, Tuning(entropy=0, error=0))
+    with torch.no_grad():
+        chances = model(**batch).logits[0].softmax(-1)
+    ids = batch["input_ids"][0].tolist()
+    expected, losses = [], []
+    for place, word in enumerate(ids[1:]):
+        chance = 0.0 if word == image else float(chances[place, word])
+        expected.append(chance)
+        losses.append(0.0 if word == image else -math.log(chance) * chance)
+    assert kept.trust[0].tolist() == pytest.approx(expected, rel=1e-4)
+    assert terms.total.item() == pytest.approx(sum(losses) / sum(expected), rel=1e-4)
 
 
 def test_dtype_is_the_one_that_was_asked_for_and_routers_stay_in_float32(tmp_path: Path) -> None:
@@ -233,6 +260,8 @@ def test_the_text_after_an_image_begins_anew(tmp_path: Path) -> None:
         ("llava_v15_7b", "llava_v15", "CQM-A", "vicuna_v1", 336, "pad"),
         ("llava_v15_13b", "hub", "CQM-A", "vicuna_v1", 336, "pad"),
         ("moe_llava", "moe_llava", "CQM-A", "stablelm", 336, "crop"),
+        ("moe_llava_phi2", "moe_llava_phi2", "CQM-A", "phi", 336, "crop"),
+        ("moe_llava_qwen", "moe_llava_qwen", "CQM-A", "qwen", 336, "crop"),
     ],
 )
 def test_a_models_yaml_fits_its_family(
@@ -392,11 +421,11 @@ def test_mixture_that_is_not_supported(
     refused(lambda: read(standin), *words)
 
 
-@pytest.mark.parametrize("architecture", ["MoELLaVAPhiForCausalLM", "MoELLaVAQWenForCausalLM"])
-def test_other_mixtures_say_why_not(tmp_path: Path, architecture: str) -> None:
+def test_other_mixtures_are_refused_with_the_accepted_ones(tmp_path: Path) -> None:
     standin = write("moe_llava", tmp_path)
-    change(standin.folder / "config.json", architectures=[architecture])
-    refused(lambda: read(standin), architecture, "accepted are", "MoELLaVAStablelmForCausalLM")
+    change(standin.folder / "config.json", architectures=["MoELLaVAMistralForCausalLM"])
+    accepted = [f"MoELLaVA{name}ForCausalLM" for name in ("Stablelm", "Phi", "QWen")]
+    refused(lambda: read(standin), "MoELLaVAMistralForCausalLM", "accepted are", *accepted)
 
 
 def test_missing_shard(tmp_path: Path) -> None:
@@ -494,6 +523,14 @@ def test_tower_without_its_weights_or_preprocessor(tmp_path: Path) -> None:
     refused(lambda: read(standin), "cuts images to 336 x 336", "takes 224 x 224")
     (standin.tower / "pytorch_model.bin").unlink()
     refused(lambda: read(standin), "vision tower", "no weights")
+
+
+def test_a_tower_that_is_no_clip_is_refused(tmp_path: Path) -> None:
+    """MoE-LLaVA's checkpoints for 384 pixels have a SigLIP."""
+    standin = write("moe_llava", tmp_path)
+    assert standin.tower is not None
+    change(standin.tower / "config.json", model_type="siglip")
+    refused(lambda: read(standin), "vision tower", "a siglip", "accepted is a CLIP")
 
 
 def test_half_a_tower_is_missing_tensors(tmp_path: Path) -> None:

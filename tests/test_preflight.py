@@ -135,6 +135,16 @@ def test_the_papers_scale_is_estimated_where_the_hub_does_not_answer(
     assert os.listdir() == []
 
 
+def test_a_model_that_the_paper_has_not_is_estimated_too() -> None:
+    for model, billions in (("moe_llava_phi2", 5.6), ("moe_llava_qwen", 3.4), ("moe_llava", 3.2)):
+        shape = find_shape(load(f"model={model}").model)
+        assert shape is not None and shape.assumed
+        assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.02)
+    assert (
+        find_shape(load("model.name=mine", "model.path=a/b", "model.stands_for=null").model) is None
+    )
+
+
 @pytest.mark.parametrize(
     ("free", "options", "words"),
     [

@@ -122,6 +122,12 @@ def test_the_end_of_a_turn_is_the_templates() -> None:
     assert ends == ["</s>", "</s>", "<|endoftext|>"]
 
 
+@pytest.mark.parametrize("conversation", ["phi", "qwen"])
+def test_moe_llavas_templates_are_one_text(conversation: str) -> None:
+    one, other = Prompting("CQM-A", conversation), Prompting("CQM-A", "stablelm")
+    assert (one.prompt(ODD), one.target(ODD)) == (other.prompt(ODD), other.target(ODD))
+
+
 @pytest.mark.parametrize(
     ("text", "choice"),
     [

@@ -6,12 +6,14 @@ transformers, so that `AutoConfig` and `from_pretrained` find them.
 
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.load import LoadedModel, load_model
-from qvlm.models.moe_stablelm import MoeStableLmConfig, MoeStableLmModel
+from qvlm.models.moe import MoePhiConfig, MoeQwenConfig, MoeStableLmConfig, MoeStableLmModel
 
 __all__ = [
     "Llava",
     "LlavaArchitecture",
     "LoadedModel",
+    "MoePhiConfig",
+    "MoeQwenConfig",
     "MoeStableLmConfig",
     "MoeStableLmModel",
     "load_model",

@@ -4,7 +4,7 @@ A family is a way to write config.json and to name tensors:
 
 - LLaVA: `liuhaotian/llava-*`, everything flat in config.json, tensors `model.layers.*`,
   `model.mm_projector.*` and sometimes `model.vision_tower.vision_tower.vision_model.*`.
-- MoE-LLaVA on StableLM: `LanguageBind/MoE-LLaVA-StableLM-*`, tensors of DeepSpeed's mixture.
+- MoE-LLaVA: `LanguageBind/MoE-LLaVA-*` on StableLM, Phi-2 or Qwen, tensors of DeepSpeed's mixture.
 - hub: `llava-hf/*`, transformers' own format, old names and new.
 
 The facts become a `Blueprint`: the configuration of our class, and how tensors are renamed. What is
@@ -13,7 +13,7 @@ not stated gets the default of the family's own code, not of ours; what is not s
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,34 @@ from transformers import CLIPVisionConfig, LlamaConfig, PretrainedConfig
 
 from qvlm.errors import UserError
 from qvlm.models.llava import LlavaArchitecture
-from qvlm.models.moe_stablelm import MoeStableLmConfig
+from qvlm.models.moe import MoePhiConfig, MoeQwenConfig, MoeStableLmConfig
 
 Renamings = tuple[tuple[str, str], ...]
 
+# Qwen names all as GPT-2 does, below `transformer`, as no other family does, and keeps query,
+# key and value in one tensor: see `split`. What these become are LLaVA's names.
+_QWEN_NAMES: Renamings = (
+    (r"^transformer\.h\.(\d+)\.ln_1\.", r"model.layers.\1.input_layernorm."),
+    (r"^transformer\.h\.(\d+)\.ln_2\.", r"model.layers.\1.post_attention_layernorm."),
+    (r"^transformer\.h\.(\d+)\.attn\.c_attn\.", r"model.layers.\1.self_attn.qkv_proj."),
+    (r"^transformer\.h\.(\d+)\.attn\.c_proj\.", r"model.layers.\1.self_attn.o_proj."),
+    (r"^transformer\.h\.(\d+)\.mlp\.(.*\.)?w1\.", r"model.layers.\1.mlp.\2up_proj."),
+    (r"^transformer\.h\.(\d+)\.mlp\.(.*\.)?w2\.", r"model.layers.\1.mlp.\2gate_proj."),
+    (r"^transformer\.h\.(\d+)\.mlp\.(.*\.)?c_proj\.", r"model.layers.\1.mlp.\2down_proj."),
+    (r"^transformer\.h\.", "model.layers."),
+    (r"^transformer\.wte\.", "model.embed_tokens."),
+    (r"^transformer\.ln_f\.", "model.norm."),
+    (r"^transformer\.", "model."),
+)
 LLAVA_NAMES: Renamings = (
+    *_QWEN_NAMES,
     (r"^model\.(vision|image)_tower\.\1_tower\.(vision_model\.)?", "model.vision_tower."),
     (r"^model\.mm_projector\.(image_spatial_proj\.)?2\.", "model.multi_modal_projector.linear_2."),
     (
         r"^model\.mm_projector\.(image_spatial_proj\.)?(0\.)?",
         "model.multi_modal_projector.linear_1.",
     ),
-    (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
+    (r"^model\.(layers|embed_tokens|norm|final_layernorm)\.", r"model.language_model.\1."),
     (r"\.mlp\.deepspeed_moe\.gate\.wg\.", ".mlp.router."),
     (r"\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.", ".mlp.experts."),
 )
@@ -171,13 +187,14 @@ def _read(content: Mapping[str, Any], facts: _Facts, owner: str) -> Blueprint:
         return _hub(content, facts)
     if kind in ("LlavaLlamaForCausalLM", "llava", "llava_llama"):
         return _llava(facts)
-    if kind in (
-        *("MoELLaVAStablelmForCausalLM", "EvalMoELLaVAStablelmForCausalLM", "moe_llava_stablelm"),
-    ):
-        return _moe_llava(facts)
+    for name, language in _MOE_LLAVA.items():
+        model = f"MoELLaVA{name}ForCausalLM"
+        if kind in (model, f"Eval{model}", f"moe_llava_{name.lower()}"):
+            return _moe_llava(facts, language)
     raise UserError(
         f"{owner}: config.json has the unknown architecture {kind}; accepted are "
-        "LlavaLlamaForCausalLM, MoELLaVAStablelmForCausalLM and LlavaForConditionalGeneration"
+        f"LlavaLlamaForCausalLM, {', '.join(f'MoELLaVA{name}ForCausalLM' for name in _MOE_LLAVA)} "
+        "and LlavaForConditionalGeneration"
     )
 
 
@@ -207,24 +224,23 @@ def _llava(facts: _Facts) -> Blueprint:
     )
 
 
-def _moe_llava(facts: _Facts) -> Blueprint:
+def _moe_llava(facts: _Facts, language: Callable[..., PretrainedConfig]) -> Blueprint:
+    """Any MoE-LLaVA.
+
+    Args:
+        language: reads the facts of its language model, given those that all have in common.
+    """
     moe = _Facts(facts.need("moe"), facts._owner + ", moe")
     experts = moe.need("num_experts")
     layers = moe.need("moe_layers_idx")
     moe.refuse_unless("num_experts", experts, ([experts[0]] * len(layers),))
-    text = MoeStableLmConfig(
-        **{key: facts.need(key) for key in ("vocab_size", "hidden_size", "intermediate_size")},
+    moe.refuse_unless("use_residual", moe.get("use_residual", False), (False,))
+    text = language(
+        facts,
+        vocab_size=facts.need("vocab_size"),
+        hidden_size=facts.need("hidden_size"),
         num_hidden_layers=facts.need("num_hidden_layers"),
         num_attention_heads=facts.need("num_attention_heads"),
-        num_key_value_heads=facts.get("num_key_value_heads", 32),
-        max_position_embeddings=facts.get("max_position_embeddings", 4096),
-        layer_norm_eps=facts.get("norm_eps", 1e-5),
-        use_qkv_bias=facts.get("use_qkv_bias", True),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": float(facts.get("rope_theta", 10_000)),
-            "partial_rotary_factor": facts.get("rope_pct", 0.25),
-        },
         tie_word_embeddings=facts.get("tie_word_embeddings", False),
         num_experts=experts[0],
         num_experts_per_token=moe.refuse_unless("top_k_experts", moe.need("top_k_experts"), (2,)),
@@ -233,13 +249,73 @@ def _moe_llava(facts: _Facts) -> Blueprint:
         min_capacity=moe.need("min_capacity"),
         **_ends(facts),
     )
-    moe.refuse_unless("use_residual", moe.get("use_residual", False), (False,))
     return Blueprint(
         text,
         vision_tower=facts.need("mm_image_tower"),
         projector_type=_projector(facts, "image_projector_type"),
         **_images(facts),
     )
+
+
+def _stablelm(facts: _Facts, **common: Any) -> MoeStableLmConfig:
+    return MoeStableLmConfig(
+        intermediate_size=facts.need("intermediate_size"),
+        num_key_value_heads=facts.get("num_key_value_heads", 32),
+        max_position_embeddings=facts.get("max_position_embeddings", 4096),
+        layer_norm_eps=facts.get("norm_eps", 1e-5),
+        use_qkv_bias=facts.get("use_qkv_bias", True),
+        rope_parameters=_rope(facts.get("rope_theta", 10_000), facts.get("rope_pct", 0.25)),
+        **common,
+    )
+
+
+def _phi(facts: _Facts, **common: Any) -> MoePhiConfig:
+    facts.refuse_unless("rope_scaling", facts.get("rope_scaling", None), (None,))
+    return MoePhiConfig(
+        intermediate_size=facts.need("intermediate_size"),
+        num_key_value_heads=facts.get("num_key_value_heads", common["num_attention_heads"]),
+        hidden_act=facts.get("hidden_act", "gelu_new"),
+        max_position_embeddings=facts.get("max_position_embeddings", 2048),
+        layer_norm_eps=facts.get("layer_norm_eps", 1e-5),
+        qk_layernorm=facts.get("qk_layernorm", False),
+        rope_parameters=_rope(
+            facts.get("rope_theta", 10_000), facts.get("partial_rotary_factor", 0.5)
+        ),
+        **common,
+    )
+
+
+def _qwen(facts: _Facts, **common: Any) -> MoeQwenConfig:
+    """The first Qwen as a Qwen2.
+
+    Its MLP is `c_proj(w1(x) * silu(w2(x)))`, each half of `intermediate_size` wide.
+    """
+    heads, width = common["num_attention_heads"], common["hidden_size"]
+    facts.refuse_unless("kv_channels", facts.get("kv_channels", 128), (width // heads,))
+    facts.refuse_unless("no_bias", facts.get("no_bias", True), (True,))
+    facts.refuse_unless("rotary_pct", facts.get("rotary_pct", 1.0), (1.0,))
+    return MoeQwenConfig(
+        intermediate_size=facts.need("intermediate_size") // 2,
+        num_key_value_heads=heads,
+        max_position_embeddings=facts.need("seq_length"),
+        rms_norm_eps=facts.get("layer_norm_epsilon", 1e-6),
+        rope_parameters=_rope(facts.get("rotary_emb_base", 10_000)),
+        **common,
+    )
+
+
+# As the names of their architectures spell the language models.
+_MOE_LLAVA: dict[str, Callable[..., PretrainedConfig]] = {
+    "Stablelm": _stablelm,
+    "Phi": _phi,
+    "QWen": _qwen,
+}
+
+
+def _rope(theta: float, share: float | None = None) -> dict[str, Any]:
+    """Unscaled rotary positions; `share` is the part of each head that is rotated."""
+    partial = {} if share is None else {"partial_rotary_factor": share}
+    return {"rope_type": "default", "rope_theta": float(theta), **partial}
 
 
 def _projector(facts: _Facts, key: str) -> str:
@@ -285,7 +361,14 @@ def _hub(content: Mapping[str, Any], facts: _Facts) -> Blueprint:
 
 
 def vision_config(content: Mapping[str, Any]) -> CLIPVisionConfig:
-    """The tower that a CLIP repository's config.json, or a part of it, describes."""
+    """The tower that a CLIP repository's config.json, or a part of it, describes.
+
+    Raises:
+        UserError: for a tower of another kind.
+    """
+    kind = content.get("model_type")
+    if kind not in (None, "clip", "clip_vision_model"):
+        raise UserError(f"the vision tower's config.json describes a {kind}; accepted is a CLIP")
     return CLIPVisionConfig.from_dict(dict(content.get("vision_config") or content))
 
 
@@ -294,3 +377,13 @@ def rename(name: str, renamings: Renamings) -> str:
     for pattern, replacement in renamings:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def split(place: str) -> list[str]:
+    """The places that a renamed tensor fills, each with an equal share of its rows, in order.
+
+    One place for all but Qwen's `c_attn`, which is query, key and value.
+    """
+    if ".qkv_proj." not in place:
+        return [place]
+    return [place.replace(".qkv_proj.", f".{part}_proj.") for part in "qkv"]

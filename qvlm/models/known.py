@@ -17,7 +17,7 @@ from qvlm.errors import UserError
 from qvlm.models.families import read_blueprint
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.load import MINIATURES
-from qvlm.models.moe_stablelm import MixtureOfExperts
+from qvlm.models.mixture import MixtureOfExperts
 
 _LLAVA_7B: dict[str, Any] = {
     "architectures": ["LlavaLlamaForCausalLM"],
@@ -41,6 +41,13 @@ _V15 = {
     "max_position_embeddings": 4096,
     "image_aspect_ratio": "pad",
 }
+_MOE = {
+    "num_experts": [4] * 12,
+    "top_k_experts": 2,
+    "moe_layers_idx": list(range(0, 24, 2)),
+    "eval_capacity_factor": 2.0,
+    "min_capacity": 0,
+}
 _MOE_LLAVA = {
     "architectures": ["MoELLaVAStablelmForCausalLM"],
     "vocab_size": 100352,
@@ -51,13 +58,23 @@ _MOE_LLAVA = {
     "mm_image_tower": "openai/clip-vit-large-patch14-336",
     "image_projector_type": "mlp2x_gelu",
     "mm_hidden_size": 1024,
-    "moe": {
-        "num_experts": [4] * 12,
-        "top_k_experts": 2,
-        "moe_layers_idx": list(range(0, 24, 2)),
-        "eval_capacity_factor": 2.0,
-        "min_capacity": 0,
-    },
+    "moe": _MOE,
+}
+_MOE_LLAVA_PHI2 = _MOE_LLAVA | {
+    "architectures": ["MoELLaVAPhiForCausalLM"],
+    "vocab_size": 51200,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "partial_rotary_factor": 0.4,
+    "moe": _MOE | {"num_experts": [4] * 16, "moe_layers_idx": list(range(0, 32, 2))},
+}
+_MOE_LLAVA_QWEN = _MOE_LLAVA | {
+    "architectures": ["MoELLaVAQWenForCausalLM"],
+    "vocab_size": 151936,
+    "intermediate_size": 11008,
+    "num_attention_heads": 16,
+    "seq_length": 8192,
 }
 KNOWN: dict[str, dict[str, Any]] = {
     "llava_13b": _LLAVA_13B,
@@ -65,6 +82,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     "llava_v15_13b": _LLAVA_13B | _V15,
     "llava_v15_7b": _LLAVA_7B | _V15,
     "moe_llava": _MOE_LLAVA,
+    "moe_llava_phi2": _MOE_LLAVA_PHI2,
+    "moe_llava_qwen": _MOE_LLAVA_QWEN,
 }
 
 

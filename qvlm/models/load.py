@@ -29,7 +29,7 @@ from qvlm.errors import UserError
 from qvlm.models.families import read_config
 from qvlm.models.hub import local_folder
 from qvlm.models.llava import Llava, LlavaArchitecture
-from qvlm.models.moe_stablelm import MoeStableLmConfig as MoeStableLmConfig  # registers it
+from qvlm.models.moe import MoeStableLmConfig as MoeStableLmConfig  # registers it and its like
 from qvlm.models.original import Original, load_original
 from qvlm.models.tokenizer import TextEncoding
 from qvlm.packing import ORIGIN, is_packed, load_packed, read_origin, save_packed, write_origin

@@ -27,6 +27,7 @@ from qvlm.models.families import (
     read_blueprint,
     read_config,
     rename,
+    split,
     vision_config,
 )
 from qvlm.models.hub import local_folder
@@ -156,13 +157,15 @@ def _build(
     for source, (weights, renamings) in sources.items():
         for name in weights:
             place = rename(name, renamings)
+            parts = split(place)
             if source == "tower" and (not place.startswith(_TOWER) or place in state):
                 continue  # a CLIP repository holds a text model as well
             if place.endswith(_FOLLOWING):
                 _compare(weights, name, architecture, owner)
-            elif place in places:
-                _fit(weights, name, tuple(places[place].shape), owner)
-                state[place] = weights[name]
+            elif all(part in places for part in parts):
+                rows, *columns = places[parts[0]].shape
+                _fit(weights, name, (len(parts) * rows, *columns), owner)
+                state |= zip(parts, weights[name].chunk(len(parts)), strict=True)
             elif place != "lm_head.weight":
                 raise UserError(
                     f"{owner}: {weights.file(name)} has tensor {name}, for which the architecture "

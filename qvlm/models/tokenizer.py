@@ -1,12 +1,13 @@
 """The tokenizer of an original checkpoint, from whichever file it comes in, without remote code.
 
-Three kinds of file are read:
+Four kinds of file are read:
 
 - `tokenizer.json`: as it is.
 - `tokenizer.model`: a sentencepiece BPE model, as LLaMA has. Its pieces are read from the protocol
   buffer and become the same BPE in the `tokenizers` library.
-- `*.tiktoken`: byte pairs with ranks, as StableLM-2 has. The released tokenizer is a Python file
-  that a loader would have to execute; here its rules are written out.
+- `vocab.json` and `merges.txt`: Phi-2's, by transformers' own CodeGen tokenizer.
+- `*.tiktoken`: byte pairs with ranks, as StableLM-2 and Qwen have. The released tokenizers are
+  Python files that a loader would have to execute; here their rules are written out.
 
 A text is tokenized in the pieces around `<image>`, as the released code does: the image's own
 positions are put between them as ids, so no tokenizer needs to know an image.
@@ -16,14 +17,14 @@ import base64
 import itertools
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import CodeGenTokenizer, PreTrainedTokenizerFast
 
 from qvlm.errors import UserError
 
@@ -31,12 +32,21 @@ _BLANK = "\u2581"  # sentencepiece's visible blank
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of a sentencepiece piece
 _BPE = 2  # sentencepiece's number for that kind of model
 
-# How StableLM-2 cuts a text before byte pairs are merged: digits stand alone.
+# How StableLM-2 and Qwen cut a text before byte pairs are merged: digits stand alone.
 _CUT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _END_OF_TEXT = "<|endoftext|>"
+_QWEN_FILE = "qwen.tiktoken"
+# What follows Qwen's byte pairs, in this order; MoE-LLaVA tuned with the fourth as padding.
+_QWEN_SPECIAL = (
+    _END_OF_TEXT,
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|extra_{index}|>" for index in range(205)),
+)
+_QWEN_PADDING = "<|extra_0|>"
 
 
 @dataclass(frozen=True)
@@ -65,13 +75,16 @@ def load_tokenizer(folder: Path, config: dict[str, Any], owner: str) -> TextEnco
         elif (folder / "tokenizer.model").is_file():
             tokenizer = _from_sentencepiece(folder)
             begins = True
+        elif (folder / "merges.txt").is_file():
+            tokenizer = _from_merges(folder)
+            begins = False
         elif tiktoken:
             tokenizer = _from_tiktoken(tiktoken[0], config)
             begins = False
         else:
             raise UserError(
                 f"{owner}: {folder} has no tokenizer; accepted are tokenizer.json, "
-                "tokenizer.model and *.tiktoken"
+                "tokenizer.model, vocab.json with merges.txt, and *.tiktoken"
             )
     except (OSError, ValueError, KeyError, IndexError, struct.error, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -189,6 +202,25 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
         at += size
 
 
+def _from_merges(folder: Path) -> PreTrainedTokenizerFast:
+    """Phi-2's tokenizer, which is CodeGen's with runs of blanks and tabs as further tokens."""
+    kind = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
+    if kind not in ("CodeGenTokenizer", "CodeGenTokenizerFast"):
+        raise ValueError(f"tokenizer_config.json names {kind}; accepted is CodeGenTokenizer")
+    # Read here: what transformers cannot find it replaces by an empty vocabulary, without a word.
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    _, *merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    if len(merges) + 256 > len(vocabulary):
+        raise ValueError("merges.txt makes more tokens than vocab.json has")
+    # Its files ask to take blanks before punctuation out of answers; texts stay as they are.
+    tokenizer = CodeGenTokenizer.from_pretrained(folder, clean_up_tokenization_spaces=False)
+    added = folder / "added_tokens.json"
+    for token, index in json.loads(added.read_text()).items() if added.is_file() else ():
+        if tokenizer.convert_tokens_to_ids(token) != index:
+            raise ValueError(f"{added.name} puts {token!r} at {index}, where it is not")
+    return tokenizer
+
+
 def _from_tiktoken(file: Path, config: dict[str, Any]) -> PreTrainedTokenizerFast:
     lines = (line.split() for line in file.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -204,10 +236,10 @@ def _from_tiktoken(file: Path, config: dict[str, Any]) -> PreTrainedTokenizerFas
         if len(token) > 1
     ]
     merges = [(spell(left), spell(right)) for left, right in pairs]
-    end = int(config["eos_token_id"])
-    for unused in range(max(ranks.values()) + 1, end):
+    special = _special_tokens(file, ranks, config)
+    for unused in range(max(ranks.values()) + 1, min(special.values())):
         vocabulary[f"<|unused{unused}|>"] = unused
-    vocabulary[_END_OF_TEXT] = end
+    vocabulary |= special
     backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -217,13 +249,38 @@ def _from_tiktoken(file: Path, config: dict[str, Any]) -> PreTrainedTokenizerFas
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(_END_OF_TEXT, normalized=False, special=True)])
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in special]
+    )
+    padding = _QWEN_PADDING if _QWEN_PADDING in special else _END_OF_TEXT
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=_END_OF_TEXT,
         eos_token=_END_OF_TEXT,
-        pad_token=_END_OF_TEXT,
+        pad_token=padding,
     )
+
+
+def _special_tokens(
+    file: Path, ranks: Mapping[bytes, int], config: Mapping[str, Any]
+) -> dict[str, int]:
+    """The special tokens that belong to a `.tiktoken` file, which does not hold them.
+
+    Source: `tokenization_qwen.py`. Qwen's config.json does not say which id ends a text, but its
+    generation_config.json does; a file of byte pairs that lacks a line is found by it.
+    """
+    if file.name != _QWEN_FILE:
+        return {_END_OF_TEXT: int(config["eos_token_id"])}
+    first = max(ranks.values()) + 1
+    generation = file.parent / "generation_config.json"
+    if generation.is_file():
+        end = json.loads(generation.read_text())["eos_token_id"]
+        if first not in (end if isinstance(end, list) else [end]):
+            raise ValueError(
+                f"{file.name} has byte pairs up to {first - 1}, but generation_config.json puts "
+                f"{_END_OF_TEXT} at {end}"
+            )
+    return {token: first + index for index, token in enumerate(_QWEN_SPECIAL)}
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

@@ -73,9 +73,10 @@ def find_shape(config: ModelConfig) -> Shape | None:
         UserError: if its config.json cannot be used.
     """
     folder, owner = local_copy(config.path), f"model {config.name}"
-    if folder is None and config.stands_for not in KNOWN:
+    known = KNOWN.get(config.stands_for or config.name)
+    content = read_config(folder, owner) if folder else known
+    if content is None:
         return None
-    content = read_config(folder, owner) if folder else KNOWN[str(config.stands_for)]
     tower = None
     if folder and content.get("model_type") == LlavaArchitecture.model_type:
         architecture = LlavaArchitecture.from_pretrained(folder)

@@ -26,7 +26,12 @@ from torch import Tensor, nn
 from qvlm.quantization.block import Block
 
 # Linear to the linear beside it that feeds it, by the names that transformers uses.
-SOURCES = {"o_proj": "v_proj", "out_proj": "v_proj", "down_proj": "up_proj"}
+SOURCES = {
+    "o_proj": "v_proj",
+    "out_proj": "v_proj",
+    "dense": "v_proj",
+    "down_proj": "up_proj",
+}
 
 # Tokens that are looked up in a norm's output to recognise one of its readers.
 _PROBE_TOKENS = 4

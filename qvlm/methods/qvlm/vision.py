@@ -135,10 +135,19 @@ def reference(model: PreTrainedModel, batch: Batch) -> Reference:
     if "labels" in batch:
         trust = (batch["labels"][:, 1:] != IGNORED).to(logits.dtype)
     else:
-        following = batch["input_ids"][:, 1:]
-        trust = logits[:, :-1].softmax(-1).gather(-1, following.unsqueeze(-1)).squeeze(-1)
-        trust = trust * (following != model.config.image_token_id)
+        following = _next_tokens(model, batch)
+        known = following.clamp_min(0).unsqueeze(-1)
+        trust = logits[:, :-1].softmax(-1).gather(-1, known).squeeze(-1) * (following != IGNORED)
     return Reference(seen.vision, seen.final, trust)
+
+
+def _next_tokens(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The token after each, [rows, tokens - 1]; `IGNORED` for the places of an image.
+
+    Original checkpoints have no word for an image: its id is beyond their logits.
+    """
+    following = batch["input_ids"][:, 1:]
+    return following.masked_fill(following == model.config.image_token_id, IGNORED)
 
 
 def loss_terms(
@@ -163,8 +172,9 @@ def loss_terms(
     zero = logits.new_zeros(())
     regression, entropy, error = zero, zero, zero
     if tuning.regression:
+        following = _next_tokens(model, batch).flatten()
         losses = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none"
+            logits[:, :-1].flatten(0, 1), following, reduction="none", ignore_index=IGNORED
         )
         trust = reference.trust.flatten()
         regression = (losses * trust).sum() / trust.sum().clamp_min(1e-6)

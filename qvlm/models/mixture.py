@@ -1,4 +1,4 @@
-"""StableLM with a mixture of experts in some of its layers: the language model of MoE-LLaVA.
+"""The mixture of experts of MoE-LLaVA, whatever language model it is built into.
 
 MoE-LLaVA (arXiv 2401.15947) replaces the MLP of every other decoder layer by four copies of it and
 a linear router; each token goes to its top two. As in DeepSpeed's `top2gating`, the two gate values
@@ -13,15 +13,15 @@ Experts stay separate modules rather than one fused tensor, so that each of thei
 calibrated with the tokens routed to it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
-from transformers.models.stablelm.configuration_stablelm import StableLmConfig
-from transformers.models.stablelm.modeling_stablelm import StableLmMLP, StableLmModel
+from transformers import PretrainedConfig
 
 
-class MoeStableLmConfig(StableLmConfig):
-    """`StableLmConfig` plus the mixture.
+class MixtureConfig(PretrainedConfig):
+    """What a language model's configuration says of its mixtures, beside its own facts.
 
     Attributes:
         num_experts: per layer.
@@ -30,8 +30,6 @@ class MoeStableLmConfig(StableLmConfig):
         capacity_factor: DeepSpeed's `eval_capacity_factor`; None is routing without a limit.
         min_capacity: tokens that an expert takes at least, where there is a limit.
     """
-
-    model_type = "qvlm_moe_stablelm"
 
     num_experts: int = 4
     num_experts_per_token: int = 2
@@ -69,20 +67,26 @@ def within_capacity(
 
 
 class MixtureOfExperts(nn.Module):
-    """`num_experts` StableLM MLPs behind a linear router.
+    """`num_experts` MLPs behind a linear router.
 
     In training mode `balance_loss` holds the load-balancing loss of the last forward pass (Switch
     Transformer, arXiv 2101.03961, eq. 4): `E * sum_e f_e P_e`, one when the load is even, where
     f_e is the share of tokens whose first choice is e and P_e the mean gate of e.
+
+    Args:
+        config: of the language model, a `MixtureConfig` as well.
+        expert: builds its MLP.
     """
 
-    def __init__(self, config: MoeStableLmConfig) -> None:
+    def __init__(
+        self, config: PretrainedConfig, expert: Callable[[PretrainedConfig], nn.Module]
+    ) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_token
         self.capacity_factor = config.capacity_factor
         self.min_capacity = config.min_capacity
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(StableLmMLP(config) for _ in range(config.num_experts))
+        self.experts = nn.ModuleList(expert(config) for _ in range(config.num_experts))
         self.balance_loss: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -121,20 +125,17 @@ class MixtureOfExperts(nn.Module):
         return output.view_as(hidden_states)
 
 
-class MoeStableLmModel(StableLmModel):
-    """StableLM whose `moe_layers` have a `MixtureOfExperts` for an MLP."""
+def add_mixtures(
+    layers: nn.ModuleList,
+    config: PretrainedConfig,
+    expert: Callable[[PretrainedConfig], nn.Module],
+) -> None:
+    """Puts a mixture in the place of the MLP of the decoder layers that `config.moe_layers` names.
 
-    config: MoeStableLmConfig
-    config_class = MoeStableLmConfig
-    _keep_in_fp32_modules_strict = ("router",)
-
-    def __init__(self, config: MoeStableLmConfig) -> None:
-        super().__init__(config)
-        layers = config.moe_layers
-        for index in range(0, config.num_hidden_layers, 2) if layers is None else layers:
-            self.layers[index].mlp = MixtureOfExperts(config)
-        self.post_init()
-
-
-AutoConfig.register(MoeStableLmConfig.model_type, MoeStableLmConfig, exist_ok=True)
-AutoModel.register(MoeStableLmConfig, MoeStableLmModel, exist_ok=True)
+    Args:
+        layers: all decoder layers, each with its `mlp`.
+        config, expert: as in `MixtureOfExperts`.
+    """
+    every_other = range(0, config.num_hidden_layers, 2)
+    for index in every_other if config.moe_layers is None else config.moe_layers:
+        layers[index].mlp = MixtureOfExperts(config, expert)
