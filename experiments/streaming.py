@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qvlm.data import miniature
-from qvlm.models.known import KNOWN, architecture, skeleton
+from qvlm.models.hollow import skeleton
+from qvlm.models.known import KNOWN, architecture
 from qvlm.prompts import Prompting
 from qvlm.quantization.layout import block_layers
 from qvlm.tables.markdown import table

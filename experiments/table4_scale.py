@@ -42,7 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qvlm import fit, prepare
 from qvlm.errors import RunError, UserError
 from qvlm.fit import FULL, GIB, VARIANTS, Variant
-from qvlm.models.known import architecture, image_tokens, skeleton
+from qvlm.models.hollow import skeleton
+from qvlm.models.known import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.packing import PackedLinear, weight_bytes
 from qvlm.packing.plan import blind

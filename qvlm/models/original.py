@@ -10,7 +10,7 @@ repository that config.json names, or from a copy of it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from qvlm.models.families import (
     rename,
     vision_config,
 )
+from qvlm.models.hollow import hollow
 from qvlm.models.hub import local_folder
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.tokenizer import TextEncoding, load_tokenizer
@@ -46,6 +47,7 @@ class Original:
     Attributes:
         image_fit: how an image becomes square, "crop" or "pad".
         image_text: what stands for an image in a prompt, around `<image>`.
+        tensors: of a hollow model, to fill its layers with.
     """
 
     model: Llava
@@ -53,6 +55,33 @@ class Original:
     image_processor: CLIPImageProcessorPil
     image_fit: str
     image_text: str
+    tensors: "Tensors | None" = None
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a model by the names that they have in it, each read when it is asked for.
+
+    Args:
+        places: name here to the files and the name there.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[Weights, str]]) -> None:
+        self._places = places
+
+    def __getitem__(self, place: str) -> Tensor:
+        weights, name = self._places[place]
+        return weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def close(self) -> None:
+        """See `Weights.close`."""
+        for weights, _ in self._places.values():
+            weights.close()
 
 
 def load_original(
@@ -62,6 +91,7 @@ def load_original(
     dtype: torch.dtype,
     vision_tower: str | None = None,
     expert_capacity: str = "checkpoint",
+    hollow_on: str | None = None,
 ) -> Original:
     """Loads a checkpoint folder of one of the families.
 
@@ -70,6 +100,7 @@ def load_original(
         owner: what messages call the checkpoint.
         vision_tower: folder or repository of the tower; None is what config.json names.
         expert_capacity: "checkpoint", what config.json states, or "unlimited".
+        hollow_on: a device to load all but the decoder layers on; None loads them too.
 
     Raises:
         UserError: if a file is missing or damaged, or anything does not fit.
@@ -93,9 +124,13 @@ def load_original(
             sources["tower"] = (Weights(tower, f"{owner}, vision tower"), TOWER_NAMES)
     elif vision_tower is not None:
         raise UserError(f"model.vision_tower: {owner} carries its own; accepted is null")
-    model = _build(blueprint, vision, sources, dtype, owner)
-    processor = _image_processor(tower, owner)
-    return Original(model, text, processor, blueprint.image_fit, blueprint.image_text)
+    architecture = blueprint.architecture(vision, owner)
+    tensors = find_tensors(architecture, sources, owner)
+    how = _image_processor(tower, owner), blueprint.image_fit, blueprint.image_text
+    if hollow_on is not None:
+        model = hollow(architecture, tensors, dtype, hollow_on)
+        return Original(model, text, *how, tensors)
+    return Original(_build(architecture, tensors, dtype, owner), text, *how)
 
 
 def _check_tokens(blueprint: Blueprint, text: TextEncoding, owner: str) -> None:
@@ -131,14 +166,12 @@ def _image_processor(folder: Path, owner: str) -> CLIPImageProcessorPil:
         raise UserError(f"{owner}: {file} does not load: {reason}") from error
 
 
-def _build(
-    blueprint: Blueprint,
-    vision: CLIPVisionConfig,
+def find_tensors(
+    architecture: LlavaArchitecture,
     sources: Mapping[str, tuple[Weights, Renamings]],
-    dtype: torch.dtype,
     owner: str,
-) -> Llava:
-    """The model, from the tensors of its checkpoint and, where that lacks them, of its tower.
+) -> Tensors:
+    """The tensors of a model in its checkpoint and, where that lacks them, in its tower.
 
     Args:
         sources: "checkpoint", and "tower" if there is one.
@@ -146,37 +179,42 @@ def _build(
     Raises:
         UserError: for a tensor that is missing, unexpected or of another shape.
     """
-    architecture = blueprint.architecture(vision, owner)
     with torch.device("meta"):
         empty = Llava(architecture)
     places = empty.state_dict()
     if architecture.tie_word_embeddings:
         del places["lm_head.weight"]
-    state: dict[str, Tensor] = {}
+    found: dict[str, tuple[Weights, str]] = {}
     for source, (weights, renamings) in sources.items():
         for name in weights:
             place = rename(name, renamings)
-            if source == "tower" and (not place.startswith(_TOWER) or place in state):
+            if source == "tower" and (not place.startswith(_TOWER) or place in found):
                 continue  # a CLIP repository holds a text model as well
             if place.endswith(_FOLLOWING):
                 _compare(weights, name, architecture, owner)
             elif place in places:
                 _fit(weights, name, tuple(places[place].shape), owner)
-                state[place] = weights[name]
+                found[place] = (weights, name)
             elif place != "lm_head.weight":
                 raise UserError(
                     f"{owner}: {weights.file(name)} has tensor {name}, for which the architecture "
                     "in config.json has no place"
                 )
-    missing = [place for place in places if place not in state]
+    missing = [place for place in places if place not in found]
     if missing:
         raise UserError(
             f"{owner}: {len(missing)} tensors are missing, first the one for {missing[0]}; give a "
             "complete copy of the checkpoint"
         )
+    return Tensors(found)
+
+
+def _build(
+    architecture: LlavaArchitecture, tensors: Tensors, dtype: torch.dtype, owner: str
+) -> Llava:
     # Nothing is initialised at random: the state is complete, and this only fills buffers.
     model, report = Llava.from_pretrained(
-        None, config=architecture, state_dict=state, dtype=dtype, output_loading_info=True
+        None, config=architecture, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )
     left = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if left:

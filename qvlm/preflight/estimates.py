@@ -25,7 +25,8 @@ from qvlm.config import ModelConfig, RunConfig
 from qvlm.errors import UserError
 from qvlm.fit import TEXT_TOKENS
 from qvlm.models.families import Blueprint, read_blueprint, read_config, vision_config
-from qvlm.models.known import KNOWN, clip_tower, image_tokens, skeleton
+from qvlm.models.hollow import skeleton
+from qvlm.models.known import KNOWN, clip_tower, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.original import has_tower
 from qvlm.models.weights import Weights
