@@ -81,7 +81,7 @@ class StreamedWalk(ShownWalk):
                 inputs = advance(module, inputs)
             else:
                 inputs = []
-            self.stream.add(self.model, module, inputs, self.uncalibrated)
+            self.stream.add(module, inputs, self.uncalibrated)
 
     def _resume(self) -> None:
         """Brings the model to where the stream ends, if what is before it will run again."""

@@ -118,6 +118,8 @@ def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2
     if not layers:
         raise UserError(f"{type(model).__name__} has no packed layer to save: pack it before")
     describe(model, {name: asdict(layer.form) for name, layer in layers.items()})
+    # Tensors keep the names that they have in the model, wherever it was loaded from.
+    model._weight_conversions = []
     model.save_pretrained(folder, max_shard_size=shard_size)
 
 

@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from qvlm.errors import UserError
 from qvlm.packing.checkpoint import describe
@@ -85,11 +84,9 @@ class PackedStream:
         state = {k: v for k, v in model.state_dict().items() if not k.startswith(inside)}
         if model.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
-        self._write_shard(0, model, state)
+        self._write_shard(0, state)
 
-    def add(
-        self, model: PreTrainedModel, module: nn.Module, calls: list[Call], uncalibrated: list[str]
-    ) -> None:
+    def add(self, module: nn.Module, calls: list[Call], uncalibrated: list[str]) -> None:
         """Writes the next block, and what to go on from.
 
         Args:
@@ -110,7 +107,7 @@ class PackedStream:
         finally:
             for child, layer in layers.items():
                 module.set_submodule(child, layer)
-        self._write_shard(self.done + 1, model, state)
+        self._write_shard(self.done + 1, state)
         self.done += 1
         self.calls, self.uncalibrated = calls, list(uncalibrated)
         self._write_progress()
@@ -160,9 +157,8 @@ class PackedStream:
     def _shard(self, number: int) -> str:
         return f"model-{number + 1:05}-of-{len(self.names) + 1:05}.safetensors"
 
-    def _write_shard(self, number: int, model: PreTrainedModel, state: dict[str, Tensor]) -> None:
-        named = revert_weight_conversion(model, state)  # as `save_pretrained` calls them
-        tensors = {key: value.detach().contiguous() for key, value in named.items()}
+    def _write_shard(self, number: int, state: dict[str, Tensor]) -> None:
+        tensors = {key: value.detach().contiguous() for key, value in state.items()}
         self._write(self._shard(number), lambda file: save_file(tensors, file, {"format": "pt"}))
 
     def _write_progress(self) -> None:
