@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -28,14 +29,15 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qvlm.data import miniature
+from qvlm.models.families import read_blueprint
 from qvlm.models.hollow import skeleton
-from qvlm.models.known import KNOWN, architecture
+from qvlm.models.known import KNOWN, clip_tower
 from qvlm.prompts import Prompting
 from qvlm.quantization.layout import block_layers
 from qvlm.tables.markdown import table
@@ -45,12 +47,14 @@ MODELS = tuple(name for name in KNOWN if name != "moe_llava")
 
 
 @torch.no_grad()
-def write_checkpoint(folder: Path, model: str, layers: int | None = None) -> int:
+def write_checkpoint(
+    folder: Path, content: Mapping[str, Any], vision: CLIPVisionConfig | None = None
+) -> int:
     """Writes `folder/checkpoint` and, with nothing but its configuration, `folder/clip`.
 
     Args:
-        model: one of `MODELS`.
-        layers: of the language model; None is all of them.
+        content: what its config.json says; one of LLaVA's family.
+        vision: the tower, whose weights the checkpoint carries; None is the one that it names.
 
     Returns:
         The bytes of the weights.
@@ -58,14 +62,11 @@ def write_checkpoint(folder: Path, model: str, layers: int | None = None) -> int
     checkpoint, tower = folder / "checkpoint", folder / "clip"
     checkpoint.mkdir(parents=True)
     tower.mkdir()
-    content = dict(KNOWN[model])
-    content["num_hidden_layers"] = layers or content["num_hidden_layers"]
-    built = architecture(model)
-    built.text_config.num_hidden_layers = content["num_hidden_layers"]
+    content = {**content, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = vision or clip_tower(content["mm_vision_tower"])
+    built = read_blueprint(content, "it").architecture(vision, "it")
     _write_tokenizer(checkpoint)
-    content |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (checkpoint / "config.json").write_text(json.dumps(content, indent=2))
-    vision = built.vision_config
     (tower / "config.json").write_text(json.dumps({"vision_config": vision.to_dict()}))
     side = vision.image_size
     size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
@@ -90,7 +91,7 @@ def write_checkpoint(folder: Path, model: str, layers: int | None = None) -> int
     return total
 
 
-def _original_name(name: str, content: dict[str, object]) -> str:
+def _original_name(name: str, content: Mapping[str, Any]) -> str:
     """What LLaVA calls a tensor of ours."""
     numbered = "mm_projector_type" in content  # a projector of one layer has no number
     for ours, theirs in (

@@ -59,11 +59,7 @@ def check_options(config: RunConfig) -> None:
     """The part of `check` that neither reads nor fetches a checkpoint."""
     method = build_method(config.method)
     if config.stream and not getattr(method, "one_pass", True):
-        raise UserError(
-            f"stream: {method.name} has to see layers of the float model before it quantizes the "
-            "first, and a stream has one at a time; accepted are methods that take block after "
-            "block: rtn, awq, layerwise, qlora, zeroquant"
-        )
+        raise not_streamed(method.name)
     prompting(config)
     find_device(config.device)
     if not config.full_precision:
@@ -130,6 +126,15 @@ def adopt(config: RunConfig) -> RunConfig:
             stream=False,
             **{key: getattr(config, key) for key in _NOT_OF_THE_CHECKPOINT},
         )
+    )
+
+
+def not_streamed(method: str) -> UserError:
+    """The error for a method that a stream cannot serve."""
+    return UserError(
+        f"stream: {method} looks at layers of the float model before it quantizes them, and a "
+        "stream reads each of them once; accepted are methods that take block after block: rtn, "
+        "awq, layerwise, qlora, zeroquant"
     )
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from qvlm import prepare
 from qvlm.config import RunConfig
-from qvlm.errors import UserError
 from qvlm.methods.base import Method, MethodReport
 from qvlm.models.hollow import fill
 from qvlm.models.load import LoadedModel, save_encoding
@@ -58,7 +57,7 @@ class StreamedWalk(ShownWalk):
 
     def _visit(self, runs: Sequence[Sequence[str]]) -> Iterator[Block]:
         if self.keep_float_stream or any(len(run) > 1 for run in runs):
-            raise UserError(refusal("the method"))
+            raise prepare.not_streamed("the method")
         self._resume()
         inputs = self.stream.calls
         for name in self.names[self.stream.done :]:
@@ -69,13 +68,11 @@ class StreamedWalk(ShownWalk):
                 self.model.to("meta")  # nothing but the inputs is needed any more
                 fill(module, name, self.tensors, self.device)
                 self.tensors.close()
-            block = Block(
-                {name: module}, kind, inputs, None, self.quantization, self.uncalibrated
-            )
+            block = Block({name: module}, kind, inputs, None, self.quantization, self.uncalibrated)
             yield block
             block.close()
             if quantizable(module):  # it only looked
-                raise UserError(refusal("the method"))
+                raise prepare.not_streamed("the method")
             following = self.names[self.stream.done + 1 :][:1]
             if following and not self._is_entry(following[0]):
                 inputs = advance(module, inputs)
@@ -91,15 +88,6 @@ class StreamedWalk(ShownWalk):
         if all(self._layers[name][0] != "language" for name in self.names[:done]):
             for position, name in enumerate(self.names[:done]):
                 self.stream.restore(position, self._layers[name][1])
-
-
-def refusal(method: str) -> str:
-    """The sentence for a method that cannot be streamed."""
-    return (
-        f"stream: {method} needs to see layers of the float model more than once, which a stream "
-        "has one at a time; accepted are methods that take block after block: rtn, awq, layerwise, "
-        "qlora, zeroquant"
-    )
 
 
 def stream_cell(

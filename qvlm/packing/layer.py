@@ -274,9 +274,7 @@ class PackedLinear(nn.Module):
             weights = UniformQuantizer(form.weight_bits, *grid, group_size=form.group_size)
         else:
             constants = self._constants()
-            weights = NormalFloatQuantizer(
-                form.weight_bits, form.group_size, constants, constants
-            )
+            weights = NormalFloatQuantizer(form.weight_bits, form.group_size, constants, constants)
         inputs: Quantizer
         if form.inputs == "token":
             inputs = TokenQuantizer(form.input_bits, form.ratio)

@@ -186,7 +186,7 @@ class PackedStream:
         file = self.partial / PROGRESS
         try:
             progress = torch.load(file, map_location=device, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(f"save_packed: {file} is damaged; delete {self.partial}") from error
         if progress["hash"] != self._identity:
             raise UserError(
