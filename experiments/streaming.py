@@ -14,16 +14,15 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
@@ -31,10 +30,10 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qvlm.data import miniature
+from qvlm.errors import RunError
 from qvlm.models.families import read_blueprint
 from qvlm.models.hollow import skeleton
 from qvlm.models.known import KNOWN, clip_tower
@@ -42,6 +41,7 @@ from qvlm.prompts import Prompting
 from qvlm.quantization.layout import block_layers
 from qvlm.tables.markdown import table
 
+ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 MODELS = tuple(name for name in KNOWN if name != "moe_llava")
 
@@ -76,10 +76,11 @@ def write_checkpoint(
     blocks = list(block_layers(empty, vision_tower=True))
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in [*blocks, ""]}
     for name, tensor in empty.state_dict().items():
-        part = next((block for block in blocks if name.startswith(f"{block}.")), "")
-        parts[part][_original_name(name, content)] = tensor
+        block = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        parts[block][_original_name(name, content)] = tensor
     generator = torch.Generator().manual_seed(0)
-    placed, total = {}, 0
+    placed: dict[str, str] = {}
+    total = 0
     for number, part in enumerate(parts.values(), start=1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         drawn = {name: _drawn(name, tensor, generator) for name, tensor in part.items()}
@@ -134,11 +135,82 @@ def _write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+@dataclass(frozen=True)
+class Process:
+    """A process that has ended.
+
+    Attributes:
+        peak: the most memory that was resident at a time, in bytes; pages of mapped files count.
+    """
+
+    seconds: float
+    peak: int
+
+
+def run(words: Sequence[str]) -> Process:
+    """Runs `run.py` in a process of its own.
+
+    Raises:
+        RunError: if it fails.
+    """
+    print(f"\npython run.py {shlex.join(words)}", flush=True)
+    begun = time.perf_counter()
+    child = subprocess.Popen([sys.executable, "run.py", *words], cwd=ROOT)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise RunError(f"run.py ended with status {status}")
+    return Process(time.perf_counter() - begun, usage.ru_maxrss * 1024)  # kilobytes, on Linux
+
+
+def measure(folder: Path, given: argparse.Namespace) -> str:
+    """Writes the checkpoint, streams it and evaluates what came out; returns a table."""
+    begun = time.perf_counter()
+    content = KNOWN[given.model]
+    size = write_checkpoint(folder, content)
+    print(f"wrote {size / GIB:.1f} GiB in {time.perf_counter() - begun:.0f} s")
+    packed = folder / "packed"
+    common = [f"results_dir={folder}/results", "tracking=off", f"model.dtype={given.dtype}"]
+    written = run(
+        [
+            *(f"model={given.model}", f"model.path={folder}/checkpoint"),
+            *(f"model.vision_tower={folder}/clip", f"method={given.method}", "bits=w4a4"),
+            *(f"calibration.samples={given.samples}", "stream=true", f"save_packed={packed}"),
+            *("evaluation.limit=0", *common),
+        ]
+    )
+    asked = run(
+        [
+            *(f"model.packed={packed}", "evaluation.limit=1", "evaluation.batch_size=1"),
+            *("evaluation.max_new_tokens=4", *common[:-1]),
+        ]
+    )
+    checkpoint = sum(file.stat().st_size for file in packed.iterdir())
+    rows = [
+        ["quantized, streamed", f"{size / GIB:.1f}", *_numbers(written)],
+        ["evaluated, one question", f"{checkpoint / GIB:.1f}", *_numbers(asked)],
+    ]
+    return table([given.model, "weights on disk, GiB", "seconds", "peak memory, GiB"], rows, left=1)
+
+
+def _numbers(process: Process) -> list[str]:
+    return [f"{process.seconds:.0f}", f"{process.peak / GIB:.2f}"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="llava_7b")
+    parser.add_argument("--method", default="rtn", help="any that can be streamed")
+    parser.add_argument("--samples", type=int, default=4, help="calibration problems")
+    parser.add_argument("--dtype", default="bfloat16", help="of what is not quantized")
+    parser.add_argument("--folder", type=Path, help="for the checkpoints; default: a temporary one")
     given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        try:
+            print(f"\n{measure(Path(folder), given)}")
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig
+from transformers import CLIPImageProcessorPil
 
 from qvlm.errors import UserError
 from qvlm.models.families import (

@@ -270,8 +270,8 @@ class PackedLinear(nn.Module):
         form = self.form
         weights: Quantizer
         if form.weight == "uniform":
-            grid = (part[..., None] for part in self.weight_scales())
-            weights = UniformQuantizer(form.weight_bits, *grid, group_size=form.group_size)
+            scale, zero_point = (part[..., None] for part in self.weight_scales())
+            weights = UniformQuantizer(form.weight_bits, scale, zero_point, form.group_size)
         else:
             constants = self._constants()
             weights = NormalFloatQuantizer(form.weight_bits, form.group_size, constants, constants)

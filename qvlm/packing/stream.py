@@ -136,7 +136,8 @@ class PackedStream:
             write_encoding: writes the remaining files to a folder.
         """
         shards = [self._shard(number) for number in range(len(self.names) + 1)]
-        placed, size = {}, 0
+        placed: dict[str, str] = {}
+        size = 0
         for shard in shards:
             with safe_open(self.partial / shard, framework="pt") as opened:
                 placed |= dict.fromkeys(opened.keys(), shard)
