@@ -50,6 +50,7 @@ class StreamedWalk(ShownWalk):
         super().__init__(loaded.model, batches, quantization)
         assert loaded.tensors is not None
         self.tensors = loaded.tensors
+        self.tensors.close()  # what is read is in memory, and mapped pages are counted as well
         self.device = str(loaded.model.device)
         self.stream = stream
         self.finished = stream.done
