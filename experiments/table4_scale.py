@@ -43,7 +43,8 @@ from qvlm import fit, prepare
 from qvlm.config import RunConfig
 from qvlm.errors import RunError, UserError
 from qvlm.fit import FULL, GIB, VARIANTS, Variant
-from qvlm.models.known import architecture, image_tokens, skeleton
+from qvlm.models.hollow import skeleton
+from qvlm.models.known import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.packing import PackedLinear, weight_bytes
 from qvlm.packing.plan import blind

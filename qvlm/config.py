@@ -180,7 +180,8 @@ class EvaluationConfig:
         temperature: 0 is greedy; above, tokens are sampled.
         unparsable: an answer without a letter is "wrong", or "random" as the official script has
             it, which lifts a broken model by 20 to 50 points.
-        limit: evaluate only so many questions; null is all of them.
+        limit: evaluate only so many questions; null is all of them. A streamed cell may have 0: it
+            ends once the packed model is written.
     """
 
     batch_size: int = 128
@@ -194,8 +195,6 @@ class EvaluationConfig:
         _within("evaluation.temperature", self.temperature, 0)
         _within("evaluation.max_new_tokens", self.max_new_tokens, 1)
         _one_of("evaluation.unparsable", self.unparsable, ("wrong", "random"))
-        if self.limit is not None:
-            _within("evaluation.limit", self.limit, 1)
 
 
 @dataclass
@@ -233,6 +232,8 @@ class RunConfig:
             and multiplies them with the products of `qvlm.packing`.
         kernel: the packed product, see `qvlm.packing.KERNELS`; "auto" is chosen by each layer.
         save_packed: a folder to write the packed model to; its execution is packed.
+        stream: have only one decoder layer in memory while quantizing, and write it to
+            `save_packed` before the next is read; for models larger than memory.
         group: cells that belong together, in Weights & Biases.
         device: "auto" is the first GPU, or the CPU where there is none.
         threads: of PyTorch on the CPU; null leaves its choice.
@@ -253,6 +254,7 @@ class RunConfig:
     execution: str = "simulated"
     kernel: str = "auto"
     save_packed: str | None = None
+    stream: bool = False
     results_dir: str = "results"
     device: str = "auto"
     threads: int | None = None
@@ -270,6 +272,11 @@ class RunConfig:
         _one_of("kernel", self.kernel, KERNELS)
         if self.kernel != "auto" and not self.packed:
             raise UserError(f"kernel: {self.kernel!r} needs execution=packed")
+        streams = self.stream and not self.full_precision
+        if streams and self.model.packed is None and self.save_packed is None:
+            raise UserError("stream: give save_packed=FOLDER, where the packed model is written to")
+        if self.evaluation.limit is not None:
+            _within("evaluation.limit", self.evaluation.limit, 0 if streams else 1)
 
     @property
     def packed(self) -> bool:
@@ -299,6 +306,7 @@ def canonical(config: RunConfig) -> RunConfig:
         bits=BitsConfig(),
         execution="simulated",
         save_packed=None,
+        stream=False,
     )
 
 

@@ -37,7 +37,8 @@ from torch.utils._pytree import tree_leaves
 from qvlm import prepare
 from qvlm.config import CONF, RunConfig, canonical, from_hydra, register
 from qvlm.errors import RunError, UserError
-from qvlm.models.known import architecture, image_tokens, skeleton
+from qvlm.models.hollow import skeleton
+from qvlm.models.known import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.load import MINIATURES
 from qvlm.models.mixture import MixtureOfExperts

@@ -4,13 +4,13 @@
 
 Nothing here depends on which model or method runs: a checkpoint is a folder, a method is whatever
 `method._target_` names. Full precision skips what there is nothing to do for, simulated execution
-does not pack, and a model that was packed before is proven and evaluated only.
+does not pack, and a model that was packed before is proven and evaluated only. A streamed cell
+packs its model before the line begins (`qvlm.streaming`).
 """
 
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,15 @@ from qvlm.packing import (
 )
 from qvlm.provenance import hardware, surroundings, versions
 from qvlm.quantization import (
-    Block,
     LayerBits,
-    Walk,
     batch_by_length,
     check_bits,
     expected_layers,
     measure_bits,
 )
 from qvlm.records import answers_folder, find_record, write_record
-from qvlm.stages import Stages
+from qvlm.stages import ShownWalk, Stages
+from qvlm.streaming import stream_cell
 from qvlm.tracking import track
 
 PROOF_QUESTIONS = 16
@@ -90,8 +89,11 @@ def compute(
         RunError: if something broke on the way.
     """
     found: dict[str, Any] = {}
-    kept = config.model.packed
     with Stages(title, _count_stages(config)) as stages:
+        if config.stream:
+            found |= stream_cell(config, method, device, identity, stages)
+            config = prepare.streamed(config)
+        kept = config.model.packed
         with stages.stage("load"):
             loaded = prepare.load(config, device)
             questions = prepare.load_questions(config)
@@ -139,6 +141,8 @@ def _count_stages(config: RunConfig) -> int:
     """How many stages a cell has."""
     if config.full_precision:
         return 2
+    if config.stream:
+        return 5
     return 3 if config.model.packed else 5 + config.packed
 
 
@@ -166,7 +170,9 @@ def run_cell(config: RunConfig) -> Path:
     path = prepare.record_path(config, identity)
     saved = prepare.is_saved(config, identity)
     record, damage = find_record(path, identity["hash"])
-    if record and saved and not config.force:
+    only_written = config.evaluation.limit == 0  # another command evaluates
+    if (record or only_written) and saved and not config.force:
+        path = Path(str(config.save_packed)) if only_written else path
         tqdm.write(f"reused {path}")
         return path
     if damage:
@@ -175,6 +181,11 @@ def run_cell(config: RunConfig) -> Path:
     method = prepare.build_method(config.method)
     device = prepare.find_device(config.device)
     prepare.settle(config, device)
+    if only_written:
+        with Stages(path.name, 2) as stages:
+            stream_cell(config, method, device, identity["hash"], stages)
+        tqdm.write(f"wrote {config.save_packed}")
+        return Path(str(config.save_packed))
     machine = hardware()
     place = {"device": device.partition(":")[0], "cpu": machine["cpu"], "gpu": str(machine["gpu"])}
     answers = answers_folder(path, identity["hash"], place | versions())
@@ -215,16 +226,3 @@ def run_cell(config: RunConfig) -> Path:
     track(record, outcome.questions, config.tracking, config.group)
     tqdm.write(f"wrote {path}")
     return path
-
-
-class ShownWalk(Walk):
-    """The calibration walk with a progress bar over its blocks."""
-
-    def blocks(self, partition: Sequence[Sequence[str]] | None = None) -> Iterator[Block]:
-        """The blocks in execution order."""
-        total = len(self.names if partition is None else partition)
-        with tqdm(total=total, desc="blocks", unit="block", leave=False, disable=None) as bar:
-            for block in super().blocks(partition):
-                bar.set_postfix_str(block.name)
-                yield block
-                bar.update()

@@ -57,7 +57,9 @@ def check(config: RunConfig) -> dict[str, Any]:
 
 def check_options(config: RunConfig) -> None:
     """The part of `check` that neither reads nor fetches a checkpoint."""
-    build_method(config.method)
+    method = build_method(config.method)
+    if config.stream and not getattr(method, "one_pass", True):
+        raise not_streamed(method.name)
     prompting(config)
     find_device(config.device)
     if not config.full_precision:
@@ -121,9 +123,25 @@ def adopt(config: RunConfig) -> RunConfig:
             model=replace(origin.model, packed=folder),
             execution="packed",
             save_packed=None,
+            stream=False,
             **{key: getattr(config, key) for key in _NOT_OF_THE_CHECKPOINT},
         )
     )
+
+
+def not_streamed(method: str) -> UserError:
+    """The error for a method that a stream cannot serve."""
+    return UserError(
+        f"stream: {method} looks at layers of the float model before it quantizes them, and a "
+        "stream reads each of them once; accepted are methods that take block after block: rtn, "
+        "awq, layerwise, qlora, zeroquant"
+    )
+
+
+def streamed(config: RunConfig) -> RunConfig:
+    """The cell once its model is written: what is evaluated is the packed checkpoint."""
+    model = replace(config.model, packed=config.save_packed)
+    return replace(config, model=model, save_packed=None, stream=False)
 
 
 def is_saved(config: RunConfig, identity: Mapping[str, Any]) -> bool:
@@ -283,7 +301,7 @@ def settle(config: RunConfig, device: str) -> None:
 
 
 def load(config: RunConfig, device: str) -> LoadedModel:
-    """The model in floating point.
+    """The model in floating point, or as it was packed; of a streamed cell, hollow.
 
     Raises:
         UserError: if a file of the checkpoint is missing, truncated or does not fit.
@@ -299,6 +317,7 @@ def load(config: RunConfig, device: str) -> LoadedModel:
         image_size=model.image_size,
         image_fit=model.image_fit,
         expert_capacity=model.expert_capacity,
+        hollow=config.stream,
     )
 
 

@@ -7,7 +7,7 @@ terminal the bar is silent.
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 from tqdm import tqdm
+
+from qvlm.quantization import Block, Walk
 
 INTERVAL = 0.02  # seconds
 MIB = 2**20
@@ -92,3 +94,29 @@ class _PeakMemory:
 
     def _look(self) -> None:
         self.peak = max(self.peak, self._process.memory_info().rss)
+
+
+class ShownWalk(Walk):
+    """The calibration walk with a progress bar over its blocks.
+
+    Attributes:
+        finished: how many blocks an earlier process has done.
+    """
+
+    finished = 0
+
+    def blocks(self, partition: Sequence[Sequence[str]] | None = None) -> Iterator[Block]:
+        """The blocks in execution order."""
+        total = len(self.names if partition is None else partition)
+        with tqdm(
+            total=total,
+            initial=self.finished,
+            desc="blocks",
+            unit="block",
+            leave=False,
+            disable=None,
+        ) as bar:
+            for block in super().blocks(partition):
+                bar.set_postfix_str(block.name)
+                yield block
+                bar.update()

@@ -9,7 +9,8 @@ import torch
 from qvlm import fit, prepare
 from qvlm.fit import FULL, GIB, VARIANTS, LiveBytes, Variant
 from qvlm.methods import RTN
-from qvlm.models.known import KNOWN, architecture, image_tokens, skeleton
+from qvlm.models.hollow import skeleton
+from qvlm.models.known import KNOWN, architecture, image_tokens
 from qvlm.packing import pack_model, packed_layers, weight_bytes
 from qvlm.packing.plan import plan
 from qvlm.quantization import Walk

@@ -14,7 +14,8 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from qvlm import prepare
 from qvlm.errors import UserError
 from qvlm.fit import configuration
-from qvlm.models.known import architecture, skeleton
+from qvlm.models.hollow import skeleton
+from qvlm.models.known import architecture
 from qvlm.packing import kernels, weight_bytes
 from qvlm.packing.checkpoint import load_packed, save_packed
 from qvlm.packing.model import pack_model, packed_layers

@@ -149,7 +149,14 @@ def test_a_model_that_the_paper_has_not_is_estimated_too() -> None:
     ("free", "options", "words"),
     [
         (40, ["model=llava_13b", "method=fp"], ["llava_13b fp FP", "evaluation.batch_size=8"]),
-        (20, ["model=llava_13b", "method=rtn", "evaluation.batch_size=1"], ["model.packed=FOLDER"]),
+        (
+            *(20, ["model=llava_13b", "method=rtn", "evaluation.batch_size=1"]),
+            ["stream=true save_packed=FOLDER would fit"],
+        ),
+        (
+            *(20, ["model=llava_13b", "method=qvlm", "evaluation.batch_size=1"]),
+            ["model.packed=FOLDER"],
+        ),
         (9, ["model=llava_7b", "method=fp"], ["llava_7b fp FP", "no option"]),
         (20, ["model=llava_7b", "model.dtype=float32", "method=fp"], ["model.dtype=bfloat16"]),
         (1, [], ["26 cells do not fit"]),
@@ -230,6 +237,9 @@ def test_estimates_follow_what_they_are_of() -> None:
     weights = shape.quantized(True) * 4
     assert memory(config, shape) > weights  # simulated in float32
     assert shape.quantized(False) < shape.quantized(True) < shape.parameters
+    stream = ["stream=true", "save_packed=FOLDER"]
+    written = memory(load("scale=paper", *stream, "evaluation.limit=0"), shape)
+    assert written < memory(load("scale=paper", *stream), shape) < memory(config, shape) / 2
     smaller = load("scale=paper", "evaluation.batch_size=1", "method=fp")
     assert memory(smaller, shape) < memory(load("scale=paper", "method=fp"), shape)
 

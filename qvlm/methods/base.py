@@ -11,7 +11,9 @@
 5. When the next block is asked for, every linear of the block must have been replaced: the walk
    runs it as it is, and the proof of bits refuses a model with a float layer left in it.
 6. Return a `MethodReport`: what the search cost, and what a reader of the record should know.
-7. Equal inputs and seed must give equal integers: no choice may hang on time or global random
+7. A method that walks more than once, or needs the whole model, sets `one_pass = False`: it is
+   refused where the model is streamed layer by layer.
+8. Equal inputs and seed must give equal integers: no choice may hang on time or global random
    state.
 """
 

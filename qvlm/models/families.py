@@ -60,6 +60,8 @@ HUB_NAMES: Renamings = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
     (r"^multi_modal_projector\.", "model.multi_modal_projector."),
 )
+# What transformers calls the tensors of our own classes when it saves them.
+OWN_NAMES: Renamings = ((r"^model\.language_model\.model\.", "model.language_model."),)
 TOWER_NAMES: Renamings = ((r"^vision_model\.", "model.vision_tower."),)
 
 

@@ -3,21 +3,17 @@
 What a size or a speed hangs on is public: it stands in the config.json of each checkpoint and of
 CLIP's two towers, and the entries that matter are repeated here. They take the same way as a real
 config.json (`families`), and end in the same classes.
-
-`skeleton` is such a model on torch's meta device: every module with its shapes, and no memory.
 """
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import CLIPVisionConfig
 
 from qvlm.errors import UserError
 from qvlm.models.families import read_blueprint
-from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.llava import LlavaArchitecture
 from qvlm.models.load import MINIATURES
-from qvlm.models.mixture import MixtureOfExperts
 
 _LLAVA_7B: dict[str, Any] = {
     "architectures": ["LlavaLlamaForCausalLM"],
@@ -107,17 +103,6 @@ def image_tokens(architecture: LlavaArchitecture) -> int:
     vision = architecture.vision_config
     whole = architecture.vision_feature_select_strategy == "full"
     return (vision.image_size // vision.patch_size) ** 2 + whole
-
-
-def skeleton(architecture: LlavaArchitecture, dtype: torch.dtype) -> Llava:
-    """The model on the meta device, in evaluation mode; routers in float32, as when loaded."""
-    with torch.device("meta"):
-        model = Llava(architecture)
-    model.to(dtype).eval()
-    for module in model.modules():
-        if isinstance(module, MixtureOfExperts):
-            module.router.float()
-    return model
 
 
 def clip_tower(repository: str) -> CLIPVisionConfig:

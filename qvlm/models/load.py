@@ -26,12 +26,14 @@ from transformers import (
 )
 
 from qvlm.errors import UserError
-from qvlm.models.families import read_config
+from qvlm.models.families import OWN_NAMES, read_config
+from qvlm.models.hollow import hollow as hollow_model
 from qvlm.models.hub import local_folder
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.moe import MoeStableLmConfig as MoeStableLmConfig  # registers it and its like
-from qvlm.models.original import Original, load_original
+from qvlm.models.original import Original, Tensors, find_tensors, load_original
 from qvlm.models.tokenizer import TextEncoding
+from qvlm.models.weights import Weights
 from qvlm.packing import ORIGIN, is_packed, load_packed, read_origin, save_packed, write_origin
 from qvlm.prompts import IMAGE_TOKEN, Prompting
 
@@ -52,6 +54,7 @@ class LoadedModel:
             longer, "pad" adds borders of the mean colour.
         image_text: what stands for an image in a prompt; some checkpoints wrap `<image>`.
         begins_with_bos: whether a text begins with the bos token.
+        tensors: of a hollow model, to fill its layers with.
     """
 
     model: Llava
@@ -62,6 +65,7 @@ class LoadedModel:
     image_fit: str = "crop"
     image_text: str = IMAGE_TOKEN
     begins_with_bos: bool = True
+    tensors: Tensors | None = None
 
     @property
     def image_size(self) -> int:
@@ -167,6 +171,7 @@ def load_model(
     image_size: int | None = None,
     image_fit: str | None = None,
     expert_capacity: str = "checkpoint",
+    hollow: bool = False,
 ) -> LoadedModel:
     """Loads a checkpoint.
 
@@ -181,6 +186,7 @@ def load_model(
         image_size: side of the tower's input in pixels, to be checked; None accepts any.
         image_fit: "crop" or "pad"; None is what the checkpoint states.
         expert_capacity: "checkpoint" drops tokens as its config.json states, "unlimited" none.
+        hollow: leave the decoder layers on the meta device, to be filled one by one.
 
     Raises:
         UserError: if the folder or a file in it is missing, truncated or does not fit, or what the
@@ -189,15 +195,16 @@ def load_model(
     folder = MINIATURES / path if (MINIATURES / path).is_dir() else local_folder(path, "model.path")
     owner = f"model {name}"
     content = read_config(folder, owner)
+    hollow_on = device if hollow else None
     if is_packed(content):
         read = _load_packed(folder, name, getattr(torch, dtype), expert_capacity)
     elif content.get("model_type") == LlavaArchitecture.model_type:
         if vision_tower is not None:
             raise UserError(f"model.vision_tower: {owner} carries its own; accepted is null")
-        read = _load_own(folder, name, getattr(torch, dtype), expert_capacity)
+        read = _load_own(folder, name, getattr(torch, dtype), expert_capacity, hollow_on)
     else:
         read = load_original(
-            folder, content, owner, getattr(torch, dtype), vision_tower, expert_capacity
+            folder, content, owner, getattr(torch, dtype), vision_tower, expert_capacity, hollow_on
         )
     tokenizer = read.text.tokenizer
     read.model.generation_config = GenerationConfig(
@@ -205,7 +212,8 @@ def load_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    read.model.to(device).eval()
+    if not hollow:  # what is on the meta device cannot be moved, and the rest is in its place
+        read.model.to(device).eval()
     loaded = LoadedModel(
         read.model,
         tokenizer,
@@ -215,6 +223,7 @@ def load_model(
         image_fit or read.image_fit,
         read.image_text,
         read.text.begins_with_bos,
+        read.tensors,
     )
     _check_together(loaded, image_size, owner)
     return loaded
@@ -231,20 +240,25 @@ def save_packed_model(loaded: LoadedModel, folder: Path, origin: Mapping[str, An
     Raises:
         UserError: if the model has no packed layer, or the folder cannot be written.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ORIGIN).unlink(missing_ok=True)
+        save_packed(loaded.model, folder)
+        save_encoding(loaded, folder, origin)
+    except OSError as error:
+        raise UserError(f"save_packed: {folder} cannot be written ({error})") from error
+
+
+def save_encoding(loaded: LoadedModel, folder: Path, origin: Mapping[str, Any]) -> None:
+    """Writes what a packed model is asked with, and last what it was quantized with."""
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.image_processor.save_pretrained(folder)
     encoding = {
         "image_fit": loaded.image_fit,
         "image_text": loaded.image_text,
         "begins_with_bos": loaded.begins_with_bos,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ORIGIN).unlink(missing_ok=True)
-        save_packed(loaded.model, folder)
-        loaded.tokenizer.save_pretrained(folder)
-        loaded.image_processor.save_pretrained(folder)
-        write_origin(folder, {**origin, "encoding": encoding})
-    except OSError as error:
-        raise UserError(f"save_packed: {folder} cannot be written ({error})") from error
+    write_origin(folder, {**origin, "encoding": encoding})
 
 
 def _load_packed(folder: Path, name: str, dtype: torch.dtype, expert_capacity: str) -> Original:
@@ -270,7 +284,9 @@ def _architecture(folder: Path, expert_capacity: str) -> LlavaArchitecture:
     return architecture
 
 
-def _load_own(folder: Path, name: str, dtype: torch.dtype, expert_capacity: str) -> Original:
+def _load_own(
+    folder: Path, name: str, dtype: torch.dtype, expert_capacity: str, hollow_on: str | None
+) -> Original:
     """Loads a folder in transformers' format with our configuration class."""
     needed = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
     for file in needed:
@@ -279,13 +295,17 @@ def _load_own(folder: Path, name: str, dtype: torch.dtype, expert_capacity: str)
                 f"model {name}: {folder / file} is missing; a checkpoint folder holds "
                 f"{', '.join(needed)}"
             )
+    architecture, tensors = _architecture(folder, expert_capacity), None
     try:
-        model, report = Llava.from_pretrained(
-            folder,
-            config=_architecture(folder, expert_capacity),
-            dtype=dtype,
-            output_loading_info=True,
-        )
+        if hollow_on is None:
+            model, report = Llava.from_pretrained(
+                folder, config=architecture, dtype=dtype, output_loading_info=True
+            )
+        else:
+            weights = Weights(folder, f"model {name}")
+            sources = {"checkpoint": (weights, OWN_NAMES)}
+            tensors = find_tensors(architecture, sources, f"model {name}")
+            model, report = hollow_model(architecture, tensors, dtype, hollow_on), {}
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = CLIPImageProcessorPil.from_pretrained(folder)
     except (SafetensorError, OSError, RuntimeError, ValueError, json.JSONDecodeError) as error:
@@ -299,7 +319,7 @@ def _load_own(folder: Path, name: str, dtype: torch.dtype, expert_capacity: str)
             f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}"
         )
     text = TextEncoding(tokenizer, begins_with_bos=True)
-    return Original(model, text, image_processor, "crop", IMAGE_TOKEN)
+    return Original(model, text, image_processor, "crop", IMAGE_TOKEN, tensors)
 
 
 def _check_together(loaded: LoadedModel, image_size: int | None, owner: str) -> None:

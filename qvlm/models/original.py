@@ -10,14 +10,14 @@ repository that config.json names, or from a copy of it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig
+from transformers import CLIPImageProcessorPil
 
 from qvlm.errors import UserError
 from qvlm.models.families import (
@@ -30,6 +30,7 @@ from qvlm.models.families import (
     split,
     vision_config,
 )
+from qvlm.models.hollow import hollow
 from qvlm.models.hub import local_folder
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.tokenizer import TextEncoding, load_tokenizer
@@ -47,6 +48,7 @@ class Original:
     Attributes:
         image_fit: how an image becomes square, "crop" or "pad".
         image_text: what stands for an image in a prompt, around `<image>`.
+        tensors: of a hollow model, to fill its layers with.
     """
 
     model: Llava
@@ -54,6 +56,38 @@ class Original:
     image_processor: CLIPImageProcessorPil
     image_fit: str
     image_text: str
+    tensors: "Tensors | None" = None
+
+
+class Share(NamedTuple):
+    """Where a tensor is: one of `of` equal parts of the rows of a tensor in a checkpoint."""
+
+    weights: Weights
+    name: str
+    part: int = 0
+    of: int = 1
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a model by the names that they have in it, each read when it is asked for."""
+
+    def __init__(self, places: Mapping[str, Share]) -> None:
+        self._places = places
+
+    def __getitem__(self, place: str) -> Tensor:
+        share = self._places[place]
+        return share.weights[share.name].chunk(share.of)[share.part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def close(self) -> None:
+        """See `Weights.close`."""
+        for share in self._places.values():
+            share.weights.close()
 
 
 def load_original(
@@ -63,6 +97,7 @@ def load_original(
     dtype: torch.dtype,
     vision_tower: str | None = None,
     expert_capacity: str = "checkpoint",
+    hollow_on: str | None = None,
 ) -> Original:
     """Loads a checkpoint folder of one of the families.
 
@@ -71,6 +106,7 @@ def load_original(
         owner: what messages call the checkpoint.
         vision_tower: folder or repository of the tower; None is what config.json names.
         expert_capacity: "checkpoint", what config.json states, or "unlimited".
+        hollow_on: a device to load all but the decoder layers on; None loads them too.
 
     Raises:
         UserError: if a file is missing or damaged, or anything does not fit.
@@ -94,9 +130,13 @@ def load_original(
             sources["tower"] = (Weights(tower, f"{owner}, vision tower"), TOWER_NAMES)
     elif vision_tower is not None:
         raise UserError(f"model.vision_tower: {owner} carries its own; accepted is null")
-    model = _build(blueprint, vision, sources, dtype, owner)
-    processor = _image_processor(tower, owner)
-    return Original(model, text, processor, blueprint.image_fit, blueprint.image_text)
+    architecture = blueprint.architecture(vision, owner)
+    tensors = find_tensors(architecture, sources, owner)
+    how = _image_processor(tower, owner), blueprint.image_fit, blueprint.image_text
+    if hollow_on is not None:
+        model = hollow(architecture, tensors, dtype, hollow_on)
+        return Original(model, text, *how, tensors)
+    return Original(_build(architecture, tensors, dtype, owner), text, *how)
 
 
 def _check_tokens(blueprint: Blueprint, text: TextEncoding, owner: str) -> None:
@@ -132,14 +172,12 @@ def _image_processor(folder: Path, owner: str) -> CLIPImageProcessorPil:
         raise UserError(f"{owner}: {file} does not load: {reason}") from error
 
 
-def _build(
-    blueprint: Blueprint,
-    vision: CLIPVisionConfig,
+def find_tensors(
+    architecture: LlavaArchitecture,
     sources: Mapping[str, tuple[Weights, Renamings]],
-    dtype: torch.dtype,
     owner: str,
-) -> Llava:
-    """The model, from the tensors of its checkpoint and, where that lacks them, of its tower.
+) -> Tensors:
+    """The tensors of a model in its checkpoint and, where that lacks them, in its tower.
 
     Args:
         sources: "checkpoint", and "tower" if there is one.
@@ -147,39 +185,45 @@ def _build(
     Raises:
         UserError: for a tensor that is missing, unexpected or of another shape.
     """
-    architecture = blueprint.architecture(vision, owner)
     with torch.device("meta"):
         empty = Llava(architecture)
     places = empty.state_dict()
     if architecture.tie_word_embeddings:
         del places["lm_head.weight"]
-    state: dict[str, Tensor] = {}
+    found: dict[str, Share] = {}
     for source, (weights, renamings) in sources.items():
         for name in weights:
             place = rename(name, renamings)
             parts = split(place)
-            if source == "tower" and (not place.startswith(_TOWER) or place in state):
+            if source == "tower" and (not place.startswith(_TOWER) or place in found):
                 continue  # a CLIP repository holds a text model as well
             if place.endswith(_FOLLOWING):
                 _compare(weights, name, architecture, owner)
             elif all(part in places for part in parts):
                 rows, *columns = places[parts[0]].shape
                 _fit(weights, name, (len(parts) * rows, *columns), owner)
-                state |= zip(parts, weights[name].chunk(len(parts)), strict=True)
+                for index, part in enumerate(parts):
+                    found[part] = Share(weights, name, index, len(parts))
             elif place != "lm_head.weight":
                 raise UserError(
                     f"{owner}: {weights.file(name)} has tensor {name}, for which the architecture "
                     "in config.json has no place"
                 )
-    missing = [place for place in places if place not in state]
+    missing = [place for place in places if place not in found]
     if missing:
         raise UserError(
             f"{owner}: {len(missing)} tensors are missing, first the one for {missing[0]}; give a "
             "complete copy of the checkpoint"
         )
+    return Tensors(found)
+
+
+def _build(
+    architecture: LlavaArchitecture, tensors: Tensors, dtype: torch.dtype, owner: str
+) -> Llava:
     # Nothing is initialised at random: the state is complete, and this only fills buffers.
     model, report = Llava.from_pretrained(
-        None, config=architecture, state_dict=state, dtype=dtype, output_loading_info=True
+        None, config=architecture, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )
     left = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if left:

@@ -71,6 +71,13 @@ class Weights(Mapping[str, Tensor]):
         """The file that holds a tensor."""
         return self._files[name]
 
+    def close(self) -> None:
+        """Lets go of the files until they are read again: what was read of them is in memory.
+
+        Tensors that came from here and are still held keep their file open.
+        """
+        self._open.clear()
+
     def _read_index(self, index: Path) -> None:
         try:
             placed = dict(json.loads(index.read_text())["weight_map"])

@@ -17,12 +17,14 @@ from qvlm.packing.model import (
     weight_bytes,
 )
 from qvlm.packing.proof import measure_packed_bits
+from qvlm.packing.stream import PackedStream
 
 __all__ = [
     "KERNELS",
     "ORIGIN",
     "Form",
     "PackedLinear",
+    "PackedStream",
     "accumulation_bound",
     "force_kernel",
     "is_packed",

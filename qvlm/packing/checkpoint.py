@@ -117,10 +117,17 @@ def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2
     layers = packed_layers(model)
     if not layers:
         raise UserError(f"{type(model).__name__} has no packed layer to save: pack it before")
-    config = PackedConfig({name: asdict(layer.form) for name, layer in layers.items()})
+    describe(model, {name: asdict(layer.form) for name, layer in layers.items()})
+    # Tensors keep the names that they have in the model, wherever it was loaded from.
+    model._weight_conversions = []
+    model.save_pretrained(folder, max_shard_size=shard_size)
+
+
+def describe(model: PreTrainedModel, forms: dict[str, dict[str, Any]]) -> None:
+    """Has a model's configuration say which of its layers are packed, and their `Form`."""
+    config = PackedConfig(forms)
     model.config.quantization_config = config
     model.hf_quantizer = PackedQuantizer(config, pre_quantized=True)
-    model.save_pretrained(folder, max_shard_size=shard_size)
 
 
 def load_packed(kind: type[PreTrainedModel], folder: str | Path, **kwargs: Any) -> PreTrainedModel:

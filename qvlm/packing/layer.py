@@ -38,7 +38,12 @@ from qvlm.quantization.normal_float import (
     dynamic_levels,
     normal_float_levels,
 )
-from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer, affine_grid
+from qvlm.quantization.quantizer import (
+    Quantizer,
+    TokenQuantizer,
+    UniformQuantizer,
+    affine_grid,
+)
 
 # Rows up to which the int4 product is taken: it reads the weight as it is stored, while int8 x int8
 # unpacks it first, which only many rows repay.
@@ -285,16 +290,30 @@ class PackedLinear(nn.Module):
             scale, zero_point = self.weight_scales()
             return kernels.dequantize(codes, scale[rows], zero_point[rows], form.group_size)
         values = _levels(form.weight_bits).to(codes.device)[codes.int()]
-        constants = decode_constants(
-            self.constant_codes if form.constants[0] else None,
-            self.scale.view(torch.float32),
-            self.mean.view(torch.float32),
-            form.constant_block_size,
-        )
         begin, end = (row * self.in_features for row in (rows.start, rows.stop))
         first, size = begin // form.group_size, form.group_size
-        used = constants[first : -(-end // size)].repeat_interleave(size)
+        used = self._constants()[first : -(-end // size)].repeat_interleave(size)
         return values * used[begin - first * size :][: values.numel()].view_as(values)
+
+    @torch.no_grad()
+    def simulated(self) -> QuantLinear:
+        """The quantized linear that this one was made of, which computes the same to the bit."""
+        form = self.form
+        weights: Quantizer
+        if form.weight == "uniform":
+            scale, zero_point = (part[..., None] for part in self.weight_scales())
+            weights = UniformQuantizer(form.weight_bits, scale, zero_point, form.group_size)
+        else:
+            constants = self._constants()
+            weights = NormalFloatQuantizer(form.weight_bits, form.group_size, constants, constants)
+        inputs: Quantizer
+        if form.inputs == "token":
+            inputs = TokenQuantizer(form.input_bits, form.ratio)
+        else:
+            scale, zero_point = self.input_scale.view(torch.float32), self.input_zero_point.float()
+            inputs = UniformQuantizer(form.input_bits, scale, zero_point, folds=form.folds)
+        bias = None if self.bias is None else self.bias.view(torch.float32)
+        return QuantLinear(self.dequantized(), bias, weights, inputs, self.layer_name)
 
     def cells(self) -> list[kernels.Cell]:
         """The runs of channels whose products are exact; found once, then kept."""
@@ -365,6 +384,15 @@ class PackedLinear(nn.Module):
                 factor = factor * scale.expand(self.in_features)[cell.channel]
             y.addcmul_(product.float(), factor)
         return y * scale if shared else y
+
+    def _constants(self) -> Tensor:
+        """The constants of NormalFloat blocks, [blocks] float32."""
+        return decode_constants(
+            self.constant_codes if self.form.constants[0] else None,
+            self.scale.view(torch.float32),
+            self.mean.view(torch.float32),
+            self.form.constant_block_size,
+        )
 
     def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The output of Triton's kernels, [rows, out] in the dtype of `x`."""

@@ -2,7 +2,8 @@
 
 Memory is weights, and beside them the larger of what calibration and generation hold. A simulated
 quantized layer keeps its weight in float32, whatever the type of the model, and so does one that is
-to be packed, until it is; only a model that was packed before is small from the start.
+to be packed, until it is; only a model that was packed before is small from the start, and one
+that is streamed holds a decoder layer at a time.
 
 Time is that of two decoder layers with the real widths, measured here, times layers and tokens: too
 much in that every answer is as long as it may be, too little in that attention over the cache, the
@@ -25,7 +26,8 @@ from qvlm.config import ModelConfig, RunConfig
 from qvlm.errors import UserError
 from qvlm.fit import TEXT_TOKENS
 from qvlm.models.families import Blueprint, read_blueprint, read_config, vision_config
-from qvlm.models.known import KNOWN, clip_tower, image_tokens, skeleton
+from qvlm.models.hollow import LAYERS, skeleton
+from qvlm.models.known import KNOWN, clip_tower, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.original import has_tower
 from qvlm.models.weights import Weights
@@ -131,12 +133,21 @@ def memory(config: RunConfig, shape: Shape) -> float:
         return MARGIN * (weight_bytes(packed) + generation)
     quantized = shape.quantized(config.quantizer.vision_tower)
     weights = quantized * 4 + (shape.parameters - quantized) * size
-    stream = 2 * config.calibration.samples * tokens * text.hidden_size * size
+    hidden = 2 * config.calibration.samples * tokens * text.hidden_size * size
     layer = shape.model.get_submodule("model.language_model.layers.0")
     linears = quantizable(layer).values()
     inputs = 4 * MAX_TOKENS * sum(linear.in_features for linear in linears)
     trial = 4 * sum(linear.weight.numel() for linear in linears)
-    return MARGIN * (weights + max(generation, stream + inputs + trial))
+    if not config.stream:
+        return MARGIN * (weights + max(generation, hidden + inputs + trial))
+    decoder = shape.model.get_submodule(LAYERS)
+    outside = shape.parameters - sum(p.numel() for p in decoder.parameters())
+    # Of what is outside, files and copy are there together for a moment.
+    most = max(2 * outside * size, outside * 4, sum(p.numel() for p in layer.parameters()) * size)
+    need = MARGIN * (most + hidden + inputs + 2 * trial)
+    if config.evaluation.limit == 0:
+        return need
+    return max(need, memory(prepare.streamed(config), shape))
 
 
 def seconds(config: RunConfig, shape: Shape, device: str, questions: int) -> float:

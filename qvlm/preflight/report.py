@@ -143,7 +143,7 @@ def _refusal(config: RunConfig, shape: Shape, device: str) -> str:
     )
     cell = f"{config.model.name} {config.method_name} {config.bits.label}"
     if need <= _free(device):
-        if device == "cpu" or loaded <= _free("cpu"):
+        if device == "cpu" or config.stream or loaded <= _free("cpu"):
             return ""
         return (
             f"{cell} passes through {_gib(loaded)} GiB of main memory while it is loaded, of which "
@@ -170,6 +170,13 @@ def _alternatives(config: RunConfig, device: str) -> Iterator[tuple[str, RunConf
         yield "model.dtype=bfloat16", half
         yield from ((f"model.dtype=bfloat16 {o}", c) for o, c in _alternatives(half, device))
     if not config.full_precision and config.model.packed is None:
+        method = prepare.build_method(config.method)
+        if not config.stream and getattr(method, "one_pass", True):
+            folder = config.save_packed or "FOLDER"
+            yield (
+                f"stream=true save_packed={folder}",
+                replace(config, stream=True, save_packed=folder),
+            )
         packed = replace(config, model=replace(config.model, packed="FOLDER"))
         yield "model.packed=FOLDER, written elsewhere with save_packed=FOLDER,", packed
     if device != "cpu":

@@ -61,6 +61,7 @@ class QVLM:
 
     Attributes:
         name: "Q-VLM" for the whole; a part says what it is, so that no table takes it for more.
+        one_pass: whether each layer is looked at once, when it is quantized.
 
     Raises:
         UserError: naming the parameter and what it accepts.
@@ -106,6 +107,7 @@ class QVLM:
             check_switch(option, switch)
         check_whole("mining_tokens", mining_tokens)
         self.name = _name(cdm, veo, proxy, granularity)
+        self.one_pass = not cdm and not veo
         self.cdm = cdm
         self.veo = veo
         self.max_depth = max_depth if cdm else 1

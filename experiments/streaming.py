@@ -1,0 +1,218 @@
+"""A model larger than memory is quantized: peak memory and time of a stream, at full size.
+
+`python experiments/streaming.py` writes a random checkpoint of the shape of LLaVA-7B (12.6 GiB in
+half precision, as its authors lay one out: shards of safetensors with an index), a layer at a time,
+and quantizes it in a fresh process with the command that docs/paper-scale.md gives. Another fresh
+process evaluates what was written. Of both it prints the seconds and the peak of resident memory as
+the operating system counted it, pages of mapped files included. The folder is deleted at the end.
+
+The values are random and the tokenizer is trained on generated problems, so there is no accuracy;
+time and memory do not depend on it.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qvlm.data import miniature
+from qvlm.errors import RunError
+from qvlm.models.families import read_blueprint
+from qvlm.models.hollow import skeleton
+from qvlm.models.known import KNOWN, clip_tower
+from qvlm.prompts import Prompting
+from qvlm.quantization.layout import block_layers
+from qvlm.tables.markdown import table
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+MODELS = tuple(name for name in KNOWN if name != "moe_llava")
+
+
+@torch.no_grad()
+def write_checkpoint(
+    folder: Path, content: Mapping[str, Any], vision: CLIPVisionConfig | None = None
+) -> int:
+    """Writes `folder/checkpoint` and, with nothing but its configuration, `folder/clip`.
+
+    Args:
+        content: what its config.json says; one of LLaVA's family.
+        vision: the tower, whose weights the checkpoint carries; None is the one that it names.
+
+    Returns:
+        The bytes of the weights.
+    """
+    checkpoint, tower = folder / "checkpoint", folder / "clip"
+    checkpoint.mkdir(parents=True)
+    tower.mkdir()
+    content = {**content, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = vision or clip_tower(content["mm_vision_tower"])
+    built = read_blueprint(content, "it").architecture(vision, "it")
+    _write_tokenizer(checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps(content, indent=2))
+    (tower / "config.json").write_text(json.dumps({"vision_config": vision.to_dict()}))
+    side = vision.image_size
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    CLIPImageProcessorPil(**size).save_pretrained(tower)
+
+    empty = skeleton(built, torch.float16)
+    blocks = list(block_layers(empty, vision_tower=True))
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in [*blocks, ""]}
+    for name, tensor in empty.state_dict().items():
+        block = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        parts[block][_original_name(name, content)] = tensor
+    generator = torch.Generator().manual_seed(0)
+    placed: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(parts.values(), start=1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        drawn = {name: _drawn(name, tensor, generator) for name, tensor in part.items()}
+        save_file(drawn, checkpoint / file, {"format": "pt"})
+        placed |= dict.fromkeys(part, file)
+        total += sum(tensor.nbytes for tensor in drawn.values())
+    index = {"metadata": {"total_size": total}, "weight_map": placed}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return total
+
+
+def _original_name(name: str, content: Mapping[str, Any]) -> str:
+    """What LLaVA calls a tensor of ours."""
+    numbered = "mm_projector_type" in content  # a projector of one layer has no number
+    for ours, theirs in (
+        ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+        ("model.multi_modal_projector.linear_1.", f"model.mm_projector.{'0.' * numbered}"),
+        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+        ("model.language_model.", "model."),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def _drawn(name: str, shape: Tensor, generator: torch.Generator) -> Tensor:
+    """A random matrix, or the vector of a norm or bias as it is before training."""
+    if shape.ndim > 1:
+        return torch.empty(shape.shape).normal_(std=0.02, generator=generator).to(shape.dtype)
+    return torch.full(shape.shape, float("norm" in name and name.endswith("weight"))).to(
+        shape.dtype
+    )
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A few byte pairs of generated problems: words take several tokens, as in real prompts."""
+    prompting = Prompting()
+    problems = miniature.generate("train", 2000, seed=0)
+    special = ["<unk>", "<s>", "</s>"]
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=[AddedToken(token, special=True) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(map(prompting.prompt, problems), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that has ended.
+
+    Attributes:
+        peak: the most memory that was resident at a time, in bytes; pages of mapped files count.
+    """
+
+    seconds: float
+    peak: int
+
+
+def run(words: Sequence[str]) -> Process:
+    """Runs `run.py` in a process of its own.
+
+    Raises:
+        RunError: if it fails.
+    """
+    print(f"\npython run.py {shlex.join(words)}", flush=True)
+    begun = time.perf_counter()
+    child = subprocess.Popen([sys.executable, "run.py", *words], cwd=ROOT)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise RunError(f"run.py ended with status {status}")
+    return Process(time.perf_counter() - begun, usage.ru_maxrss * 1024)  # kilobytes, on Linux
+
+
+def measure(folder: Path, given: argparse.Namespace) -> str:
+    """Writes the checkpoint, streams it and evaluates what came out; returns a table."""
+    begun = time.perf_counter()
+    content = KNOWN[given.model]
+    size = write_checkpoint(folder, content)
+    print(f"wrote {size / GIB:.1f} GiB in {time.perf_counter() - begun:.0f} s")
+    packed = folder / "packed"
+    common = [f"results_dir={folder}/results", "tracking=off", f"model.dtype={given.dtype}"]
+    written = run(
+        [
+            *(f"model={given.model}", f"model.path={folder}/checkpoint"),
+            *(f"model.vision_tower={folder}/clip", f"method={given.method}", "bits=w4a4"),
+            *(f"calibration.samples={given.samples}", "stream=true", f"save_packed={packed}"),
+            *("evaluation.limit=0", *common),
+        ]
+    )
+    asked = run(
+        [
+            *(f"model.packed={packed}", "evaluation.limit=1", "evaluation.batch_size=1"),
+            *("evaluation.max_new_tokens=4", *common[:-1]),
+        ]
+    )
+    checkpoint = sum(file.stat().st_size for file in packed.iterdir())
+    rows = [
+        ["quantized, streamed", f"{size / GIB:.1f}", *_numbers(written)],
+        ["evaluated, one question", f"{checkpoint / GIB:.1f}", *_numbers(asked)],
+    ]
+    return table([given.model, "weights on disk, GiB", "seconds", "peak memory, GiB"], rows, left=1)
+
+
+def _numbers(process: Process) -> list[str]:
+    return [f"{process.seconds:.0f}", f"{process.peak / GIB:.2f}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="llava_7b")
+    parser.add_argument("--method", default="rtn", help="any that can be streamed")
+    parser.add_argument("--samples", type=int, default=4, help="calibration problems")
+    parser.add_argument("--dtype", default="bfloat16", help="of what is not quantized")
+    parser.add_argument("--folder", type=Path, help="for the checkpoints; default: a temporary one")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        try:
+            print(f"\n{measure(Path(folder), given)}")
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
