@@ -24,11 +24,15 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from tqdm import tqdm
 
 from qvlm.config import CONF, RunConfig, canonical, from_hydra, register
 from qvlm.errors import RunError, UserError
+from qvlm.launchers import LATER, Here, build
+from qvlm.locks import Held, Watch
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -86,10 +90,11 @@ def _run(arguments: list[str], recorded: list[Path]) -> None:
 
                 preflight([config])
                 return Path(config.results_dir)
-            from qvlm.pipeline import run_cell
-
-            recorded.append(run_cell(config))
+            alone = HydraConfig.get().mode is RunMode.RUN
+            recorded.append(_run_alone(config) if alone else _run_in_turn(config))
             return recorded[-1]
+        except Held as held:  # the sweep comes back to it
+            return held
         except Exception as error:
             failures.append(error)
             return error
@@ -104,6 +109,32 @@ def _run(arguments: list[str], recorded: list[Path]) -> None:
             raise UserError(explain(error, arguments)) from error
     if failures:
         raise failures[0]
+
+
+def _run_alone(config: RunConfig) -> Path:
+    """The one cell of a command; waits for whoever computes it."""
+    from qvlm.pipeline import run_cell
+
+    if not isinstance(build(config.launcher), Here):
+        raise UserError("launcher: it runs the cells of a sweep; add -m, or leave it out")
+    watch = Watch()
+    while True:
+        try:
+            return run_cell(config)
+        except Held as held:
+            tqdm.write(f"{held}; waiting for it")
+            watch.wait([held.record])
+
+
+def _run_in_turn(config: RunConfig) -> Path:
+    """A cell of a sweep in this process."""
+    from qvlm.pipeline import run_cell
+
+    try:
+        return run_cell(config)
+    except Held as held:
+        tqdm.write(f"{held}; {LATER}")
+        raise
 
 
 def plan(
@@ -134,6 +165,14 @@ def plan(
         if config.full_precision:
             del whole["quantizer"], whole["calibration"]
         cells.setdefault(json.dumps(whole, sort_keys=True), (config, combination))
+
+    launchers = [config.launcher for config, _ in cells.values()]
+    if any(launcher != launchers[0] for launcher in launchers):
+        raise UserError("launcher: a sweep has one; give a single value")
+    try:
+        build(launchers[0])
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
 
     if any(config.preflight for config, _ in cells.values()):
         from qvlm.preflight import preflight

@@ -2,9 +2,9 @@
 
 One dataclass per config group; `RunConfig` is the whole. Hydra checks keys and types while it
 composes; `__post_init__` checks values as soon as a `RunConfig` exists, whoever made it; and
-`from_hydra` closes the door that Hydra leaves open, a key added with `+`. The `method` node is
-open, because every method has its own parameters: `qvlm.prepare` holds them to the signature of the
-method's `_target_`.
+`from_hydra` closes the door that Hydra leaves open, a key added with `+`. The nodes `method` and
+`launcher` are open, because what they name has parameters of its own: `qvlm.prepare` and
+`qvlm.launchers` hold them to what their `_target_` takes.
 
 Imports nothing heavy, so that a mistyped option is answered at once.
 """
@@ -21,6 +21,7 @@ from qvlm.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
+HERE = {"_target_": "qvlm.launchers.Here"}
 FULL_PRECISION = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
 KERNELS = ("auto", "reference", "bf16", "native", "int_mm", "int4_weight_only", "triton")
 
@@ -227,6 +228,8 @@ class RunConfig:
 
     Attributes:
         method: `_target_` and its parameters.
+        launcher: `_target_` of what runs the cells of a sweep, see `qvlm.launchers`, and its
+            options.
         method_name: the name of the method's YAML; names the record's folder.
         execution: "simulated" multiplies rounded numbers in floating point; "packed" keeps codes
             and multiplies them with the products of `qvlm.packing`.
@@ -250,6 +253,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+    launcher: dict[str, Any] = field(default_factory=lambda: dict(HERE))
     seed: int = 0
     execution: str = "simulated"
     kernel: str = "auto"
@@ -293,6 +297,11 @@ class RunConfig:
     def full_precision(self) -> bool:
         """Whether nothing is quantized: bits=fp with any method is the same cell as method=fp."""
         return self.bits.weights is None or self.method == FULL_PRECISION
+
+    @property
+    def only_written(self) -> bool:
+        """Whether a stream is to leave a packed model and nothing else: there is no record."""
+        return self.evaluation.limit == 0
 
 
 def canonical(config: RunConfig) -> RunConfig:
@@ -370,10 +379,11 @@ def _compare_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
 
 
 def register() -> None:
-    """Makes the schema known to Hydra, and what `-m` does (`hydra_plugins.qvlm_sweeper`)."""
+    """Makes the schema known to Hydra, and what `-m` does (`hydra_plugins`)."""
     store = ConfigStore.instance()
     schema = OmegaConf.structured(RunConfig)
     OmegaConf.set_struct(schema.method, False)  # a method's parameters are its own affair
+    OmegaConf.set_struct(schema.launcher, False)
     store.store(name="schema", node=schema)
     sweeper = {
         "_target_": "hydra_plugins.qvlm_sweeper.CellSweeper",
@@ -381,3 +391,5 @@ def register() -> None:
         "params": None,
     }
     store.store(group="hydra/sweeper", name="cells", node=sweeper)
+    launcher = {"_target_": "hydra_plugins.qvlm_launcher.CellLauncher"}
+    store.store(group="hydra/launcher", name="cells", node=launcher)

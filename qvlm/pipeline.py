@@ -23,6 +23,7 @@ from tqdm import tqdm
 from qvlm import prepare
 from qvlm.config import RunConfig
 from qvlm.evaluation import Evaluation, evaluate
+from qvlm.locks import Lock
 from qvlm.methods.base import Method, MethodReport
 from qvlm.models.load import LoadedModel, save_packed_model
 from qvlm.packing import (
@@ -163,25 +164,33 @@ def run_cell(config: RunConfig) -> Path:
 
     Raises:
         UserError: if configuration, checkpoint or data cannot be used; nothing is written then.
+        Held: if another process computes it.
         RunError: if something broke on the way; no record is written then.
     """
     config = prepare.adopt(config)
     identity = prepare.check(config)
     path = prepare.record_path(config, identity)
-    saved = prepare.is_saved(config, identity)
-    record, damage = find_record(path, identity["hash"])
-    only_written = config.evaluation.limit == 0  # another command evaluates
-    if (record or only_written) and saved and not config.force:
-        path = Path(str(config.save_packed)) if only_written else path
-        tqdm.write(f"reused {path}")
-        return path
+    if not prepare.is_recorded(config, identity):
+        with Lock(path) as lock:
+            # Another process may have written it just before this one had the lock.
+            if not prepare.is_recorded(config, identity):
+                return _compute_and_record(config, identity, path, lock)
+    found = Path(str(config.save_packed)) if config.only_written else path
+    tqdm.write(f"reused {found}")
+    return found
+
+
+def _compute_and_record(
+    config: RunConfig, identity: dict[str, Any], path: Path, lock: Lock
+) -> Path:
+    _, damage = find_record(path, identity["hash"])
     if damage:
         tqdm.write(f"warning: {damage}; computing it anew", file=sys.stderr)
 
     method = prepare.build_method(config.method)
     device = prepare.find_device(config.device)
     prepare.settle(config, device)
-    if only_written:
+    if config.only_written:
         with Stages(path.name, 2) as stages:
             stream_cell(config, method, device, identity["hash"], stages)
         tqdm.write(f"wrote {config.save_packed}")
@@ -212,6 +221,9 @@ def run_cell(config: RunConfig) -> Path:
         "device": device,
         "threads": torch.get_num_threads(),
         "command": shlex.join(["python", *sys.argv]),
+        "started": lock.owner.started,
+        "slurm_job": lock.owner.job or None,
+        "slurm_restarts": lock.owner.restarts,
         "stages": outcome.stages,
         "calibration": {"split": config.calibration.split, "ids": outcome.calibration_ids},
         "uncalibrated": outcome.uncalibrated,
@@ -221,6 +233,7 @@ def run_cell(config: RunConfig) -> Path:
     }
     layers = [asdict(layer) for layer in outcome.layers]
     metrics, predictions = outcome.evaluation.metrics, outcome.evaluation.predictions
+    lock.confirm()
     record = write_record(path, asdict(config), run, metrics, predictions, layers)
     shutil.rmtree(answers, ignore_errors=True)
     track(record, outcome.questions, config.tracking, config.group)

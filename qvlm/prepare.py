@@ -34,14 +34,14 @@ from qvlm.models.load import MINIATURES, LoadedModel, load_model
 from qvlm.packing import read_origin
 from qvlm.prompts import Prompting
 from qvlm.quantization import QuantizationConfig, QuantSpec
-from qvlm.records import identify, require_writable
+from qvlm.records import find_record, identify, require_writable
 
 CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".model", ".tiktoken")
 DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
 # What a packed checkpoint does not settle: which questions, how they are asked, and where.
 _NOT_OF_THE_CHECKPOINT = (
-    *("data", "evaluation", "tracking", "kernel", "results_dir", "device", "threads", "force"),
-    *("seed", "group"),
+    *("data", "evaluation", "tracking", "launcher", "kernel", "results_dir", "device", "threads"),
+    *("force", "seed", "group"),
 )
 
 
@@ -161,6 +161,13 @@ def is_saved(config: RunConfig, identity: Mapping[str, Any]) -> bool:
         return bool(read_origin(folder)["hash"] == identity["hash"])
     except (UserError, KeyError):
         return False  # killed while it was written
+
+
+def is_recorded(config: RunConfig, identity: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to compute: the record is whole, and so is what is to be saved."""
+    saved = is_saved(config, identity)
+    record, _ = find_record(record_path(config, identity), identity["hash"])
+    return saved and (record is not None or config.only_written) and not config.force
 
 
 def record_path(config: RunConfig, identity: Mapping[str, Any]) -> Path:

@@ -26,9 +26,9 @@ from qvlm.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 
-# They write, show or look up results, and change none.
+# They write, show, look up or arrange results, and change none.
 BYSTANDERS = (
-    *("__init__", "cli", "config", "errors", "provenance"),
+    *("__init__", "cli", "config", "errors", "launchers", "locks", "provenance"),
     *("records", "stages", "tables", "tracking"),
 )
 

@@ -23,6 +23,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ import pandas as pd
 import yaml
 
 from qvlm.errors import RunError, UserError
+from qvlm.locks import PARTIAL
 
-PARTIAL = ".partial"
 ANSWERS = ".answers"
 ABANDONED_SECONDS = 600.0  # writing takes well under a second
 FORGOTTEN_SECONDS = 30 * 86_400.0  # nobody resumes a cell that was killed that long ago
@@ -207,8 +208,9 @@ def remove_leftovers(runs: Path) -> None:
         return
     for suffix, seconds in ((PARTIAL, ABANDONED_SECONDS), (ANSWERS, FORGOTTEN_SECONDS)):
         for path in runs.glob(f".*{suffix}"):
-            if time.time() - path.stat().st_mtime > seconds:
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process has just removed it
+                if time.time() - path.stat().st_mtime > seconds:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def answers_folder(path: Path, identity: str, place: Mapping[str, str]) -> Path:

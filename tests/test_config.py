@@ -51,7 +51,7 @@ def load(*overrides: str) -> RunConfig:
 def test_the_groups_of_the_command_line_exist() -> None:
     assert set(GROUPS) == {
         *("model", "method", "bits", "quantizer", "data", "calibration"),
-        *("evaluation", "tracking", "experiment", "scale"),
+        *("evaluation", "tracking", "launcher", "experiment", "scale"),
     }
     assert GROUPS["bits"] == ["fp", "w2a4", "w3a3", "w4a4", "w6a6", "w8a8"]
     assert {"mini_llava", "mini_moe_llava"} <= set(GROUPS["model"])
