@@ -15,6 +15,9 @@ from qvlm.quantization.quantizer import TokenQuantizer
 from qvlm.quantization.ranges import activation_quantizer, weight_quantizer
 from qvlm.quantization.spec import ACTIVATION_GRANULARITIES, QuantSpec
 
+needs_native = pytest.mark.skipif(
+    native.obstacle() is not None, reason=f"native.c does not run: {native.obstacle()}"
+)
 WEIGHTS = ("per_tensor", "per_channel", "per_group", "normal_float")
 
 
@@ -79,6 +82,28 @@ def test_packed_computes_what_is_simulated(data: st.DataObject) -> None:
         data.draw(st.integers(0, 1000)),
     )
     check(layer, torch.randn(data.draw(st.sampled_from([1, 2, 5, 33])), width))
+
+
+@needs_native
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_models_in_bf16_round_within_bounds(data: st.DataObject) -> None:
+    group_size = data.draw(st.sampled_from([16, 32, 64, 96, 128]))
+    width = group_size * data.draw(st.integers(1, 4))
+    layer, _ = quantized(
+        (data.draw(st.integers(1, 70)), width),
+        (data.draw(st.integers(2, 8)), data.draw(st.integers(2, 8))),
+        data.draw(st.sampled_from(WEIGHTS)),
+        data.draw(st.sampled_from(ACTIVATION_GRANULARITIES)),
+        group_size,
+        seed=data.draw(st.integers(0, 1000)),
+    )
+    packed = PackedLinear.from_quantized(layer, "native")
+    x = torch.randn(data.draw(st.sampled_from([1, 3, 8, 31])), width).bfloat16()
+    # Before the output is rounded to the model's type.
+    found = packed._product("native", x) + packed.bias.view(torch.float32)
+    error = (found.double() - layer(x.float()).double()).abs()
+    assert bool((error <= accumulation_bound(packed, x, "native")).all())
 
 
 @pytest.mark.parametrize("weight", WEIGHTS[:2])

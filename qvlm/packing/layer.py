@@ -349,7 +349,8 @@ class PackedLinear(nn.Module):
             self.rows_layout()
             weight = self._native_weight()
             if not self._is_integer():
-                return native.float_product(weight, steps * scale)
+                product = native.rounded_product if self._rounds(x) else native.float_product
+                return product(weight, steps * scale)
             y = native.integer_product(weight, steps, zero_point, self.form.input_bits)
             return y.mul_(scale if shared else scale[0])
         weight_scale, weight_zero_point = self.weight_scales()
@@ -435,6 +436,10 @@ class PackedLinear(nn.Module):
         if self._alike is None:
             self._alike = not scale.is_meta and bool((scale == scale[0]).all())
         return None if self._alike else scale
+
+    def _rounds(self, x: Tensor) -> bool:
+        """Whether the native product of an input rounds to bf16."""
+        return x.dtype == torch.bfloat16 and self.form.weight_bits <= native.LOOKED_UP
 
     def _native_weight(self) -> native.Weight:
         """The weight as `native.c` reads it."""
@@ -609,7 +614,7 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
     over a unit of codes, are exact and at most 2^24, which float32 holds; each is multiplied by s
     and added (at most K of both, fused or not, in any order), then d and the bias round once each.
     `native` adds exact sums of cells, or of 16 lanes of cells, in the same way; where it makes the
-    float weight, it rounds as the simulation does.
+    float weight, it rounds as the simulation does, or, for an input in bf16, as `bf16`.
 
     `bf16` rounds x_hat, w_hat and its output once more, 3 u with u = 2^-8.
 
@@ -625,7 +630,7 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
         total += layer.bias.view(torch.float32).double().abs()
     unit = 2 * (layer.in_features + 6) * 2.0**-24
     bound = unit * total
-    if kernel == "bf16":
+    if kernel == "bf16" or (kernel == "native" and not layer._is_integer() and layer._rounds(x)):
         bound = bound + 3 * 2.0**-8 * total
     if kernel == "int4_weight_only":
         weight_scale, _ = layer.weight_scales()

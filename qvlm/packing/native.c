@@ -1,4 +1,4 @@
-/* Products with packed weights on a CPU that has AVX-512 with VNNI and VBMI. See native.py.
+/* Products with packed weights on a CPU with AVX-512, VNNI, VBMI and BF16. See native.py.
 
    A weight row is a stream of codes of `bits` bits, lowest bit first, so that any 8 codes are
    `bits` bytes: codes are unpacked 64 at a time, whatever their width. Channels are visited in
@@ -42,7 +42,8 @@ typedef struct {
 
 int supported(void) {
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -54,6 +55,7 @@ static inline __mmask64 first(int64_t count) {
 /* How 64 codes come out of their bytes. */
 typedef struct {
     __m512i bytes, shifts, mask;
+    __mmask64 whole; /* the bytes of a chunk */
 } Unpacker;
 
 static inline Unpacker unpacker(int64_t bits) {
@@ -63,12 +65,13 @@ static inline Unpacker unpacker(int64_t bits) {
         shifts[i] = i % 8 * bits;
     }
     return (Unpacker){_mm512_loadu_si512(bytes), _mm512_loadu_si512(shifts),
-                      _mm512_set1_epi8((char)((1 << bits) - 1))};
+                      _mm512_set1_epi8((char)((1 << bits) - 1)), first(CHUNK / 8 * bits)};
 }
 
 /* Up to 64 codes from the start of a byte; those after `count` are not defined. */
 static inline __m512i unpack(const uint8_t *at, int64_t count, int64_t bits, const Unpacker *by) {
-    __m512i stream = _mm512_maskz_loadu_epi8(first((count * bits + 7) / 8), at);
+    __mmask64 present = count >= CHUNK ? by->whole : first((count * bits + 7) / 8);
+    __m512i stream = _mm512_maskz_loadu_epi8(present, at);
     __m512i lanes = _mm512_permutexvar_epi8(by->bytes, stream);
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(by->shifts, lanes), by->mask);
 }
@@ -161,8 +164,12 @@ static inline void values(const Weight *w, const Unpacker *by, int64_t n, int64_
     if (w->levels) {
         int64_t groups = (w->width + w->group - 1) / w->group;
         __m512 c = _mm512_set1_ps(constant(w, n * groups + g));
-        for (int i = 0; i < 4; i++)
-            out[i] = _mm512_mul_ps(_mm512_i32gather_ps(part[i], w->levels, 4), c);
+        __m512 few = _mm512_maskz_loadu_ps((__mmask16)first(least(1 << w->bits, 16)), w->levels);
+        for (int i = 0; i < 4; i++) {
+            __m512 level = w->bits <= 4 ? _mm512_permutexvar_ps(part[i], few)
+                                        : _mm512_i32gather_ps(part[i], w->levels, 4);
+            out[i] = _mm512_mul_ps(level, c);
+        }
         return;
     }
     __m512i z = _mm512_set1_epi32(w->zero[n * w->stride + g]);
@@ -223,6 +230,69 @@ void float_rows(const Weight *w, int64_t m, const float *x, float *y) {
             const float *in = x + row * w->width;
             float *out = y + row * w->rows;
 #define PRODUCT(count) float_row(w, &by, n, in, out, count)
+            SPECIALIZED(least(m - row, ROWS), PRODUCT)
+#undef PRODUCT
+        }
+    }
+}
+
+/* ---- the same in bf16, for codes of up to 4 bits: their values are looked up ---- */
+
+static inline uint16_t to_bf16(float x) {
+    return (uint16_t)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set1_ps(x)), 0);
+}
+
+static inline __attribute__((always_inline)) void rounded_row(
+    const Weight *w, const Unpacker *by, const uint16_t *levels, int64_t n, const uint16_t *x,
+    float *y, const int count) {
+    int64_t groups = (w->width + w->group - 1) / w->group;
+    __m512 total[ROWS];
+    for (int m = 0; m < count; m++) total[m] = _mm512_setzero_ps();
+    for (int64_t g = 0, start = 0; start < w->width; g++, start += w->group) {
+        int64_t end = least(start + w->group, w->width);
+        /* Of a uniform weight, level 15 is zero: q - z is found 15 - z further on than q. */
+        int64_t shift = w->levels ? 0 : 15 - w->zero[n * w->stride + g];
+        float s = w->levels ? constant(w, n * groups + g) : w->scale[n * w->stride + g];
+        __m512i values = _mm512_loadu_si512(levels + shift);
+        __m512 sum[ROWS];
+        for (int m = 0; m < count; m++) sum[m] = _mm512_setzero_ps();
+        for (int64_t k = start; k < end; k += CHUNK) {
+            int64_t left = end - k;
+            __m512i q = unpack(w->codes + n * w->row_bytes + k * w->bits / 8, left, w->bits, by);
+            __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(q));
+            __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(q, 1));
+            __m512bh v[2] = {(__m512bh)_mm512_permutexvar_epi16(low, values),
+                             (__m512bh)_mm512_permutexvar_epi16(high, values)};
+            __mmask64 valid = first(left);
+            for (int m = 0; m < count; m++) {
+                const uint16_t *in = x + m * w->width + k;
+                __m512i a = _mm512_maskz_loadu_epi16((__mmask32)valid, in);
+                __m512i b = _mm512_maskz_loadu_epi16((__mmask32)(valid >> 32), in + 32);
+                sum[m] = _mm512_dpbf16_ps(sum[m], (__m512bh)a, v[0]);
+                sum[m] = _mm512_dpbf16_ps(sum[m], (__m512bh)b, v[1]);
+            }
+        }
+        for (int m = 0; m < count; m++)
+            total[m] = _mm512_fmadd_ps(sum[m], _mm512_set1_ps(s), total[m]);
+    }
+    for (int m = 0; m < count; m++) y[m * w->rows + n] = _mm512_reduce_add_ps(total[m]);
+}
+
+/* y [m, rows] from bf16 inputs [m, width]; NormalFloat levels are rounded to bf16 too. */
+void rounded_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
+    const Unpacker by = unpacker(w->bits);
+    uint16_t levels[64] = {0};
+    for (int i = 0; i < 31; i++)
+        if (!w->levels)
+            levels[i] = to_bf16(i - 15);
+        else if (i < 1 << w->bits)
+            levels[i] = to_bf16(w->levels[i]);
+#pragma omp parallel for schedule(static) if (m * w->rows * w->width > SMALL)
+    for (int64_t n = 0; n < w->rows; n++) {
+        for (int64_t row = 0; row < m; row += ROWS) {
+            const uint16_t *in = x + row * w->width;
+            float *out = y + row * w->rows;
+#define PRODUCT(count) rounded_row(w, &by, levels, n, in, out, count)
             SPECIALIZED(least(m - row, ROWS), PRODUCT)
 #undef PRODUCT
         }
