@@ -349,8 +349,8 @@ class PackedLinear(nn.Module):
             self.rows_layout()
             weight = self._native_weight()
             if not self._is_integer():
-                product = native.rounded_product if self._rounds(x) else native.float_product
-                return product(weight, steps * scale)
+                multiply = native.rounded_product if self._rounds(x) else native.float_product
+                return multiply(weight, steps * scale)
             y = native.integer_product(weight, steps, zero_point, self.form.input_bits)
             return y.mul_(scale if shared else scale[0])
         weight_scale, weight_zero_point = self.weight_scales()
