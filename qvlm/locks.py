@@ -25,11 +25,11 @@ folders atomically and show the time of a file within `STALE` seconds, as local 
 and object stores do not. Only local disks were tried.
 """
 
-import _thread
 import errno
 import json
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -216,7 +216,7 @@ class Lock:
                 os.utime(self._file)
             except FileNotFoundError:
                 self._lost = True
-                _thread.interrupt_main()
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
             except OSError:
                 continue  # the disk is away; if that lasts, another process takes over
