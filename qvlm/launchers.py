@@ -32,6 +32,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.locks import Held, find_owner
 
 Outcome = Path | Exception
+POLL = {"slurm": 15.0, "local": 0.5}  # seconds between two looks for results
 LATER = "going on with the others, and back to it at the end"
 
 
@@ -198,7 +199,7 @@ class Slurm:
         tqdm.write(f"submitted {len(jobs)} jobs; what they print is in {logs}")
         positions = {job.job_id: index for index, job in enumerate(jobs)}
         try:
-            for job in as_completed(jobs, poll_frequency=1 if self.cluster == "local" else 15):
+            for job in as_completed(jobs, poll_frequency=POLL[self.cluster]):
                 index = positions[job.job_id]
                 try:
                     outcome = job.result()

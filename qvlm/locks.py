@@ -216,7 +216,9 @@ class Lock:
                 os.utime(self._file)
             except FileNotFoundError:
                 self._lost = True
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                main = threading.main_thread().ident
+                assert main is not None
+                signal.pthread_kill(main, signal.SIGINT)  # unlike a flag, it ends a sleep
                 return
             except OSError:
                 continue  # the disk is away; if that lasts, another process takes over
