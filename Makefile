@@ -5,11 +5,15 @@
 #
 #     make install TORCH_INDEX=URL
 #
+# LAUNCHER=joblib runs several cells at a time, LAUNCHER=slurm or ray each as a job; further options
+# of a launcher may follow: LAUNCHER='joblib launcher.jobs=4'.
+#
 # SCALE=paper makes a table of the paper's own checkpoints on ScienceQA: see docs/paper-scale.md.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 SCALE ?= miniature
+LAUNCHER ?= here
 BUDGET ?= 6
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,11 +22,12 @@ STAMP := $(VENV)/installed
 
 # Any other scale than the default is an option, and has results of its own (conf/scale).
 OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
+WHERE := $(if $(filter-out here,$(LAUNCHER)), launcher=$(LAUNCHER))
 RESULTS := results$(if $(OPTION),/$(SCALE))
 
 # Runs what is missing of an experiment, then makes its table of what is recorded.
 define table
-$(BIN)/python run.py -m experiment=$(1)$(OPTION)
+$(BIN)/python run.py -m experiment=$(1)$(OPTION)$(WHERE)
 $(BIN)/python -m qvlm.tables.$(1) --runs $(RESULTS)/runs --out $(RESULTS) \
 	--command 'make $(1)$(if $(OPTION), SCALE=$(SCALE))'
 endef
@@ -53,7 +58,7 @@ table5: install  ## regenerates Table 5: entropy against quantization error as p
 	$(call table,$@)
 
 table4: install  ## measures packed models: seconds, memory, accuracy
-	$(BIN)/python run.py -m experiment=table4
+	$(BIN)/python run.py -m experiment=table4$(WHERE)
 	$(BIN)/python experiments/table4.py
 
 table4-scale: install  ## measures time and memory of the true architectures, random weights
@@ -66,7 +71,7 @@ preflight: install  ## says what Table 2 would read, need and take; try SCALE=pa
 	$(BIN)/python run.py -m experiment=table2$(OPTION) preflight=true
 
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
-	for name in table2 table1 table5 draws; do $(BIN)/python run.py -m experiment=$$name || exit; done
+	for name in table2 table1 table5 draws; do $(BIN)/python run.py -m experiment=$$name$(WHERE) || exit; done
 	$(BIN)/python experiments/claims.py
 
 figure2: install  ## draws what a joint search gains against the dependency of layers

@@ -113,10 +113,10 @@ def _run(arguments: list[str], recorded: list[Path]) -> None:
 
 def _run_alone(config: RunConfig) -> Path:
     """The one cell of a command; waits for whoever computes it."""
-    from qvlm.pipeline import run_cell
-
     if not isinstance(build(config.launcher), Here):
         raise UserError("launcher: it runs the cells of a sweep; add -m, or leave it out")
+    from qvlm.pipeline import run_cell
+
     watch = Watch()
     while True:
         try:

@@ -1,6 +1,6 @@
 """Where the cells of a sweep run: here, or in other processes through joblib, submitit or Ray.
 
-A launcher is a dataclass. Its fields are the options of `launcher=NAME` (`conf/launcher`); its method
+A launcher is a dataclass. Its fields are the options of `launcher=NAME` (`conf/launcher`); its
 `launch` yields, in any order, the position of each cell and what became of it: the folder of its
 record, or the exception. A cell that fails is a value like any other, so the others go on.
 
@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from hydra.utils import get_object
 from omegaconf import OmegaConf
@@ -32,6 +32,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.locks import Held, find_owner
 
 Outcome = Path | Exception
+POLL = {"slurm": 15.0, "local": 0.5}  # seconds between two looks for results
 LATER = "going on with the others, and back to it at the end"
 
 
@@ -134,7 +135,7 @@ class Joblib:
 
         # At least two, because a single one would be this process.
         parallel = Parallel(n_jobs=max(self.jobs, 2), batch_size=1, return_as="generator_unordered")
-        work = (delayed(_run_numbered)(index, cell) for index, cell in cells.items())
+        work = (delayed(_run_numbered)(index, cell) for index, cell in list(cells.items()))
         yield from parallel(work)
 
 
@@ -198,7 +199,7 @@ class Slurm:
         tqdm.write(f"submitted {len(jobs)} jobs; what they print is in {logs}")
         positions = {job.job_id: index for index, job in enumerate(jobs)}
         try:
-            for job in as_completed(jobs, poll_frequency=1 if self.cluster == "local" else 15):
+            for job in as_completed(jobs, poll_frequency=POLL[self.cluster]):
                 index = positions[job.job_id]
                 try:
                     outcome = job.result()
@@ -310,8 +311,7 @@ def build(node: Mapping[str, Any]) -> Launcher | Here:
         ) from error
     options = {key: value for key, value in node.items() if key != "_target_"}
     typed = OmegaConf.merge(OmegaConf.create({"launcher": schema}), {"launcher": options})
-    launcher: Launcher | Here = OmegaConf.to_object(typed.launcher)
-    return launcher
+    return cast(Launcher | Here, OmegaConf.to_object(typed.launcher))
 
 
 def launch(launcher: Launcher, configs: Sequence[RunConfig]) -> list[Outcome]:
@@ -359,11 +359,13 @@ def _run_numbered(index: int, cell: Cell) -> tuple[int, Outcome]:
 
 def _with_own_gpu(config: RunConfig) -> RunConfig:
     """The same cell on the GPU of this worker, by its number."""
+    if config.device != "auto":
+        return config
     import torch
 
     worker = multiprocessing.current_process().name.rpartition("-")[2]
     count = torch.cuda.device_count()
-    if config.device != "auto" or count < 2 or not worker.isdigit():
+    if count < 2 or not worker.isdigit():
         return config
     return replace(config, device=f"cuda:{(int(worker) - 1) % count}")
 

@@ -25,11 +25,11 @@ folders atomically and show the time of a file within `STALE` seconds, as local 
 and object stores do not. Only local disks were tried.
 """
 
-import _thread
 import errno
 import json
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -216,7 +216,9 @@ class Lock:
                 os.utime(self._file)
             except FileNotFoundError:
                 self._lost = True
-                _thread.interrupt_main()
+                main = threading.main_thread().ident
+                assert main is not None
+                signal.pthread_kill(main, signal.SIGINT)  # unlike a flag, it ends a sleep
                 return
             except OSError:
                 continue  # the disk is away; if that lasts, another process takes over
