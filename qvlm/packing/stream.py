@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qvlm.errors import UserError
-from qvlm.packing.checkpoint import describe
+from qvlm.packing.checkpoint import ORIGIN, describe
 from qvlm.packing.layer import Form, PackedLinear
 from qvlm.quantization.block import Call
 from qvlm.quantization.linear import QuantLinear
@@ -63,6 +63,11 @@ class PackedStream:
         self.uncalibrated: list[str] = []
         self._identity = identity
         self._forms: dict[str, dict[str, Any]] = {}
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / ORIGIN).is_file():
+            # It would be replaced as a whole.
+            raise UserError(
+                f"save_packed: {folder} holds no packed checkpoint but other files; give another one"
+            )
         if anew:
             shutil.rmtree(self.partial, ignore_errors=True)
         try:
