@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Cells that a parallel launcher ran are not known here; they have said so themselves.
         done = f"{len(recorded)} cells are recorded" if recorded else "what was recorded stays"
         print(
-            f"interrupted: {done}; give the same command to go on: recorded cells are reused, and "
-            "one that was being evaluated keeps the answers it gave",
+            f"interrupted: {done}; give the same command to go on: recorded cells are reused, one "
+            "that was being evaluated keeps its answers, one that was streamed its layers",
             file=sys.stderr,
         )
         return 130

@@ -246,6 +246,11 @@ def test_what_another_cell_began_is_not_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds other files"):
         write_stream(streamed(other))
 
+    standin = write("llava", tmp_path)  # a checkpoint, but none to be replaced
+    with pytest.raises(UserError, match="holds no packed checkpoint"):
+        write_stream(streamed(standin.folder))
+    assert (standin.folder / "tokenizer.model").is_file()
+
 
 # --- what cannot be streamed
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qvlm.errors import UserError
-from qvlm.packing.checkpoint import describe
+from qvlm.packing.checkpoint import ORIGIN, describe
 from qvlm.packing.layer import Form, PackedLinear
 from qvlm.quantization.block import Call
 from qvlm.quantization.linear import QuantLinear
@@ -63,6 +63,11 @@ class PackedStream:
         self.uncalibrated: list[str] = []
         self._identity = identity
         self._forms: dict[str, dict[str, Any]] = {}
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / ORIGIN).is_file():
+            # It would be replaced as a whole.
+            raise UserError(
+                f"save_packed: {folder} holds no packed checkpoint but other files; give a new one"
+            )
         if anew:
             shutil.rmtree(self.partial, ignore_errors=True)
         try:
@@ -114,7 +119,7 @@ class PackedStream:
 
     def restore(self, position: int, module: nn.Module) -> None:
         """Makes of a float block the quantized one that was written, equal to the bit."""
-        name = self.names[position]
+        name, device = self.names[position], next(module.parameters()).device
         state = load_file(self.partial / self._shard(position + 1))
         for full, fields in self._forms.items():
             if not full.startswith(f"{name}."):
@@ -122,7 +127,6 @@ class PackedStream:
             layer = PackedLinear(Form(**fields), layer_name=full)
             keys = [key for key in state if key.startswith(f"{full}.")]
             layer.load_state_dict({key.removeprefix(f"{full}."): state.pop(key) for key in keys})
-            device = next(module.parameters()).device
             module.set_submodule(full.removeprefix(f"{name}."), layer.to(device).simulated())
         places = module.state_dict()
         for key, value in state.items():  # norms, which a method may have changed
