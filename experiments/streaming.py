@@ -178,10 +178,12 @@ def measure(folder: Path, given: argparse.Namespace) -> str:
             *("evaluation.limit=0", *common),
         ]
     )
+    print("quantized, streamed; seconds, peak GiB:", *_numbers(written), flush=True)
     asked = run(
         [
             *(f"model.packed={packed}", "evaluation.limit=1", "evaluation.batch_size=1"),
-            *("evaluation.max_new_tokens=4", *common[:-1]),
+            # Random weights name no choice.
+            *("evaluation.max_new_tokens=4", "evaluation.unparsable=random", *common[:-1]),
         ]
     )
     checkpoint = sum(file.stat().st_size for file in packed.iterdir())
