@@ -546,9 +546,9 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
         f"which at most {TIMED} were timed. Weights are random; there is no accuracy.",
         "FP is bf16. *uniform* is the form of every method but QLoRA's NormalFloat; beside it "
         "stands the paper's row of Q-VLM. Its activations are the default's: clusters of 128 "
-        "sorted channels share a scale and cross the groups of weights, so that integers cannot "
-        "be summed over either. *per channel*: each has its scale, folded into the weights, as in "
-        "the released code (`quantizer.language.granularity=per_channel`).",
+        "sorted channels share a scale, and weights are grouped cluster by cluster. *per channel*: "
+        "each has its scale, folded into the weights, as in the released code "
+        "(`quantizer.language.granularity=per_channel`).",
         "*paper* columns are what the paper prints, hours for 4,241 questions on its own hardware.",
         "Peak is the resident set of a fresh process while it answers, Python and its libraries "
         "included; *predicted* is the sum of `make fit` and what such a process takes without a "

@@ -296,11 +296,12 @@ def test_alpha_is_that_of_brute_force(scaling: str, search_activations: bool) ->
     for step in range(9):
         s = x.abs().mean(0).clamp_min(1e-4) ** (step / 8)
         s = s / (s.max() * s.min()).sqrt()
-        w_hat = weight_quantizer(weight * s, spec.weight)(weight * s).double()
         inside = x / s
+        inputs = block.input_quantizer(name, inside if scaling == "folded" else x)
+        w_hat = weight_quantizer(weight * s, spec.weight, inputs=inputs)(weight * s).double()
         if search_activations:
             seen = inside if scaling == "folded" else x
-            x_hat = block.input_quantizer(name, seen)(seen)
+            x_hat = inputs(seen)
             inside = x_hat if scaling == "folded" else x_hat / s
         out = inside.double() @ w_hat.T
         errors[step / 8] = float((out - x.double() @ weight.double().T).square().mean())
@@ -454,7 +455,8 @@ def test_a_layer_is_what_its_scale_says(scaling: str, language: str) -> None:
     own = inputs.scale if language == "per_channel" else torch.ones(())
     rounded = weight * s * own
     seen = x / s / own
-    expected = clipped_quantizer(rounded, seen, spec.weight, method.clip_ratios)(rounded)
+    quantizer = clipped_quantizer(rounded, seen, spec.weight, method.clip_ratios, inputs)
+    expected = quantizer(rounded)
     expected = expected if scaling == "folded" else expected / s
     off = (layer.weight - expected).abs() > 1e-5 * expected.abs().max()
     assert off.float().mean() < 0.01  # a value half way between two codes

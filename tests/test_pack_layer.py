@@ -1,5 +1,7 @@
 """Packed layers compute what quantized layers simulate: integers to the bit, outputs in bounds."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,8 +31,14 @@ def quantized(
     group_size: int = 32,
     bias: bool = True,
     seed: int = 0,
+    ordered: bool = True,
 ) -> tuple[QuantLinear, Tensor]:
-    """A quantized linear of [out, in] and what its input was calibrated with, [64, in]."""
+    """A quantized linear of [out, in] and what its input was calibrated with, [64, in].
+
+    Args:
+        group_size: of weights and of clusters.
+        ordered: groups of weights follow clusters of inputs.
+    """
     torch.manual_seed(seed)
     linear = nn.Linear(shape[1], shape[0], bias=bias)
     samples = torch.randn(64, shape[1]) * torch.rand(shape[1]).add(0.1) + 0.2
@@ -41,7 +49,8 @@ def quantized(
     if weight == "normal_float":
         weights = NormalFloatQuantizer.fit(folded, bits[0], group_size)
     else:
-        weights = weight_quantizer(folded, QuantSpec(bits[0], weight, group_size, ranges="minmax"))
+        spec = QuantSpec(bits[0], weight, group_size, ranges="minmax")
+        weights = weight_quantizer(folded, spec, inputs=input_quantizer if ordered else None)
     return QuantLinear.from_linear(
         linear, weights, input_quantizer, layer_name="some.layer"
     ), samples
@@ -80,6 +89,7 @@ def test_packed_computes_what_is_simulated(data: st.DataObject) -> None:
         group_size,
         data.draw(st.booleans()),
         data.draw(st.integers(0, 1000)),
+        data.draw(st.booleans()),
     )
     check(layer, torch.randn(data.draw(st.sampled_from([1, 2, 5, 33])), width))
 
@@ -97,6 +107,7 @@ def test_models_in_bf16_round_within_bounds(data: st.DataObject) -> None:
         data.draw(st.sampled_from(ACTIVATION_GRANULARITIES)),
         group_size,
         seed=data.draw(st.integers(0, 1000)),
+        ordered=data.draw(st.booleans()),
     )
     packed = PackedLinear.from_quantized(layer, "native")
     x = torch.randn(data.draw(st.sampled_from([1, 3, 8, 31])), width).bfloat16()
@@ -119,15 +130,23 @@ def test_odd_widths(weight: str, width: int) -> None:
 def test_sums_of_integers_are_exact(data: st.DataObject) -> None:
     bits = data.draw(st.sampled_from([(4, 4), (4, 8), (8, 4), (8, 8), (6, 6), (7, 7)]))
     inputs = data.draw(st.sampled_from(ACTIVATION_GRANULARITIES))
-    layer, _ = quantized((9, 96), bits, "per_group", inputs, 32, seed=data.draw(st.integers(0, 99)))
+    seed, ordered = data.draw(st.integers(0, 99)), data.draw(st.booleans())
+    layer, _ = quantized((9, 96), bits, "per_group", inputs, 32, seed=seed, ordered=ordered)
     packed = PackedLinear.from_quantized(layer)
     x = torch.randn(data.draw(st.sampled_from([1, 6])), 96) * 2
+    # Cells are of channels as they are stored.
+    order = packed.channels()
     steps, _, zero_point = packed.input_steps(x)
+    steps, codes = steps[:, order], packed.integers()[:, order]
+    if zero_point.shape == (96,):
+        zero_point = zero_point[order]
     _, weight_zero_point = packed.weight_scales()
     found = kernels.int_products(
-        steps, zero_point, bits[1], packed.integers(), weight_zero_point, bits[0], packed.cells()
+        steps, zero_point, bits[1], codes, weight_zero_point, bits[0], packed.cells()
     )
-    v = packed.integers().long() - weight_zero_point.long().repeat_interleave(32, 1)
+    if ordered or inputs != "per_channel_group":
+        assert len(packed.cells()) == 3
+    v = codes.long() - weight_zero_point.long().repeat_interleave(32, 1)
     for cell, product in zip(packed.cells(), found, strict=True):
         expected = steps[:, cell.channels].long() @ v[:, cell.channels].T
         assert torch.equal(product.long(), expected)
@@ -138,12 +157,15 @@ def test_kernel_is_chosen_from_device_rows_bits_and_type(monkeypatch: pytest.Mon
     bf16 = torch.bfloat16
     four, x = quantized((64, 128), (4, 4), group_size=64)
     eight, _ = quantized((64, 128), (8, 8), group_size=64)
-    scattered, _ = quantized((64, 128), (8, 8), inputs="per_channel_group", group_size=8)
+    clusters: dict[str, Any] = {"inputs": "per_channel_group", "group_size": 8}
+    scattered, _ = quantized((64, 128), (8, 8), **clusters, ordered=False)
     codebook, _ = quantized((64, 128), (4, 4), "normal_float")
     packed = [PackedLinear.from_quantized(layer) for layer in (four, eight, scattered, codebook)]
     one_cluster, _ = quantized((64, 128), (8, 8), inputs="per_channel_group", group_size=128)
+    ordered, _ = quantized((64, 128), (8, 8), **clusters)
     if native.obstacle() is None:
-        assert PackedLinear.from_quantized(one_cluster).choose(64) == "native"
+        for layer in (one_cluster, ordered):
+            assert PackedLinear.from_quantized(layer).choose(64) == "native"
         for layer in packed:
             assert layer.choose(1) == layer.choose(1, bf16) == "native"
         assert [layer.choose(64) for layer in packed] == ["native"] * 2 + ["reference"] * 2
@@ -169,6 +191,23 @@ def test_nothing_is_kept_in_floating_point() -> None:
     assert size == 256 * 128 + 256 * 4 * (4 + 1) + (4 + 1) + 256 * 4
     state = packed.state_dict()
     assert torch.equal(state["codes"], PackedLinear.from_quantized(layer).codes)
+
+
+def test_clusters_are_stored_one_after_the_other() -> None:
+    layer, x = quantized((48, 96), (4, 4), inputs="per_channel_group")
+    packed = PackedLinear.from_quantized(layer)
+    assert packed.form.ordered and packed._is_integer()
+    assert torch.equal(packed.channels(), layer.weight_quantizer.order)
+    _, scale, _ = packed.input_steps(x)
+    assert torch.equal(scale, layer.input_quantizer.scale)
+    simulated = packed.simulated()
+    assert torch.equal(simulated.weight, layer.weight)
+    assert torch.equal(simulated.integers(), layer.integers())
+    assert torch.equal(simulated(x), layer(x))
+    apart = PackedLinear.from_quantized(
+        quantized((48, 96), (4, 4), inputs="per_channel_group", ordered=False)[0]
+    )
+    assert not apart.form.ordered and not apart._is_integer()
 
 
 def test_casting_the_module_changes_nothing() -> None:

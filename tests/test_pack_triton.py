@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,13 @@ def test_kernels_compute_the_reference_under_the_interpreter() -> None:
 @needs_triton
 @pytest.mark.parametrize(
     ("capability", "bits", "inputs", "rows"),
-    [(80, 4, "static", 16), (80, 8, "token", 64), (90, 8, "folded", 128), (90, 6, "token", 64)],
+    [
+        (80, 4, "static", 16),
+        (90, 4, "clusters", 64),
+        (80, 8, "token", 64),
+        (90, 8, "folded", 128),
+        (90, 6, "token", 64),
+    ],
 )
 def test_kernels_compile_for_gpus(
     capability: int,
@@ -61,6 +68,7 @@ def test_kernels_compile_for_gpus(
     constants: dict[str, object] = {
         "TOKEN": inputs == "token",
         "FOLDS": inputs == "folded",
+        "CLUSTERS": inputs == "clusters",
         "BIAS": True,
     }
     constants |= {"INPUT_BITS": bits, "BITS": bits, "PER_UNIT": per_unit}
@@ -118,10 +126,11 @@ def test_layers_that_triton_cannot_take_say_why(monkeypatch: pytest.MonkeyPatch)
     ):
         with pytest.raises(UserError, match=reason):
             PackedLinear.from_quantized(refused[0], "triton")
-    own = quantized((16, 64), inputs="per_channel")[0]
-    own.input_quantizer.folds = False
-    with pytest.raises(UserError, match="scales of their own"):
-        PackedLinear.from_quantized(own, "triton")
+    clusters: dict[str, Any] = {"inputs": "per_channel_group"}
+    assert "triton" in PackedLinear.from_quantized(quantized((16, 64), **clusters)[0]).serving()
+    scattered = quantized((16, 64), **clusters, ordered=False)[0]
+    with pytest.raises(UserError, match="differ in the scale of their inputs"):
+        PackedLinear.from_quantized(scattered, "triton")
 
 
 def test_a_gpu_without_triton_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,46 @@ def test_one_scale_per_what_the_granularity_says() -> None:
     assert torch.equal(weight.group_index(x).expand(6, 8), torch.arange(6)[:, None].expand(6, 8))
 
 
+def test_groups_of_weights_follow_clusters_of_inputs() -> None:
+    torch.manual_seed(0)
+    weight, samples = torch.randn(5, 24), torch.randn(50, 24) * torch.rand(24)
+    inputs = activation_quantizer(samples, QuantSpec(4, "per_channel_group", 8))
+    assert isinstance(inputs, UniformQuantizer) and inputs.clusters is not None
+    spec = QuantSpec(3, "per_group", 4)
+    quantizer = weight_quantizer(weight, spec, inputs=inputs)
+    order = quantizer.order
+    assert order is not None and sorted(order.tolist()) == list(range(24))
+    assert inputs.clusters[order].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    # The same as moving the channels by hand.
+    moved = weight_quantizer(weight[:, order], spec)
+    assert moved.order is None and torch.equal(moved.scale, quantizer.scale)
+    assert torch.equal(quantizer(weight)[:, order], moved(weight[:, order]))
+    assert torch.equal(quantizer.encode(weight)[:, order], moved.encode(weight[:, order]))
+    assert torch.equal(quantizer.decode(quantizer.encode(weight)), quantizer(weight))
+    assert torch.equal(quantizer.group_index(weight)[:, order], moved.group_index(weight))
+    tighter = quantizer.shrink(0.5)
+    assert torch.equal(tighter(weight)[:, order], moved.shrink(0.5)(weight[:, order]))
+
+
+@pytest.mark.parametrize(
+    ("granularity", "group_size", "inputs", "clusters"),
+    [
+        ("per_channel", 4, "per_channel_group", 8),  # no groups
+        ("per_group", 4, "per_channel", 8),  # no clusters
+        ("per_group", 4, "per_token", 8),
+        ("per_group", 4, "per_channel_group", 24),  # a single one
+        ("per_group", 12, "per_channel_group", 8),  # a group would have two
+    ],
+)
+def test_groups_are_neighbours_otherwise(
+    granularity: str, group_size: int, inputs: str, clusters: int
+) -> None:
+    weight, samples = torch.randn(5, 24), torch.randn(50, 24) * torch.rand(24)
+    quantizer = activation_quantizer(samples, QuantSpec(4, inputs, clusters))
+    spec = QuantSpec(3, granularity, group_size)
+    assert weight_quantizer(weight, spec, inputs=quantizer).order is None
+
+
 def test_per_token_scales_do_not_depend_on_other_tokens() -> None:
     x = torch.randn(2, 5, 16) * torch.tensor([1.0, 100.0])[:, None, None]
     quantizer = TokenQuantizer(4, ratio=0.9)

@@ -79,7 +79,7 @@ def quantized(block: Block, name: str, x: Tensor, p: float, search: Search) -> Q
     inputs = activation_quantizer(x, activations, rule(p, search.clip))
     weight = folded_weight(linear.weight, inputs)
     how = rule(p, search.clip) if search.clip_weights else None
-    return QuantLinear.from_linear(linear, weight_quantizer(weight, weights, how), inputs)
+    return QuantLinear.from_linear(linear, weight_quantizer(weight, weights, how, inputs), inputs)
 
 
 def observe(block: Block, layers: dict[str, nn.Module], names: Sequence[str]) -> list[Tensor]:

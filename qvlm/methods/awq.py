@@ -41,7 +41,7 @@ from qvlm.quantization.clipping import clipped_quantizer
 from qvlm.quantization.folding import Fold, find_folds
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.quantizer import SMALLEST_SCALE, Quantizer, UniformQuantizer
-from qvlm.quantization.ranges import weight_quantizer
+from qvlm.quantization.ranges import minmax, weight_quantizer
 
 SCALINGS = ("folded", "weight_only")
 # Their outputs meet in a product before they reach the residual stream: not clipped.
@@ -209,11 +209,15 @@ class AWQ:
                 linear = block.linears[name]
                 weights, activations = block.spec(name)
                 seen = scale if self.folded else torch.ones_like(scale)
+                # Without activations in the search, what they do to the weight still counts: folded
+                # scales, and clusters, which decide how weights are grouped.
                 inputs: Quantizer | None = None
                 if self.search_activations or activations.granularity == "per_channel":
                     inputs = block.input_quantizer(name, samples[name] / seen)
+                elif activations.granularity == "per_channel_group":
+                    inputs = block.input_quantizer(name, samples[name] / seen, minmax)
                 weight = _as_multiplied(linear.weight * scale, inputs)
-                rounded = weight_quantizer(weight, weights)(weight)
+                rounded = weight_quantizer(weight, weights, inputs=inputs)(weight)
                 saved[name] = linear.weight.data
                 linear.weight.data = (rounded / (scale * _input_scale(inputs))).to(linear.weight)
                 if inputs is not None and self.search_activations:
@@ -246,7 +250,7 @@ class AWQ:
         ratios = self.clip_ratios if clip else ()
 
         def clipped(weight: Tensor) -> UniformQuantizer:
-            quantizer = clipped_quantizer(weight * within, seen, spec, ratios)
+            quantizer = clipped_quantizer(weight * within, seen, spec, ratios, inputs)
             return quantizer if self.folded else _divided(quantizer, within)
 
         return block.quantize_linear(name, samples, input_quantizer=inputs, weights=clipped)
@@ -264,11 +268,13 @@ def _divided(quantizer: UniformQuantizer, scale: Tensor) -> UniformQuantizer:
     Each column then has a scale of its own, which a simulation can afford; an integer product
     would have to undo s on the way.
     """
+    if quantizer.order is not None:
+        scale = scale[quantizer.order]
     if quantizer.group_size is not None:
         scale = scale.view(-1, quantizer.group_size)
     scales = (quantizer.scale / scale).clamp_min(SMALLEST_SCALE)
     zero_points = quantizer.zero_point.expand(scales.shape).contiguous()
-    return UniformQuantizer(quantizer.bits, scales, zero_points, quantizer.group_size)
+    return quantizer.regrid(scales, zero_points)
 
 
 def _input_scale(inputs: Quantizer | None) -> Tensor:

@@ -30,7 +30,9 @@ from qvlm.packing.layer import Form, PackedLinear
 from qvlm.packing.model import packed_layers
 
 METHOD = "qvlm_packed"
-VERSION = 1
+VERSION = 2
+# Before version 2 channels were stored in their own order, which is what a form says by default.
+READABLE = (1, 2)
 # What the model was quantized with; beside the weights, because it is nothing to load them with.
 ORIGIN = "qvlm.json"
 
@@ -50,8 +52,9 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(
         self, layers: dict[str, dict[str, Any]], version: int = VERSION, **kwargs: Any
     ) -> None:
-        if version != VERSION:
-            raise UserError(f"packed format version {version!r}: accepted is {VERSION}")
+        if version not in READABLE:
+            accepted = " and ".join(map(str, READABLE))
+            raise UserError(f"packed format version {version!r}: accepted are {accepted}")
         self.quant_method = METHOD
         self.layers = layers
         self.version = version

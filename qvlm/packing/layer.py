@@ -66,6 +66,8 @@ class Form:
         scale_shape: of the uniform weight's scales, [out or 1, groups]; [] for NormalFloat.
         constants: shapes of NormalFloat constants: (codes or 0, largest), see `Constants`.
         constant_block_size: constants that share an entry of `largest`.
+        ordered: channels are stored cluster by cluster, and each group lies in one cluster of the
+            input, so that its channels share both scales.
         inputs: "token" (dynamic) or "static".
         input_shape: of the static input scales.
         folds: input scales are in the weight already.
@@ -86,6 +88,7 @@ class Form:
     ratio: float = 1.0
     constants: tuple[int, ...] = ()
     constant_block_size: int = 1
+    ordered: bool = False
 
 
 class PackedLinear(nn.Module):
@@ -102,6 +105,8 @@ class PackedLinear(nn.Module):
     Attributes:
         codes: packed weight; [out, bytes] uint8 as `formats` says, or, while `int4_layout` is
             true, in that of the stock int4 product, of the same size.
+        order: where `form.ordered`, the channels as codes and static input scales have them, [in]
+            int32. Methods take and give channels in their own order.
         used: name of the kernel to how many calls it served.
 
     Raises:
@@ -113,6 +118,7 @@ class PackedLinear(nn.Module):
     zero_point: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
+    order: Tensor
     constant_codes: Tensor
     mean: Tensor
     bias: Tensor | None
@@ -126,6 +132,7 @@ class PackedLinear(nn.Module):
         self.used: Counter[str] = Counter()
         self._cells: list[kernels.Cell] | None = None
         self._alike: bool | None = None
+        self._grouped: bool | None = None
         for name, (shape, dtype) in buffers(form).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         if not form.bias:
@@ -147,8 +154,11 @@ class PackedLinear(nn.Module):
         # Equal as numbers: a code of zero may stand for a negative zero.
         if not bool((quantizer.decode(codes) == weight).all()):
             raise RunError(f"the weight of {name} is not on the grid of its quantizer")
-        form, numbers = _weight_numbers(layer, codes)
-        more, input_numbers = _input_numbers(layer)
+        order = quantizer.order if isinstance(quantizer, UniformQuantizer) else None
+        form, numbers = _weight_numbers(layer, codes if order is None else codes[:, order])
+        more, input_numbers = _input_numbers(layer, order)
+        if order is not None:
+            numbers["order"] = order.int()
         packed = cls(Form(**form, **more), "auto", layer.layer_name)
         numbers |= input_numbers
         if layer.bias is not None:
@@ -167,7 +177,7 @@ class PackedLinear(nn.Module):
     def kernel(self, kernel: str) -> None:
         if kernel not in KERNELS:
             raise UserError(f"kernel={kernel!r}: accepted are {', '.join(KERNELS)}")
-        if kernel not in ("auto", *self.serving()):
+        if kernel != "auto" and kernel not in self.serving():
             obstacles = {"triton": self._triton_obstacle, "native": self._native_obstacle}
             reason = f" ({obstacles[kernel]()})" if kernel in obstacles else ""
             raise UserError(
@@ -255,23 +265,23 @@ class PackedLinear(nn.Module):
             )
         return size + weight * (5 if "int4_weight_only" in self.serving() else 1)
 
+    def channels(self) -> Tensor:
+        """The channels in the order in which they are stored, [in] integers."""
+        if self.form.ordered:
+            return self.order
+        return torch.arange(self.in_features, device=self.codes.device)
+
     def integers(self) -> Tensor:
         """The codes of the weight, [out, in] uint8."""
-        if self.int4_layout:
-            return kernels.from_int4_layout(self.codes)
-        return unpack(self.codes, self.form.weight_bits, self.in_features)
+        return self._in_place(self._integers())
 
     def input_steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q - z of an input [rows, in], [rows, in] float32; and its scale and z, to broadcast.
 
         A folded scale is one.
         """
-        x = x.float()
-        scale, zero_point = self._input_grid(x)
-        steps = (x / scale).round_()
-        torch.maximum(steps, -zero_point, out=steps)
-        torch.minimum(steps, 2**self.form.input_bits - 1 - zero_point, out=steps)
-        return steps, torch.ones_like(scale) if self.form.folds else scale, zero_point
+        steps, scale, zero_point = self._steps(self._as_stored(x))
+        return self._in_place(steps), self._in_place(scale), self._in_place(zero_point)
 
     def weight_scales(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of a uniform weight, [out, groups] float32."""
@@ -281,19 +291,7 @@ class PackedLinear(nn.Module):
 
     def dequantized(self, rows: slice | None = None) -> Tensor:
         """Rows of the float32 weight [out, in], the one that the quantized layer kept."""
-        form, rows = self.form, rows or slice(0, self.out_features)
-        self.rows_layout()
-        if self._native_obstacle() is None:
-            return native.dequantize(self._native_weight(), rows)
-        codes = unpack(self.codes[rows], form.weight_bits, self.in_features)
-        if form.weight == "uniform":
-            scale, zero_point = self.weight_scales()
-            return kernels.dequantize(codes, scale[rows], zero_point[rows], form.group_size)
-        values = _levels(form.weight_bits).to(codes.device)[codes.int()]
-        begin, end = (row * self.in_features for row in (rows.start, rows.stop))
-        first, size = begin // form.group_size, form.group_size
-        used = self._constants()[first : -(-end // size)].repeat_interleave(size)
-        return values * used[begin - first * size :][: values.numel()].view_as(values)
+        return self._in_place(self._dequantized(rows or slice(0, self.out_features)))
 
     @torch.no_grad()
     def simulated(self) -> QuantLinear:
@@ -302,7 +300,10 @@ class PackedLinear(nn.Module):
         weights: Quantizer
         if form.weight == "uniform":
             scale, zero_point = (part[..., None] for part in self.weight_scales())
-            weights = UniformQuantizer(form.weight_bits, scale, zero_point, form.group_size)
+            order = self.order.long() if form.ordered else None
+            weights = UniformQuantizer(
+                form.weight_bits, scale, zero_point, form.group_size, order=order
+            )
         else:
             constants = self._constants()
             weights = NormalFloatQuantizer(form.weight_bits, form.group_size, constants, constants)
@@ -310,13 +311,13 @@ class PackedLinear(nn.Module):
         if form.inputs == "token":
             inputs = TokenQuantizer(form.input_bits, form.ratio)
         else:
-            scale, zero_point = self.input_scale.view(torch.float32), self.input_zero_point.float()
+            scale, zero_point = map(self._in_place, self._input_grid(torch.empty(0)))
             inputs = UniformQuantizer(form.input_bits, scale, zero_point, folds=form.folds)
         bias = None if self.bias is None else self.bias.view(torch.float32)
         return QuantLinear(self.dequantized(), bias, weights, inputs, self.layer_name)
 
     def cells(self) -> list[kernels.Cell]:
-        """The runs of channels whose products are exact; found once, then kept."""
+        """The runs of channels, as stored, whose products are exact; found once, then kept."""
         if self._cells is None:
             self._cells = kernels.find_cells(
                 self.in_features, self.form.group_size, self._channel_scale()
@@ -336,14 +337,54 @@ class PackedLinear(nn.Module):
             f"weight={form.weight}{form.weight_bits}, inputs={form.inputs}{form.input_bits}"
         )
 
+    def _as_stored(self, x: Tensor) -> Tensor:
+        """An input [rows, in] with its channels in the order of the codes."""
+        return x.index_select(1, self.order) if self.form.ordered else x
+
+    def _in_place(self, x: Tensor) -> Tensor:
+        """Something [..., in] in the order of the codes with its channels in their own order."""
+        if not self.form.ordered or not x.ndim or x.shape[-1] != self.in_features:
+            return x
+        return torch.empty_like(x).index_copy_(x.ndim - 1, self.order.long(), x)
+
+    def _integers(self) -> Tensor:
+        if self.int4_layout:
+            return kernels.from_int4_layout(self.codes)
+        return unpack(self.codes, self.form.weight_bits, self.in_features)
+
+    def _steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`input_steps` with channels as they are stored, in `x` and in what is returned."""
+        x = x.float()
+        scale, zero_point = self._input_grid(x)
+        steps = (x / scale).round_()
+        torch.maximum(steps, -zero_point, out=steps)
+        torch.minimum(steps, 2**self.form.input_bits - 1 - zero_point, out=steps)
+        return steps, torch.ones_like(scale) if self.form.folds else scale, zero_point
+
+    def _dequantized(self, rows: slice) -> Tensor:
+        """`dequantized` with channels as they are stored."""
+        form = self.form
+        self.rows_layout()
+        if self._native_obstacle() is None:
+            return native.dequantize(self._native_weight(), rows)
+        codes = unpack(self.codes[rows], form.weight_bits, self.in_features)
+        if form.weight == "uniform":
+            scale, zero_point = self.weight_scales()
+            return kernels.dequantize(codes, scale[rows], zero_point[rows], form.group_size)
+        values = _levels(form.weight_bits).to(codes.device)[codes.int()]
+        begin, end = (row * self.in_features for row in (rows.start, rows.stop))
+        first, size = begin // form.group_size, form.group_size
+        used = self._constants()[first : -(-end // size)].repeat_interleave(size)
+        return values * used[begin - first * size :][: values.numel()].view_as(values)
+
     def _product(self, kernel: str, x: Tensor) -> Tensor:
-        steps, scale, zero_point = self.input_steps(x)
+        steps, scale, zero_point = self._steps(self._as_stored(x))
         shared = self._shares_scale(scale)
         if kernel in ("reference", "bf16"):
             dtype = torch.bfloat16 if kernel == "bf16" else torch.float32
             x_hat = (steps * scale).to(dtype)
             parts = kernels.pieces(self.out_features, self.in_features)
-            made = [x_hat @ self.dequantized(part).to(dtype).T for part in parts]
+            made = [x_hat @ self._dequantized(part).to(dtype).T for part in parts]
             return torch.cat(made, dim=1).float()
         if kernel == "native":
             self.rows_layout()
@@ -352,13 +393,15 @@ class PackedLinear(nn.Module):
                 multiply = native.rounded_product if self._rounds(x) else native.float_product
                 return multiply(weight, steps * scale)
             y = native.integer_product(weight, steps, zero_point, self.form.input_bits)
+            if self._group_scale() is not None:
+                return y
             return y.mul_(scale if shared else scale[0])
         weight_scale, weight_zero_point = self.weight_scales()
         if kernel == "int4_weight_only":
             size = self._int4_group()
             assert size is not None
             if not self.int4_layout:
-                self.codes, self.int4_layout = kernels.to_int4_layout(self.integers()), True
+                self.codes, self.int4_layout = kernels.to_int4_layout(self._integers()), True
             repeats = self.in_features // size // weight_scale.shape[1]
             y = kernels.int4_weight_only(
                 steps if shared else steps * scale,
@@ -373,7 +416,7 @@ class PackedLinear(nn.Module):
             steps,
             zero_point,
             self.form.input_bits,
-            self.integers(),
+            self._integers(),
             weight_zero_point,
             self.form.weight_bits,
             cells,
@@ -401,6 +444,7 @@ class PackedLinear(nn.Module):
 
         form = self.form
         self.rows_layout()
+        x = self._as_stored(x)
         return triton_kernels.linear(
             x,
             *self._input_grid(x),
@@ -411,6 +455,7 @@ class PackedLinear(nn.Module):
             form.weight_bits,
             form.group_size,
             form.folds,
+            self._group_scale() is not None,
             bias,
         )
 
@@ -425,10 +470,24 @@ class PackedLinear(nn.Module):
 
     def _is_integer(self) -> bool:
         """Whether the channels of a weight group share all scales, so that steps multiply codes."""
-        return self.form.weight == "uniform" and self._channel_scale() is None
+        if self.form.weight != "uniform":
+            return False
+        return self._channel_scale() is None or self._group_scale() is not None
+
+    def _group_scale(self) -> Tensor | None:
+        """Scales [groups] of an input whose channels share them by weight group, or None."""
+        scale, size = self._channel_scale(), self.form.group_size
+        if scale is None or self.in_features % size:
+            return None
+        groups = scale.view(-1, size)
+        if self._grouped is None:
+            if scale.is_meta:
+                return groups[:, 0] if self.form.ordered else None
+            self._grouped = bool((groups == groups[:, :1]).all())
+        return groups[:, 0].contiguous() if self._grouped else None
 
     def _channel_scale(self) -> Tensor | None:
-        """Scales [in] of input channels that differ, or None if they do not, or are folded."""
+        """Scales [in] of stored channels that differ, or None if they do not, or are folded."""
         form = self.form
         if form.inputs != "static" or form.folds or not form.input_shape:
             return None
@@ -446,7 +505,7 @@ class PackedLinear(nn.Module):
         form = self.form
         weight = native.Weight(self.codes, self.in_features, form.weight_bits, form.group_size)
         if form.weight == "uniform":
-            return weight.uniform(self.scale, self.zero_point)
+            return weight.uniform(self.scale, self.zero_point, self._group_scale())
         return weight.normal_float(
             _levels(form.weight_bits),
             self.scale,
@@ -472,8 +531,8 @@ class PackedLinear(nn.Module):
         form = self.form
         if form.weight != "uniform":
             return "its weight is not uniform"
-        if form.inputs == "static" and form.input_shape and not form.folds:
-            return "the channels of its input have scales of their own"
+        if not self._is_integer():
+            return "the channels of a weight group differ in the scale of their inputs"
         if form.scale_shape[1] > 1 and form.group_size % unit(form.weight_bits)[0]:
             return f"its groups of {form.group_size} weights begin inside a byte"
         return _device_obstacle(self.codes.device)
@@ -507,6 +566,8 @@ def buffers(form: Form) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     if form.inputs == "static":
         found["input_scale"] = (tuple(form.input_shape), bits)
         found["input_zero_point"] = (tuple(form.input_shape), torch.uint8)
+    if form.ordered:
+        found["order"] = ((form.in_features,), torch.int32)
     if form.bias:
         found["bias"] = ((out,), bits)
     return found
@@ -549,11 +610,14 @@ def _weight_numbers(layer: QuantLinear, codes: Tensor) -> tuple[dict[str, Any], 
         "weight": "uniform",
         "group_size": quantizer.group_size or layer.in_features,
         "scale_shape": tuple(scale.shape),
+        "ordered": quantizer.order is not None,
     }
     return form, numbers | {"scale": _as_bits(scale), "zero_point": zero_point.to(torch.uint8)}
 
 
-def _input_numbers(layer: QuantLinear) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _input_numbers(
+    layer: QuantLinear, order: Tensor | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     quantizer = layer.input_quantizer
     if isinstance(quantizer, TokenQuantizer):
         return {"inputs": "token", "input_bits": quantizer.bits, "ratio": quantizer.ratio}, {}
@@ -568,9 +632,12 @@ def _input_numbers(layer: QuantLinear) -> tuple[dict[str, Any], dict[str, Tensor
         "input_shape": tuple(quantizer.scale.shape),
         "folds": quantizer.folds,
     }
+    scale, zero_point = quantizer.scale, quantizer.zero_point
+    if order is not None and scale.ndim:
+        scale, zero_point = scale[order], zero_point[order]
     return form, {
-        "input_scale": _as_bits(quantizer.scale),
-        "input_zero_point": quantizer.zero_point.to(torch.uint8),
+        "input_scale": _as_bits(scale),
+        "input_zero_point": zero_point.to(torch.uint8),
     }
 
 

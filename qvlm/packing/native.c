@@ -32,6 +32,7 @@ typedef struct {
     const float *scale;            /* uniform: [rows or 1, groups] */
     const uint8_t *zero;           /* the same */
     int64_t stride;                /* from a row's scales to the next row's; 0 if rows share them */
+    const float *factor;           /* [groups]: scales of the input, or NULL for ones */
     const float *levels;           /* NormalFloat: the values of codes, or NULL */
     const uint8_t *constant_codes; /* [rows * groups], or NULL if `constants` is not quantized */
     const float *constant_levels;  /* [256] */
@@ -121,7 +122,7 @@ static inline __attribute__((always_inline)) void integer_row(
                     __m512i rest = _mm512_sub_epi32(of_low[m].codes, of_low[m].zeros);
                     exact = _mm512_add_epi32(exact, rest);
                 }
-                __m512 s = _mm512_set1_ps(scale[g]);
+                __m512 s = _mm512_set1_ps(w->factor ? scale[g] * w->factor[g] : scale[g]);
                 total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), s, total[m]);
             }
         }
@@ -321,7 +322,7 @@ static void load_cell(Cell *c, const Weight *w, const Unpacker *by, int64_t n, i
             for (int64_t k = 0; k < width; k += 4) lanes[k / 4][r] = 0;
             continue;
         }
-        c->scale[r] = w->scale[(n + r) * w->stride + g];
+        c->scale[r] = w->scale[(n + r) * w->stride + g] * (w->factor ? w->factor[g] : 1);
         c->zero[r] = w->zero[(n + r) * w->stride + g];
         const uint8_t *row = w->codes + (n + r) * w->row_bytes;
         for (int64_t k = 0; k < width; k += CHUNK) {

@@ -3,8 +3,8 @@
 The weight is read as checkpoints hold it, and unpacked in registers. In the notation of
 `kernels.py`:
 
-`integer_product` sums t v exactly in int32 over each run of channels that share a weight scale,
-for inputs whose channels share theirs. Few rows read the weight once (`integer_rows`); many repay
+`integer_product` sums t v exactly in int32 over each run of channels that share a weight scale and
+that of the input. Few rows read the weight once (`integer_rows`); many repay
 unpacking it into tiles (`integer_tiles`).
 
 `float_product` multiplies float inputs with the float weight of the simulation, made in registers:
@@ -54,6 +54,7 @@ class _Weight(ctypes.Structure):
         ("scale", _pointer),
         ("zero", _pointer),
         ("stride", _number),
+        ("factor", _pointer),
         *(
             (name, _pointer)
             for name in ("levels", "constant_codes", "constant_levels", "constants")
@@ -85,10 +86,15 @@ class Weight:
             group=group,
         )
 
-    def uniform(self, scale: Tensor, zero_point: Tensor) -> "Weight":
-        """With scales [out or 1, groups] float32 and zero points of that shape, uint8."""
+    def uniform(self, scale: Tensor, zero_point: Tensor, factor: Tensor | None = None) -> "Weight":
+        """With scales [out or 1, groups] float32 and zero points of that shape, uint8.
+
+        Integer products multiply the sum of a group by its `factor` [groups] float32 too.
+        """
         self.at.scale, self.at.zero = self._hold(scale), self._hold(zero_point)
         self.at.stride = scale.shape[1] if scale.shape[0] > 1 else 0
+        if factor is not None:
+            self.at.factor = self._hold(factor)
         return self
 
     def normal_float(

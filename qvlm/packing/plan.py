@@ -54,8 +54,13 @@ def form(linear: nn.Linear, weight: QuantSpec, inputs: QuantSpec, normal_float: 
     check_group_size(width, weight)
     group = weight.group_size if weight.granularity == "per_group" else width
     rows = 1 if weight.granularity == "per_tensor" else out
+    clusters = width if inputs.granularity != "per_channel_group" else inputs.group_size
     return replace(
-        common, weight="uniform", group_size=group, scale_shape=(rows, -(-width // group))
+        common,
+        weight="uniform",
+        group_size=group,
+        scale_shape=(rows, -(-width // group)),
+        ordered=group < width and clusters < width and clusters % group == 0,
     )
 
 
@@ -84,5 +89,5 @@ def blind(
             folded, weight.bits, NORMAL_FLOAT_BLOCK, CONSTANT_BLOCK
         )
         return QuantLinear.from_linear(linear, quantizer, input_quantizer)
-    uniform = weight_quantizer(folded, replace(weight, ranges="minmax"))
+    uniform = weight_quantizer(folded, replace(weight, ranges="minmax"), inputs=input_quantizer)
     return QuantLinear.from_linear(linear, uniform, input_quantizer)

@@ -70,7 +70,7 @@ def measure_packed_bits(
 def _weight_codes(layer: PackedLinear) -> int:
     """The most distinct codes of one scale."""
     form = layer.form
-    codes = layer.integers()[:_MAX_ROWS].long()
+    codes = layer.integers()[:_MAX_ROWS, layer.channels()].long()
     width = form.group_size if form.weight == "uniform" else codes.shape[1]
     group = torch.arange(codes.shape[1], device=codes.device) // width
     row = torch.arange(len(codes), device=codes.device)[:, None]
@@ -89,7 +89,7 @@ def _input_codes(layer: PackedLinear, x: Tensor) -> int:
     if layer.form.inputs == "token":
         scale = torch.arange(len(x), device=x.device)[:, None]
     else:
-        scale = layer.input_scale.unique(return_inverse=True)[1]
+        scale = layer.input_steps(x[:1])[1].unique(return_inverse=True)[1]
     return _most(scale.expand(codes.shape), codes, layer.form.input_bits)
 
 

@@ -1,8 +1,9 @@
 """Products of packed layers on a GPU: quantizing the input and unpacking the weight in registers.
 
-In the notation of `kernels.py`, with one scale d per token (or for all), both products are
+In the notation of `kernels.py`, with one scale d per token (or for all), and c_g of the channels of
+a weight group (or one), both products are
 
-    y = d sum_g s_g (sum_{k in g} t_k v_k) + b
+    y = d sum_g c_g s_g (sum_{k in g} t_k v_k) + b
 
 whose inner sums are exact in int32. They are taken in tiles that end where a weight group ends,
 of at most 2^24, so that float32 holds each; everything outside the brackets is float32.
@@ -17,8 +18,9 @@ run side by side, so that the weight is fetched from memory once.
 
 All weights of 2 to 8 bits are served alike: codes repeat their places in every unit (see
 `formats.py`: one byte for INT4 and INT8, three for INT6), so the loop is over places in a unit, and
-a tile is the codes in one place of many units. Left out: NormalFloat, channels that differ in scale
-(unless folded), groups that begin inside a unit, and a split of long sums among programs.
+a tile is the codes in one place of many units. Left out: NormalFloat, channels of one weight group
+that differ in scale (unless folded), groups that begin inside a unit, and a split of long sums
+among programs.
 
 Under Triton's interpreter (TRITON_INTERPRET=1) the same code runs on a CPU. That, and compiling for
 compute capability 8.0 and 9.0, is how it was tested: it was not yet run or timed on a GPU.
@@ -76,6 +78,7 @@ def linear(
     weight_bits: int,
     group_size: int,
     folds: bool = False,
+    clusters: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
     """A quantized input times a packed weight, transposed, plus bias: [rows, out], dtype of `x`.
@@ -83,11 +86,12 @@ def linear(
     Args:
         x: [rows, in], float.
         scale, zero_point: of the input; [] or [in] float32, or [rows, 1] if per token. Scales [in]
-            must be equal unless they are folded.
+            must be equal, unless they are folded or in clusters.
         codes: [out, bytes] uint8, as `formats` says.
         weight_scale, weight_zero_point: [out or 1, groups], float32 and uint8.
         group_size: a multiple of the codes in a unit, unless there is one group.
         folds: the output is not multiplied by `scale`.
+        clusters: scales [in] are equal within each group of weights.
         bias: [out] float32.
     """
     x = x.contiguous()
@@ -126,6 +130,7 @@ def linear(
             min(scale.ndim, 1),
             TOKEN=scale.ndim == 2,
             FOLDS=folds,
+            CLUSTERS=clusters,
             BIAS=bias is not None,
             INPUT_BITS=input_bits,
             BITS=weight_bits,
@@ -217,6 +222,7 @@ def _product(
     scale_stride,
     TOKEN: tl.constexpr,
     FOLDS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
     BIAS: tl.constexpr,
     INPUT_BITS: tl.constexpr,
     BITS: tl.constexpr,
@@ -244,6 +250,8 @@ def _product(
         at = column * weight_scale_stride + group
         weight_scale = tl.load(weight_scale_at + at, mask=column < out, other=0)
         weight_zero = tl.load(weight_zero_at + at, mask=column < out, other=0).to(tl.int32)
+        if CLUSTERS:
+            weight_scale *= tl.load(scale_at + group * group_size)
         total = tl.zeros((SUMS, BLOCK_OUT), tl.int32)
         for place in tl.static_range(PER_UNIT):
             channel = unit * PER_UNIT + place
@@ -282,7 +290,7 @@ def _product(
     y = tl.sum(sums, 0)[None, :] if ROW else sums
     if TOKEN:
         y *= tl.load(scale_at + row, mask=row < rows, other=0)
-    elif not FOLDS:
+    elif not FOLDS and not CLUSTERS:
         y *= tl.load(scale_at)
     if BIAS:
         y += tl.load(bias_at + column, mask=column < out, other=0)

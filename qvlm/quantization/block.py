@@ -187,7 +187,10 @@ class Block:
             raise RunError(f"the weight of {layer} is not finite")
         inputs = input_quantizer or self.input_quantizer(name, samples)
         weight = folded_weight(linear.weight, inputs)
-        quantizer = weights(weight) if weights else weight_quantizer(weight, self.spec(name)[0])
+        if weights:
+            quantizer = weights(weight)
+        else:
+            quantizer = weight_quantizer(weight, self.spec(name)[0], inputs=inputs)
         return QuantLinear.from_linear(linear, quantizer, inputs, keep_float, layer)
 
     def replace(self, name: str, layer: QuantLinear) -> None:

@@ -10,13 +10,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qvlm.quantization.quantizer import UniformQuantizer
+from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 from qvlm.quantization.ranges import minmax, weight_quantizer
 from qvlm.quantization.spec import QuantSpec
 
 
 def clipped_quantizer(
-    weight: Tensor, seen: Tensor, spec: QuantSpec, ratios: Sequence[float]
+    weight: Tensor,
+    seen: Tensor,
+    spec: QuantSpec,
+    ratios: Sequence[float],
+    inputs: Quantizer | None = None,
 ) -> UniformQuantizer:
     """Searches the range of every scale for the least error of its share of the output.
 
@@ -29,30 +33,33 @@ def clipped_quantizer(
         weight: [out, in].
         seen: its inputs, [tokens, in].
         ratios: for min-max ranges; none keeps the default range.
+        inputs: of the layer's input, see `weight_quantizer`.
     """
-    default = weight_quantizer(weight, spec)
+    default = weight_quantizer(weight, spec, inputs=inputs)
     if not ratios:
         return default
     size = spec.group_size if spec.granularity == "per_group" else weight.shape[1]
-    parts = seen.float().unflatten(1, (-1, size)).transpose(0, 1)  # [groups, tokens, size]
+    order = slice(None) if default.order is None else default.order
+    # [groups, tokens, size]
+    parts = seen.float()[:, order].unflatten(1, (-1, size)).transpose(0, 1)
     gram = parts.mT @ parts
 
     def errors(quantizer: UniformQuantizer) -> Tensor:
         """Of each scale, in its shape."""
-        lost = (quantizer(weight) - weight).unflatten(1, (-1, size)).transpose(0, 1)
+        lost = (quantizer(weight) - weight)[:, order].unflatten(1, (-1, size)).transpose(0, 1)
         shares = ((lost @ gram) * lost).sum(2).T  # [out, groups]
         return shares.view(default.scale.shape) if default.scale.ndim else shares.sum()
 
     least, scale, zero_point = errors(default), default.scale, default.zero_point
     for ratio in ratios:
-        candidate = weight_quantizer(weight, spec, _shrunk(ratio))
+        candidate = weight_quantizer(weight, spec, _shrunk(ratio), inputs)
         error = errors(candidate)
         better = error < least
         least = torch.where(better, error, least)
         scale = torch.where(better, candidate.scale, scale)
         zero_point = torch.where(better, candidate.zero_point, zero_point)
     if spec.granularity == "per_group":
-        chosen = _like(default, scale, zero_point)
+        chosen = default.regrid(scale, zero_point)
         output_errors = [
             (seen.float() @ (quantizer(weight) - weight).T).square().sum(0)
             for quantizer in (chosen, default)
@@ -60,7 +67,7 @@ def clipped_quantizer(
         better = (output_errors[0] <= output_errors[1])[:, None, None]
         scale = torch.where(better, scale, default.scale)
         zero_point = torch.where(better, zero_point, default.zero_point)
-    return _like(default, scale, zero_point)
+    return default.regrid(scale, zero_point)
 
 
 def _shrunk(ratio: float) -> Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor]]:
@@ -71,7 +78,3 @@ def _shrunk(ratio: float) -> Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor]
         return lo * ratio, hi * ratio
 
     return rule
-
-
-def _like(quantizer: UniformQuantizer, scale: Tensor, zero_point: Tensor) -> UniformQuantizer:
-    return UniformQuantizer(quantizer.bits, scale, zero_point, quantizer.group_size)

@@ -100,6 +100,7 @@ class UniformQuantizer(Quantizer):
             [..., features / group_size, group_size].
         zero_point: integers in 0 .. 2^bits - 1, same shape.
         group_size: groups of neighbours along the last dimension share a scale.
+        order: [features] the channels in the order in which they are grouped; None is their own.
         clusters: [features] integer cluster of each channel, where channels share scales without
             being neighbours; `scale` is then [features] with equal entries within a cluster.
         folds: see `Quantizer`.
@@ -113,6 +114,8 @@ class UniformQuantizer(Quantizer):
     lowest: Tensor
     highest: Tensor
     clusters: Tensor | None
+    order: Tensor | None
+    _back: Tensor | None
 
     def __init__(
         self,
@@ -122,6 +125,7 @@ class UniformQuantizer(Quantizer):
         group_size: int | None = None,
         clusters: Tensor | None = None,
         folds: bool = False,
+        order: Tensor | None = None,
     ) -> None:
         super().__init__(bits)
         if not bool((torch.isfinite(scale) & (scale >= SMALLEST_SCALE)).all()):
@@ -131,6 +135,9 @@ class UniformQuantizer(Quantizer):
         self.register_buffer("scale", scale.detach().float())
         self.register_buffer("zero_point", zero_point.detach().float())
         self.register_buffer("clusters", clusters)
+        self.register_buffer("order", order)
+        back = None if order is None else order.argsort()
+        self.register_buffer("_back", back, persistent=False)
         # The ends of the grid in units of the scale: clamping there is clamping q in 0 .. 2^b - 1.
         self.register_buffer("lowest", -self.zero_point, persistent=False)
         self.register_buffer("highest", 2**bits - 1 - self.zero_point, persistent=False)
@@ -180,19 +187,27 @@ class UniformQuantizer(Quantizer):
         if ratio == 1:
             return self
         lo, hi = self.span()
-        scale, zero_point = affine_grid(lo * ratio, hi * ratio, self.bits)
-        return UniformQuantizer(
-            self.bits, scale, zero_point, self.group_size, self.clusters, self.folds
-        )
+        return self.regrid(*affine_grid(lo * ratio, hi * ratio, self.bits))
+
+    def regrid(self, scale: Tensor, zero_point: Tensor) -> "UniformQuantizer":
+        """A quantizer of other grids, which the same elements share."""
+        layout = self.group_size, self.clusters, self.folds, self.order
+        return UniformQuantizer(self.bits, scale, zero_point, *layout)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, scale={list(self.scale.shape)}, group_size={self.group_size}"
 
     def _grouped(self, x: Tensor) -> Tensor:
-        return x if self.group_size is None else x.unflatten(-1, (-1, self.group_size))
+        if self.group_size is None:
+            return x
+        x = x if self.order is None else x[..., self.order]
+        return x.unflatten(-1, (-1, self.group_size))
 
     def _ungrouped(self, x: Tensor) -> Tensor:
-        return x if self.group_size is None else x.flatten(-2)
+        if self.group_size is None:
+            return x
+        x = x.flatten(-2)
+        return x if self._back is None else x[..., self._back]
 
 
 class TokenQuantizer(Quantizer):

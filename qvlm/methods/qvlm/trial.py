@@ -257,8 +257,9 @@ def _candidates(
                 kept: Quantizer | None = kept,
                 spec: QuantSpec = weight_spec,
                 rule: Ranges | None = rule,
+                inputs: Quantizer = quantizer,
             ) -> Quantizer:
-                return kept or weight_quantizer(weight, spec, rule)
+                return kept or weight_quantizer(weight, spec, rule, inputs)
 
             found[name].append(
                 block.quantize_linear(name, seen, input_quantizer=quantizer, weights=weights)
