@@ -1,18 +1,20 @@
 """A model larger than memory is quantized: peak memory and time of a stream, at full size.
 
-`python experiments/streaming.py` writes a random checkpoint of the shape of LLaVA-7B (12.6 GiB in
+`python experiments/streaming.py` writes a random checkpoint of the shape of LLaVA-7B (13 GiB in
 half precision, as its authors lay one out: shards of safetensors with an index), a layer at a time,
 and quantizes it in a fresh process with the command that docs/paper-scale.md gives. Another fresh
-process evaluates what was written. Of both it prints the seconds and the peak of resident memory as
-the operating system counted it, pages of mapped files included. The folder is deleted at the end.
+process loads what was written and proves its bits. Of both it prints the seconds and the peak of
+resident memory as the operating system counted it, pages of mapped files included. The folder is
+deleted at the end.
 
-The values are random and the tokenizer is trained on generated problems, so there is no accuracy;
-time and memory do not depend on it.
+The values are random and the tokenizer is trained on generated problems, so no question is asked;
+time and memory do not depend on it. Reads memory as Linux counts it.
 """
 
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -37,12 +39,15 @@ from qvlm.errors import RunError
 from qvlm.models.families import read_blueprint
 from qvlm.models.hollow import skeleton
 from qvlm.models.known import KNOWN, clip_tower
+from qvlm.models.load import load_model
+from qvlm.packing import measure_packed_bits, read_origin
 from qvlm.prompts import Prompting
+from qvlm.quantization import check_bits
 from qvlm.quantization.layout import block_layers
-from qvlm.tables.markdown import table
+from qvlm.tables.cost import in_fresh_process
 
 ROOT = Path(__file__).resolve().parents[1]
-GIB = 2**30
+GIB, KIB = 2**30, 2**10
 MODELS = tuple(name for name in KNOWN if name != "moe_llava")
 
 
@@ -137,7 +142,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Process:
-    """A process that has ended.
+    """What a process took.
 
     Attributes:
         peak: the most memory that was resident at a time, in bytes; pages of mapped files count.
@@ -146,6 +151,9 @@ class Process:
     seconds: float
     peak: int
 
+    def __str__(self) -> str:
+        return f"{self.seconds:.0f} s, peak of resident memory {self.peak / GIB:.2f} GiB"
+
 
 def run(words: Sequence[str]) -> Process:
     """Runs `run.py` in a process of its own.
@@ -153,49 +161,50 @@ def run(words: Sequence[str]) -> Process:
     Raises:
         RunError: if it fails.
     """
-    print(f"\npython run.py {shlex.join(words)}", flush=True)
+    print(f"python run.py {shlex.join(words)}", flush=True)
     begun = time.perf_counter()
     child = subprocess.Popen([sys.executable, "run.py", *words], cwd=ROOT)
     _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
     if status:
-        raise RunError(f"run.py ended with status {status}")
-    return Process(time.perf_counter() - begun, usage.ru_maxrss * 1024)  # kilobytes, on Linux
+        raise RunError(f"run.py ended with exit code {child.returncode}")
+    return Process(time.perf_counter() - begun, usage.ru_maxrss * KIB)
 
 
-def measure(folder: Path, given: argparse.Namespace) -> str:
-    """Writes the checkpoint, streams it and evaluates what came out; returns a table."""
+def prove(folder: Path) -> tuple[int, int, Process]:
+    """Loads a packed checkpoint, and counts the codes that enter its products on one problem.
+
+    Returns:
+        How many layers there are, how many take more values than their bits allow, and the cost.
+    """
     begun = time.perf_counter()
-    content = KNOWN[given.model]
-    size = write_checkpoint(folder, content)
-    print(f"wrote {size / GIB:.1f} GiB in {time.perf_counter() - begun:.0f} s")
+    origin = read_origin(folder)
+    loaded = load_model(folder, "packed", dtype=origin["config"]["model"]["dtype"])
+    problem = next(row for row in miniature.generate("test", 20, seed=0) if row["image"])
+    rows = measure_packed_bits(loaded.model, origin["expected"], [loaded.encode([problem], True)])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    return len(rows), len(check_bits(rows)), Process(time.perf_counter() - begun, peak)
+
+
+def measure(folder: Path, given: argparse.Namespace) -> None:
+    """Writes the checkpoint, streams it and proves what came out; prints what each took."""
+    begun = time.perf_counter()
+    # Apart, because a child's peak begins at what its parent holds.
+    size = in_fresh_process(write_checkpoint, folder, KNOWN[given.model])
+    seconds = time.perf_counter() - begun
+    print(f"checkpoint: {size / GIB:.1f} GiB, written in {seconds:.0f} s", flush=True)
     packed = folder / "packed"
-    common = [f"results_dir={folder}/results", "tracking=off", f"model.dtype={given.dtype}"]
-    written = run(
-        [
-            *(f"model={given.model}", f"model.path={folder}/checkpoint"),
-            *(f"model.vision_tower={folder}/clip", f"method={given.method}", "bits=w4a4"),
-            *(f"calibration.samples={given.samples}", "stream=true", f"save_packed={packed}"),
-            *("evaluation.limit=0", *common),
-        ]
+    words = [f"model={given.model}", f"model.path={folder}/checkpoint", "bits=w4a4"]
+    words += [f"model.vision_tower={folder}/clip", f"model.dtype={given.dtype}", "tracking=off"]
+    words += [f"method={given.method}", f"calibration.samples={given.samples}", "stream=true"]
+    words += [f"save_packed={packed}", "evaluation.limit=0", f"results_dir={folder}/results"]
+    print(f"quantized: {run(words)}", flush=True)
+    size = sum(file.stat().st_size for file in packed.iterdir())
+    layers, exceeding, cost = in_fresh_process(prove, packed)
+    print(
+        f"packed checkpoint: {size / GIB:.1f} GiB, {layers} layers, {exceeding} exceed their bits"
     )
-    print("quantized, streamed; seconds, peak GiB:", *_numbers(written), flush=True)
-    asked = run(
-        [
-            *(f"model.packed={packed}", "evaluation.limit=1", "evaluation.batch_size=1"),
-            # Random weights name no choice.
-            *("evaluation.max_new_tokens=4", "evaluation.unparsable=random", *common[:-1]),
-        ]
-    )
-    checkpoint = sum(file.stat().st_size for file in packed.iterdir())
-    rows = [
-        ["quantized, streamed", f"{size / GIB:.1f}", *_numbers(written)],
-        ["evaluated, one question", f"{checkpoint / GIB:.1f}", *_numbers(asked)],
-    ]
-    return table([given.model, "weights on disk, GiB", "seconds", "peak memory, GiB"], rows, left=1)
-
-
-def _numbers(process: Process) -> list[str]:
-    return [f"{process.seconds:.0f}", f"{process.peak / GIB:.2f}"]
+    print(f"loaded and run on one problem: {cost}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         try:
-            print(f"\n{measure(Path(folder), given)}")
+            measure(Path(folder), given)
         except RunError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
