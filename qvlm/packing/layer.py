@@ -131,8 +131,7 @@ class PackedLinear(nn.Module):
         self.int4_layout = False
         self.used: Counter[str] = Counter()
         self._cells: list[kernels.Cell] | None = None
-        self._alike: bool | None = None
-        self._grouped: bool | None = None
+        self._shared: str | None = None
         for name, (shape, dtype) in buffers(form).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         if not form.bias:
@@ -210,15 +209,17 @@ class PackedLinear(nn.Module):
         """
         if self.kernel != "auto":
             return self.kernel
-        serving, device = self.serving(), self.codes.device
+        device, rounding = self.codes.device, dtype == torch.bfloat16
+        # First what is quickly known: this is asked in every call.
+        native_serves = device.type == "cpu" and self._native_obstacle() is None
+        if native_serves and (self._is_integer() or rows <= FLOAT_ROWS):
+            return "native"
+        serving = self.serving()
         if device.type == "cuda":
             if "triton" in serving:
                 return "triton"
             if (obstacle := _device_obstacle(device)) is not None:
                 _warn_once(obstacle)
-        rounding = dtype == torch.bfloat16
-        if "native" in serving and (self._is_integer() or rows <= FLOAT_ROWS):
-            return "native"
         if "int4_weight_only" in serving and rounding and rows <= DECODING_ROWS:
             return "int4_weight_only"
         if "int_mm" in serving and self.in_features >= CELL_WIDTH * len(self.cells()):
@@ -393,7 +394,7 @@ class PackedLinear(nn.Module):
                 multiply = native.rounded_product if self._rounds(x) else native.float_product
                 return multiply(weight, steps * scale)
             y = native.integer_product(weight, steps, zero_point, self.form.input_bits)
-            if self._group_scale() is not None:
+            if self._sharing() == "group":
                 return y
             return y.mul_(scale if shared else scale[0])
         weight_scale, weight_zero_point = self.weight_scales()
@@ -455,7 +456,7 @@ class PackedLinear(nn.Module):
             form.weight_bits,
             form.group_size,
             form.folds,
-            self._group_scale() is not None,
+            self._sharing() == "group",
             bias,
         )
 
@@ -470,31 +471,34 @@ class PackedLinear(nn.Module):
 
     def _is_integer(self) -> bool:
         """Whether the channels of a weight group share all scales, so that steps multiply codes."""
-        if self.form.weight != "uniform":
-            return False
-        return self._channel_scale() is None or self._group_scale() is not None
+        return self.form.weight == "uniform" and self._sharing() != "none"
 
     def _group_scale(self) -> Tensor | None:
         """Scales [groups] of an input whose channels share them by weight group, or None."""
-        scale, size = self._channel_scale(), self.form.group_size
-        if scale is None or self.in_features % size:
+        if self._sharing() != "group":
             return None
-        groups = scale.view(-1, size)
-        if self._grouped is None:
-            if scale.is_meta:
-                return groups[:, 0] if self.form.ordered else None
-            self._grouped = bool((groups == groups[:, :1]).all())
-        return groups[:, 0].contiguous() if self._grouped else None
+        return self.input_scale.view(torch.float32)[:: self.form.group_size].contiguous()
 
     def _channel_scale(self) -> Tensor | None:
         """Scales [in] of stored channels that differ, or None if they do not, or are folded."""
+        return None if self._sharing() == "all" else self.input_scale.view(torch.float32)
+
+    def _sharing(self) -> str:
+        """Which channels share the scale of the input: all, those of a weight group, or none.
+
+        Folded scales count as shared. Found once there are numbers, then kept.
+        """
         form = self.form
         if form.inputs != "static" or form.folds or not form.input_shape:
-            return None
-        scale = self.input_scale.view(torch.float32).expand(self.in_features)
-        if self._alike is None:
-            self._alike = not scale.is_meta and bool((scale == scale[0]).all())
-        return None if self._alike else scale
+            return "all"
+        if self.input_scale.is_meta:
+            return "group" if form.ordered else "none"
+        if self._shared is None:
+            groups = self.input_scale.split(form.group_size)
+            by_group = all(bool((group == group[0]).all()) for group in groups)
+            alike = by_group and bool((self.input_scale == self.input_scale[0]).all())
+            self._shared = "all" if alike else "group" if by_group else "none"
+        return self._shared
 
     def _rounds(self, x: Tensor) -> bool:
         """Whether the native product of an input rounds to bf16."""
