@@ -67,7 +67,7 @@ OURS = (*VARIANTS, *PER_CHANNEL)
 # What a search tries: five settings of each linear, or all settings of three linears jointly.
 GRID, DEPTH = 5, 3
 SEARCH_TOKENS = 4096
-PROMPT, ANSWER, TIMED = 600, 64, 4
+PROMPT, ANSWER, TIMED = fit.SCALE_PROMPT, fit.ANSWER_TOKENS, fit.SCALE_ANSWER
 PATIENCE = 20.0  # seconds that a whole model may take, for two questions
 PACE = 5.0  # seconds of decoding after which no further token is timed
 
@@ -367,11 +367,6 @@ def whole(model: str, variant: Variant, layers: int, prompt: int, device: str) -
     return Whole(seconds, weights, peak, complete)
 
 
-def empty(device: str) -> int:
-    """Bytes that a process takes which has no model; on a GPU, none."""
-    return psutil.Process().memory_info().rss if device == "cpu" else 0
-
-
 def measure(model: str, given: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """A model's rows: those of the CSV, and under other names what only the page shows."""
     built = architecture(model)
@@ -382,7 +377,7 @@ def measure(model: str, given: argparse.Namespace, device: str) -> list[dict[str
     peers = [PEER] if find_spec("bitsandbytes") else []
     sides = side_by_side(model, [*OURS, *peers, SIMULATED], given.repeats, given.prompt, device)
     simulated = sides.pop(SIMULATED)
-    before = in_fresh_process(empty, device)
+    before = fit.without_model() if device == "cpu" else 0  # bytes of a process, none on a GPU
     rows: list[dict[str, Any]] = []
     for variant, repeats in sides.items():
         seconds = Seconds(*map(statistics.median, zip(*map(astuple, repeats), strict=True)))

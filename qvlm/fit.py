@@ -15,7 +15,9 @@ pixels, whose image takes 256. Full precision is the dtype of conf/model, and on
 answered at a time. Not counted: Python and its libraries, and the pixels.
 
 Beside the predicted weight bytes stand measured ones: those of recorded runs of packed models, of
-`make table4-scale`, and of the embedded miniatures, which are packed on the spot.
+`make table4-scale`, and of the embedded miniatures, which are packed on the spot. Where
+`make table4-scale` measured the peak of a process that answers, it stands beside the prediction for
+the same prompt, with what a process takes here that has no model.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
@@ -46,11 +49,14 @@ from qvlm.packing.model import pack_model, packed_layers, weight_bytes
 from qvlm.packing.plan import blind, plan
 from qvlm.quantization.layout import block_layers, quantizable
 from qvlm.records import find_records
+from qvlm.tables.cost import in_fresh_process
 from qvlm.tables.markdown import table
 
 GIB = 2**30
 TEXT_TOKENS = 344
 ANSWER_TOKENS = 64
+# Of `make table4-scale`: image and text together, and the tokens of an answer that are timed.
+SCALE_PROMPT, SCALE_ANSWER = 600, 4
 # What the weights of a method are packed to; others may quantize other things than the default.
 FORMS = {"FP": "FP", "RTN": "uniform", "AWQ": "uniform", "Q-VLM": "uniform", "QLoRA": "QLoRA"}
 MODELS = tuple(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
@@ -211,19 +217,27 @@ def _running(model: Llava, prompt: int) -> tuple[int, int]:
     return cache, live.peak - cache
 
 
+def placed(runs: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The rows of `table4_scale.csv` beside the records whose memory was measured.
+
+    By model, bits and kind of weights.
+    """
+    scale = runs.parent / "table4_scale.csv"
+    if not scale.is_file():
+        return {}
+    rows = pd.read_csv(scale, keep_default_na=False)
+    rows = rows[(rows["weight_gib"] != "") & ~rows["extrapolated"].str.contains("memory")]
+    records: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
+    return {(row["model"], row["bits"], row["method"]): row for row in records}
+
+
 def recorded(runs: Path) -> dict[tuple[str, str, str], int]:
     """Measured weight bytes by model, bits and kind of weights.
 
     Args:
         runs: the folder of records; `table4_scale.csv` beside it counts too.
     """
-    found: dict[tuple[str, str, str], int] = {}
-    scale = runs.parent / "table4_scale.csv"
-    if scale.is_file():
-        placed = pd.read_csv(scale, keep_default_na=False)
-        placed = placed[(placed["weight_gib"] != "") & ~placed["extrapolated"].str.contains("mem")]
-        for row in placed.to_dict("records"):
-            found[row["model"], row["bits"], row["method"]] = round(float(row["weight_gib"]) * GIB)
+    found = {key: round(float(row["weight_gib"]) * GIB) for key, row in placed(runs).items()}
     for run in (record.run for record in find_records(runs)):
         form = FORMS.get(run["method"])
         if "weight_bytes" in run and form and (form == "FP" or run["execution"] == "packed"):
@@ -241,9 +255,19 @@ def measured(model: str, config: RunConfig, variant: Variant) -> int | None:
     return weight_bytes(loaded)
 
 
+def without_model() -> int:
+    """Bytes that a process on the CPU takes which has no model."""
+    return in_fresh_process(_resident)
+
+
+def _resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
 def rows(models: Sequence[str], budget: float, text_tokens: int, runs: Path) -> Iterator[list[str]]:
     """The table's rows."""
-    found = recorded(runs)
+    found, peaks = recorded(runs), placed(runs)
+    bare = without_model() if peaks else 0
     for model in models:
         built = architecture(model)
         for variant in VARIANTS:
@@ -253,12 +277,22 @@ def rows(models: Sequence[str], budget: float, text_tokens: int, runs: Path) -> 
             if actual is None:
                 actual = measured(model, config, variant)
             sizes = (need.weights, need.cache, need.activations, need.total)
+            process = ["not measured", ""]
+            if (peak := peaks.get((model, variant.label, variant.method))) is not None:
+                text = SCALE_PROMPT - image_tokens(built)
+                expected = predict(built, config, variant, text, SCALE_ANSWER).total
+                expected += bare if peak["device"] == "cpu" else 0
+                process = _against(expected, round(float(peak["peak_memory_gib"]) * GIB))
             yield [
                 *(model, variant.label, variant.method, *map(_gib, sizes)),
                 "yes" if need.total <= budget * GIB else "no",
-                "not measured" if actual is None else _gib(actual),
-                "" if actual is None else f"{100 * (need.weights / actual - 1):+.1f} %",
+                *(["not measured", ""] if actual is None else _against(need.weights, actual)),
+                *process,
             ]
+
+
+def _against(predicted: int, measured: int) -> list[str]:
+    return [_gib(measured), f"{100 * (predicted / measured - 1):+.1f} %"]
 
 
 def _gib(count: int) -> str:
@@ -283,6 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         transformers.utils.logging.disable_progress_bar()
         header = ["model", "bits", "method", "weights", "KV cache", "activations", "sum"]
         header += [f"fits {given.budget:g} GiB", "weights measured", "prediction off by"]
+        header += ["process measured", "prediction off by"]
         lines = list(rows(given.models, given.budget, given.text_tokens, given.runs))
         print(f"GiB for one question: {given.text_tokens} text tokens, an image and ", end="")
         print(f"{ANSWER_TOKENS} tokens of answer.\n")

@@ -110,12 +110,40 @@ def test_live_bytes_forget_what_is_gone() -> None:
     assert 800 <= live.peak < 900
 
 
+def test_a_measured_process_stands_beside_the_prediction(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bare = fit.without_model()
+    need = fit.predict(
+        architecture("mini_llava"),
+        fit.configuration("mini_llava", "w4a4"),
+        Variant("w4a4", "uniform"),
+        fit.SCALE_PROMPT - image_tokens(architecture("mini_llava")),
+        fit.SCALE_ANSWER,
+    )
+    peak = 1.25 * (bare + need.total) / GIB
+    (tmp_path / "table4_scale.csv").write_text(
+        "model,bits,method,device,weight_gib,peak_memory_gib,extrapolated\n"
+        f"mini_llava,W4A4,uniform,cpu,{need.weights / GIB},{peak},time\n"
+        'mini_llava,W6A6,uniform,cpu,1,2,"time, memory"\n'
+    )
+    given = ["--models", "mini_llava", "--budget", "0.01", "--runs", str(tmp_path / "runs")]
+    assert fit.main(given) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| mini")]
+    cells = {tuple(row.split()[3:6:2]): row.split("|")[-3:-1] for row in rows}
+    measured, off = cells["W4A4", "uniform"]
+    assert measured.strip() == f"{peak:.2f}"
+    assert float(off.split()[0]) == pytest.approx(-20, abs=2)
+    assert cells["W6A6", "uniform"][0].strip() == "not measured"
+
+
 def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     given = ["--models", "mini_llava", "--budget", "0.01", "--runs", str(tmp_path)]
     assert fit.main(given) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| mini")]
     assert len(rows) == len(VARIANTS)
     assert all("0.0 %" in row for row in rows)
+    assert all(row.split("|")[-3].strip() == "not measured" for row in rows)
     assert fit.main(["--budget", "0"]) == 2
     assert "give a number above 0" in capsys.readouterr().err
 
