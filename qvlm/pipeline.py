@@ -10,6 +10,7 @@ does not pack, and a model that was packed before is proven and evaluated only.
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qvlm import prepare
+from qvlm import prepare, processes
 from qvlm.config import RunConfig
 from qvlm.evaluation import Evaluation, evaluate
 from qvlm.methods.base import Method, MethodReport
@@ -125,11 +126,13 @@ def compute(
         with stages.stage("evaluate"):
             options = asdict(config.evaluation)
             del options["limit"]  # the questions are limited already
+            if config.packed:
+                options["observe"] = kernels_used
             evaluation = evaluate(loaded, questions, seed=config.seed, answers=answers, **options)
     if evaluation.resumed:  # the stage's seconds are those of the other questions only
         stages.costs["evaluate"]["resumed_questions"] = evaluation.resumed
     if config.packed:
-        found["kernels"] = kernels_used(loaded.model)
+        found["kernels"] = dict(sum(map(Counter, evaluation.observed), Counter()))
     return Outcome(
         questions, evaluation, stages.costs, weight_bytes=weight_bytes(loaded.model), **found
     )
@@ -174,7 +177,7 @@ def run_cell(config: RunConfig) -> Path:
 
     method = prepare.build_method(config.method)
     device = prepare.find_device(config.device)
-    prepare.settle(config, device)
+    processes.everywhere(prepare.settle, config, device)
     machine = hardware()
     place = {"device": device.partition(":")[0], "cpu": machine["cpu"], "gpu": str(machine["gpu"])}
     answers = answers_folder(path, identity["hash"], place | versions())
@@ -199,6 +202,7 @@ def run_cell(config: RunConfig) -> Path:
         "kernels": outcome.kernels,
         "weight_bytes": outcome.weight_bytes,
         "device": device,
+        "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "command": shlex.join(["python", *sys.argv]),
         "stages": outcome.stages,
