@@ -12,6 +12,7 @@ What is uneven is dealt out as it is asked for (`Deal`). All talk is through mai
 GPUs too: who waits there for a calibration of hours neither holds a card busy nor times out.
 """
 
+import copyreg
 import hashlib
 import io
 import itertools
@@ -20,6 +21,7 @@ import pickle
 import sys
 import traceback
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, distributed, nn
+from transformers import PreTrainedModel
 
 from qvlm.errors import RunError, UserError
 
@@ -162,7 +165,11 @@ class _Form:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles everything but tensors, which it numbers."""
+    """Pickles everything but tensors, which it numbers, and the hooks of modules.
+
+    transformers records hidden states with hooks that it adds at a model's first call, if the
+    model's class has been constructed in this process; so the receiver constructs each once.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -178,6 +185,16 @@ class _Pickler(pickle.Pickler):
             self.tensors.append(value)
         return self._numbers[id(value)]
 
+    def reducer_override(self, value: Any) -> Any:
+        """How a module is taken apart."""
+        if not isinstance(value, nn.Module):
+            return NotImplemented
+        state = value.__getstate__() | {"_forward_hooks": OrderedDict()}
+        state.pop("_output_capturing_hooks_installed", None)
+        if isinstance(value, PreTrainedModel):
+            return _without_memory, (type(value), value.config), state
+        return copyreg.__newobj__, (type(value),), state  # type: ignore[attr-defined]
+
 
 class _Unpickler(pickle.Unpickler):
     """Puts the numbered tensors back in their places."""
@@ -189,6 +206,11 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, number: int) -> Tensor:
         """The tensor of a number."""
         return self._tensors[number]
+
+
+def _without_memory(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        return kind(config)
 
 
 def _send(task: tuple[Callable[..., Any], tuple[Any, ...]] | None) -> None:
