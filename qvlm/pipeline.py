@@ -203,6 +203,7 @@ def run_cell(config: RunConfig) -> Path:
         "weight_bytes": outcome.weight_bytes,
         "device": device,
         "processes": processes.count(),
+        "questions_per_process": outcome.evaluation.shares,
         "threads": torch.get_num_threads(),
         "command": shlex.join(["python", *sys.argv]),
         "stages": outcome.stages,

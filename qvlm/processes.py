@@ -80,11 +80,10 @@ def everywhere(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     if count() == 1:
         return [function(*arguments)]
     _send((function, arguments))
+    _refuse_errors(_talk(gather_object, [None]))  # of those that it did not reach whole
     own = _attempt(function, arguments)
     replies = _talk(gather_object, [None if isinstance(own, Exception) else own])
-    for reply in (own, *replies[1:]):
-        if isinstance(reply, Exception):
-            raise reply
+    _refuse_errors([own, *replies[1:]])
     return list(replies)
 
 
@@ -92,11 +91,12 @@ def serve() -> int:
     """The life of every process but the first, and its exit code."""
     try:
         while (task := _receive()) is not None:
-            reply = task if isinstance(task, Exception) else _attempt(*task)
-            if isinstance(reply, Exception):
-                reply = _for_the_first(reply)
+            error = _for_the_first(task) if isinstance(task, Exception) else None
+            if any(_talk(gather_object, [error])):
+                continue
+            reply = _attempt(*task)
             del task  # a model is let go before the next one comes
-            _talk(gather_object, [reply])
+            _talk(gather_object, [_for_the_first(reply)])
     except RunError:  # the first process is gone, and has said why
         return 1
     except KeyboardInterrupt:
@@ -268,13 +268,19 @@ def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return error
 
 
-def _for_the_first(error: Exception) -> Exception:
-    """An error of this process, to be raised by the first; a defect leaves its traceback here."""
-    if isinstance(error, UserError | RunError):
-        return error
-    traceback.print_exception(error)
-    name = type(error).__name__
-    return RunError(f"process {distributed.get_rank()} of {count()} broke: {name}: {error}")
+def _refuse_errors(replies: Sequence[Any]) -> None:
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+
+
+def _for_the_first(reply: Any) -> Any:
+    """A reply as the first process can take it: of a defect, whose traceback stays here, a name."""
+    if not isinstance(reply, Exception) or isinstance(reply, UserError | RunError):
+        return reply
+    traceback.print_exception(reply)
+    name, number = type(reply).__name__, distributed.get_rank() + 1
+    return RunError(f"process {number} of {count()} broke: {name}: {reply}")
 
 
 def _talk(speak: Callable[..., Any], *arguments: Any) -> Any:

@@ -43,12 +43,14 @@ class Evaluation:
             `subject`, `grade`, `skill`, `has_image`, `has_text`, `n_choices`, `answer`,
             `prediction` (missing if unparsable), `correct`, `text`.
         resumed: how many of the answers an earlier evaluation had given and kept.
+        shares: how many questions each process answered.
         observed: what `observe` said of the model in each process.
     """
 
     metrics: dict[str, Any]
     predictions: pd.DataFrame
     resumed: int = 0
+    shares: list[int] = field(default_factory=list)
     observed: list[Any] = field(default_factory=list)
 
 
@@ -118,6 +120,7 @@ def evaluate(
         {"classes": class_metrics(predictions), "unparsable_rule": unparsable},
         predictions,
         sum(share.resumed for share in model.shares),
+        [sum(map(len, share.answers.values())) for share in model.shares],
         [share.observed for share in model.shares],
     )
 

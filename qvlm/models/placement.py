@@ -37,9 +37,7 @@ def room(limits: Mapping[str, str] | None) -> Room:
     accepted = {str(name): name for name in free}
     for name, size in (limits or {}).items():
         if name not in accepted:
-            raise UserError(
-                f"max_memory: {name!r} is not here; accepted are {', '.join(accepted)}"
-            )
+            raise UserError(f"max_memory: {name!r} is not here; accepted are {', '.join(accepted)}")
         try:
             free[accepted[name]] = get_max_memory({accepted[name]: size})[accepted[name]]
         except ValueError as error:
