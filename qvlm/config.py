@@ -10,7 +10,7 @@ Imports nothing heavy, so that a mistyped option is answered at once.
 """
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +237,8 @@ class RunConfig:
         group: cells that belong together, in Weights & Biases.
         device: "auto" is the first GPU, or the CPU where there is none; "map" spreads a model that
             is too large for one card over all of them and main memory.
-        max_memory: of device=map, the most that a card (by its number) or "cpu" may hold of the
-            model, such as "20GiB"; null, or a card that is not named, is most of what is free.
+        max_memory: of device=map, the most that each card, in order, and then main memory may hold
+            of the model, such as "20GiB"; where it ends early, most of what is free.
         threads: of PyTorch on the CPU; null leaves its choice.
         force: compute even if a complete record exists.
         preflight: say what the cell will read, need and take, and stop.
@@ -259,7 +259,7 @@ class RunConfig:
     save_packed: str | None = None
     results_dir: str = "results"
     device: str = "auto"
-    max_memory: dict[str, str] | None = None
+    max_memory: list[str] = field(default_factory=list)
     threads: int | None = None
     force: bool = False
     preflight: bool = False
@@ -273,8 +273,8 @@ class RunConfig:
             _within("threads", self.threads, 1)
         _one_of("execution", self.execution, ("simulated", "packed"))
         _one_of("kernel", self.kernel, KERNELS)
-        if self.max_memory is not None and self.device != MAP:
-            raise UserError("max_memory: it needs device=map; accepted is null")
+        if self.max_memory and self.device != MAP:
+            raise UserError("max_memory: it limits device=map; accepted without that is []")
         if self.kernel != "auto" and not self.packed:
             raise UserError(f"kernel: {self.kernel!r} needs execution=packed")
 
@@ -361,8 +361,7 @@ def _compare_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
         if key not in present:
             raise UserError(f"{prefix}{key} cannot be deleted; give it a value")
         inner = schema._get_node(key)
-        structured = isinstance(inner, DictConfig) and is_dataclass(OmegaConf.get_type(inner))
-        if structured:
+        if isinstance(inner, DictConfig) and OmegaConf.get_type(inner) is not dict:
             below = given._get_node(key)
             if not isinstance(below, DictConfig) or below._is_none():
                 raise UserError(f"{prefix}{key} cannot be null; give it a value")

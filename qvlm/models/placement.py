@@ -23,7 +23,7 @@ Room = dict[int | str, int]
 """Bytes that the model may take of each device: the number of a card, or "cpu"."""
 
 
-def room(limits: Mapping[str, str] | None) -> Room:
+def room(limits: Mapping[str, str]) -> Room:
     """What a model may take of each card and of main memory.
 
     Args:
@@ -35,7 +35,7 @@ def room(limits: Mapping[str, str] | None) -> Room:
     free: Room = get_max_memory()
     free = {name: int(size * (1 if name == "cpu" else FOR_WEIGHTS)) for name, size in free.items()}
     accepted = {str(name): name for name in free}
-    for name, size in (limits or {}).items():
+    for name, size in limits.items():
         if name not in accepted:
             raise UserError(f"max_memory: {name!r} is not here; accepted are {', '.join(accepted)}")
         try:
