@@ -223,7 +223,7 @@ def _send(task: tuple[Callable[..., Any], tuple[Any, ...]] | None) -> None:
     digest = hashlib.sha256()
     for tensor in pickler.tensors:
         values = _bytes(tensor)
-        digest.update(values.numpy())
+        digest.update(memoryview(values.numpy()))
         _talk(distributed.broadcast, values, 0)
     _talk(broadcast_object_list, [digest.hexdigest()])
 
@@ -241,7 +241,9 @@ def _receive() -> Any:
             if tensor is not None:
                 tensor.data.copy_(values.view(form.dtype).view(form.shape))
                 tensors.append(tensor)
-                digest.update(_bytes(tensor).numpy())  # what has arrived, not what was sent
+                digest.update(
+                    memoryview(_bytes(tensor).numpy())
+                )  # what has arrived, not what was sent
         except RuntimeError as problem:  # out of memory, say: the other tensors come all the same
             error, tensors = problem, []
     (sent,) = _talk(broadcast_object_list, [None])

@@ -6,7 +6,7 @@ experts, and a layer of the vision tower stay in one piece. The layers are sprea
 each card has room for activations and the KV cache of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,26 @@ Room = dict[int | str, int]
 """Bytes that the model may take of each device: the number of a card, or "cpu"."""
 
 
-def room(limits: Mapping[str, str]) -> Room:
+def room(limits: Sequence[str]) -> Room:
     """What a model may take of each card and of main memory.
 
     Args:
-        limits: for some devices, such as {"0": "20GiB", "cpu": "60GiB"}.
+        limits: for the cards in order and then main memory, such as "20GiB"; for a device that
+            they do not reach to, it is most of what is free.
 
     Raises:
-        UserError: for a device that is not here, or a size that cannot be read.
+        UserError: for more limits than devices, or a size that cannot be read.
     """
     free: Room = get_max_memory()
     free = {name: int(size * (1 if name == "cpu" else FOR_WEIGHTS)) for name, size in free.items()}
-    accepted = {str(name): name for name in free}
-    for name, size in limits.items():
-        if name not in accepted:
-            raise UserError(f"max_memory: {name!r} is not here; accepted are {', '.join(accepted)}")
+    if len(limits) > len(free):
+        raise UserError(
+            f"max_memory: {len(limits)} sizes are too many; accepted is one for each of the "
+            f"{len(free) - 1} cards, in order, and one for main memory"
+        )
+    for name, size in zip(free, limits, strict=False):
         try:
-            free[accepted[name]] = get_max_memory({accepted[name]: size})[accepted[name]]
+            free[name] = get_max_memory({name: size})[name]
         except ValueError as error:
             raise UserError(
                 f"max_memory: {size!r} is no size; accepted are such as 20GiB or 500MiB"
