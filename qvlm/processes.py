@@ -8,8 +8,8 @@ could see differently: which cells are recorded, what is written, tracked and pr
 of one. A model among the arguments arrives tensor by tensor, on the receiver's own card, with a
 checksum: what one process quantized and proved is what all of them evaluate.
 
-What is uneven is dealt out as it is asked for (`Deal`). All talk is through main memory (gloo), with
-GPUs too: who waits there for a calibration of hours neither holds a card busy nor times out.
+What is uneven is dealt out as it is asked for (`Deal`). All talk is through main memory (gloo),
+with GPUs too: who waits there for a calibration of hours neither holds a card busy nor times out.
 """
 
 import copyreg
@@ -223,7 +223,7 @@ def _send(task: tuple[Callable[..., Any], tuple[Any, ...]] | None) -> None:
     digest = hashlib.sha256()
     for tensor in pickler.tensors:
         values = _bytes(tensor)
-        digest.update(memoryview(values.numpy()))
+        digest.update(values.numpy().data)
         _talk(distributed.broadcast, values, 0)
     _talk(broadcast_object_list, [digest.hexdigest()])
 
@@ -241,9 +241,7 @@ def _receive() -> Any:
             if tensor is not None:
                 tensor.data.copy_(values.view(form.dtype).view(form.shape))
                 tensors.append(tensor)
-                digest.update(
-                    memoryview(_bytes(tensor).numpy())
-                )  # what has arrived, not what was sent
+                digest.update(_bytes(tensor).numpy().data)  # what has arrived, not what was sent
         except RuntimeError as problem:  # out of memory, say: the other tensors come all the same
             error, tensors = problem, []
     (sent,) = _talk(broadcast_object_list, [None])
