@@ -35,10 +35,24 @@ from qvlm.launchers import LATER, Here, build
 from qvlm.locks import Held, Watch
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code."""
+    """Runs the command line and returns its exit code; see `qvlm.processes` if it was launched."""
+    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return _main(arguments)
+    from qvlm import processes
+
+    if not processes.join():
+        return processes.serve()
+    code = _main(arguments)
+    if code != INTERRUPTED:  # which the others were, too
+        processes.dismiss()
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     full_error = os.environ.get(FULL_ERROR) == "1"
     recorded: list[Path] = []
@@ -52,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "that was being evaluated keeps its answers, one that was streamed its layers",
             file=sys.stderr,
         )
-        return 130
+        return INTERRUPTED
     except SystemExit as done:  # --help, --version
         return done.code if isinstance(done.code, int) else 0
     except Exception as error:

@@ -23,6 +23,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 HERE = {"_target_": "qvlm.launchers.Here"}
 FULL_PRECISION = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
+MAP = "map"  # the device that is all devices
 KERNELS = ("auto", "reference", "bf16", "native", "int_mm", "int4_weight_only", "triton")
 
 
@@ -238,7 +239,10 @@ class RunConfig:
         stream: have only one decoder layer in memory while quantizing, and write it to
             `save_packed` before the next is read; for models larger than memory.
         group: cells that belong together, in Weights & Biases.
-        device: "auto" is the first GPU, or the CPU where there is none.
+        device: "auto" is the first GPU, or the CPU where there is none; "map" spreads a model that
+            is too large for one card over all of them and main memory.
+        max_memory: of device=map, the most that each card, in order, and then main memory may hold
+            of the model, such as "20GiB"; where it ends early, most of what is free.
         threads: of PyTorch on the CPU; null leaves its choice.
         force: compute even if a complete record exists.
         preflight: say what the cell will read, need and take, and stop.
@@ -261,6 +265,7 @@ class RunConfig:
     stream: bool = False
     results_dir: str = "results"
     device: str = "auto"
+    max_memory: list[str] = field(default_factory=list)
     threads: int | None = None
     force: bool = False
     preflight: bool = False
@@ -274,11 +279,18 @@ class RunConfig:
             _within("threads", self.threads, 1)
         _one_of("execution", self.execution, ("simulated", "packed"))
         _one_of("kernel", self.kernel, KERNELS)
+        if self.max_memory and self.device != MAP:
+            raise UserError("max_memory: it limits device=map; accepted without that is []")
         if self.kernel != "auto" and not self.packed:
             raise UserError(f"kernel: {self.kernel!r} needs execution=packed")
         streams = self.stream and not self.full_precision
         if streams and self.model.packed is None and self.save_packed is None:
             raise UserError("stream: give save_packed=FOLDER, where the packed model is written to")
+        if streams and self.device == MAP:
+            raise UserError(
+                "stream: device=map is not accepted, because one decoder layer at a time needs one "
+                "device; stream with device=auto, and evaluate with device=map model.packed=FOLDER"
+            )
         if self.evaluation.limit is not None:
             _within("evaluation.limit", self.evaluation.limit, 0 if streams else 1)
 

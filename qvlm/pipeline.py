@@ -11,6 +11,7 @@ packs its model before the line begins (`qvlm.streaming`).
 import shlex
 import shutil
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qvlm import prepare
+from qvlm import prepare, processes
 from qvlm.config import RunConfig
 from qvlm.evaluation import Evaluation, evaluate
 from qvlm.locks import Lock
@@ -128,11 +129,13 @@ def compute(
         with stages.stage("evaluate"):
             options = asdict(config.evaluation)
             del options["limit"]  # the questions are limited already
+            if config.packed:
+                options["observe"] = kernels_used
             evaluation = evaluate(loaded, questions, seed=config.seed, answers=answers, **options)
     if evaluation.resumed:  # the stage's seconds are those of the other questions only
         stages.costs["evaluate"]["resumed_questions"] = evaluation.resumed
     if config.packed:
-        found["kernels"] = kernels_used(loaded.model)
+        found["kernels"] = dict(sum(map(Counter, evaluation.observed), Counter()))
     return Outcome(
         questions, evaluation, stages.costs, weight_bytes=weight_bytes(loaded.model), **found
     )
@@ -189,7 +192,7 @@ def _compute_and_record(
 
     method = prepare.build_method(config.method)
     device = prepare.find_device(config.device)
-    prepare.settle(config, device)
+    processes.everywhere(prepare.settle, config, device)
     if config.only_written:
         with Stages(path.name, 2) as stages:
             stream_cell(config, method, device, identity["hash"], stages)
@@ -219,6 +222,8 @@ def _compute_and_record(
         "kernels": outcome.kernels,
         "weight_bytes": outcome.weight_bytes,
         "device": device,
+        "processes": processes.count(),
+        "questions_per_process": outcome.evaluation.shares,
         "threads": torch.get_num_threads(),
         "command": shlex.join(["python", *sys.argv]),
         "started": lock.owner.started,

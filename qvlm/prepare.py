@@ -24,13 +24,14 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qvlm import provenance
-from qvlm.config import RunConfig, canonical, influences
+from qvlm import processes, provenance
+from qvlm.config import MAP, RunConfig, canonical, influences
 from qvlm.data.scienceqa import load_scienceqa, require_published
 from qvlm.errors import UserError
 from qvlm.methods.base import Method
 from qvlm.models.hub import local_folder
 from qvlm.models.load import MINIATURES, LoadedModel, load_model
+from qvlm.models.placement import room, spread
 from qvlm.packing import read_origin
 from qvlm.prompts import Prompting
 from qvlm.quantization import QuantizationConfig, QuantSpec
@@ -41,7 +42,7 @@ DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
 # What a packed checkpoint does not settle: which questions, how they are asked, and where.
 _NOT_OF_THE_CHECKPOINT = (
     *("data", "evaluation", "tracking", "launcher", "kernel", "results_dir", "device", "threads"),
-    *("force", "seed", "group"),
+    *("force", "seed", "group", "max_memory"),
 )
 
 
@@ -62,6 +63,8 @@ def check_options(config: RunConfig) -> None:
         raise not_streamed(method.name)
     prompting(config)
     find_device(config.device)
+    if config.device == MAP:
+        room(config.max_memory)
     if not config.full_precision:
         quantization_config(config)
     require_writable(config.runs_dir)
@@ -278,19 +281,29 @@ def checkpoint_folder(config: RunConfig) -> Path:
 
 
 def find_device(name: str) -> str:
-    """Resolves "auto", and refuses a device that is not here.
+    """Resolves "auto" for the first process, and refuses a device that is not here.
 
     Raises:
         UserError: naming the devices that are.
     """
-    present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    cards = torch.cuda.device_count()
+    present = ["cpu", *(f"cuda:{index}" for index in range(cards)), *([MAP] if cards else [])]
     if name == "auto":
-        return present[1] if len(present) > 1 else "cpu"
-    if name == "cuda" and len(present) > 1:
-        return "cuda:0"
-    if name not in present:
+        name = "cuda" if cards else "cpu"
+    if name not in present and (name != "cuda" or not cards):
         raise UserError(f"device: {name!r} is not here; accepted are auto, {', '.join(present)}")
-    return name
+    if processes.count() > 1 and name != "cpu":
+        if name != "cuda":
+            raise UserError(
+                f"device: {name!r} is for one process; accepted with {processes.count()} are "
+                "auto, cuda (a card for each) and cpu"
+            )
+        if processes.on_this_machine() > cards:
+            raise UserError(
+                f"device: {processes.on_this_machine()} processes need a card each, and {cards} "
+                "are here; start fewer, or give device=cpu"
+            )
+    return "cuda:0" if name == "cuda" else name
 
 
 def settle(config: RunConfig, device: str) -> None:
@@ -314,11 +327,11 @@ def load(config: RunConfig, device: str) -> LoadedModel:
         UserError: if a file of the checkpoint is missing, truncated or does not fit.
     """
     model = config.model
-    return load_model(
+    loaded = load_model(
         checkpoint_folder(config),
         model.name,
         prompting(config),
-        device,
+        "cpu" if device == MAP else device,
         model.dtype,
         vision_tower=None if model.packed else model.vision_tower,
         image_size=model.image_size,
@@ -326,6 +339,10 @@ def load(config: RunConfig, device: str) -> LoadedModel:
         expert_capacity=model.expert_capacity,
         hollow=config.stream,
     )
+    if device == MAP:
+        simulated = not config.full_precision and model.packed is None
+        spread(loaded.model, room(config.max_memory), to_be_quantized=simulated)
+    return loaded
 
 
 def load_questions(config: RunConfig) -> datasets.Dataset:

@@ -1,8 +1,8 @@
 """The stages of a cell: a progress bar over them, and what each took in seconds and memory.
 
 Memory is the highest resident size that a thread saw, looking every 20 ms: the operating system's
-own high-water mark cannot be taken per stage. On a GPU the allocator's peak is exact. Without a
-terminal the bar is silent.
+own high-water mark cannot be taken per stage. On GPUs the allocators' peaks are exact; those of
+several cards are added up. Without a terminal the bar is silent.
 """
 
 import threading
@@ -54,8 +54,9 @@ class Stages:
         """Times what happens inside."""
         self._bar.set_postfix_str(name)
         gpu = torch.cuda.is_available()
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
+        cards = range(torch.cuda.device_count()) if gpu else ()
+        for card in cards:
+            torch.cuda.reset_peak_memory_stats(card)
         start = time.perf_counter()
         with _PeakMemory() as memory:
             yield
@@ -64,7 +65,7 @@ class Stages:
         seconds = time.perf_counter() - start
         self.costs[name] = {"seconds": round(seconds, 3), "peak_mib": round(memory.peak / MIB, 1)}
         if gpu:
-            peak = torch.cuda.max_memory_allocated() / MIB
+            peak = sum(map(torch.cuda.max_memory_allocated, cards)) / MIB
             self.costs[name]["gpu_peak_mib"] = round(peak, 1)
         self._bar.update()
 

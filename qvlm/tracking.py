@@ -58,7 +58,17 @@ def track(
         run.log(tables)
         run.summary.update(summary(record))
 
-    kept = ("hash", "git", "versions", "hardware", "device", "threads", "command", "finished")
+    kept = (
+        "hash",
+        "git",
+        "versions",
+        "hardware",
+        "device",
+        "processes",
+        "threads",
+        "command",
+        "finished",
+    )
     _log(
         log,
         tracking,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from standins import write
@@ -177,6 +178,35 @@ def test_a_cell_that_does_not_fit_is_refused_with_the_option_that_helps(
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    ("options", "cards", "helps"),
+    [
+        (["method=fp"], 2, "device=map"),
+        (["method=fp"], 1, "device=map"),  # the rest in main memory
+        (["method=rtn", "bits=w4a4"], 3, "device=map"),
+        (["method=rtn", "bits=w4a4"], 2, "stream=true save_packed=FOLDER"),
+        (["method=rtn", "bits=w4a4", "device=map"], 3, ""),
+        (["method=rtn", "bits=w4a4", "device=map"], 2, "model.packed=FOLDER"),
+    ],
+)
+def test_what_is_too_large_for_one_card_may_fit_on_several(
+    options: list[str],
+    cards: int,
+    helps: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    machine(monkeypatch, 0)
+    room = {"cpu": 48 * GIB} | {f"cuda:{card}": 24 * GIB for card in range(cards)}
+    monkeypatch.setattr(report, "_free", lambda d: room.get(d, cards * 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(prepare, "room", lambda _: {})
+    line = ["scale=paper", "model=llava_13b", "evaluation.batch_size=1", "preflight=true"]
+    assert main([*line, *options]) == (2 if helps else 0)
+    assert helps in capfd.readouterr().err
 
 
 def test_downloads_need_a_disk(

@@ -4,9 +4,14 @@ lm-eval's own wrappers load a checkpoint by name and fail on a batch without an 
 was quantized a minute ago has no name. The adapter encodes exactly the context and the image that
 lm-eval hands over. It offers no log-likelihoods, because ScienceQA's official score comes from the
 generated text.
+
+With several processes (`qvlm.processes`) the batches are dealt out, each as it is: which questions
+are padded together, and so every answer, is the same with any number of them. lm-eval, which would
+deal out questions, sees one process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import datasets
@@ -14,15 +19,31 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.answers import KeptAnswers
 from qvlm.models.load import LoadedModel
+from qvlm.processes import Deal, everywhere, is_first
 
 _IMAGE = datasets.Image(mode="RGB")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process contributed.
+
+    Attributes:
+        answers: by the number of their batch.
+        resumed: how many of them were kept before.
+        observed: what `observe` said.
+    """
+
+    answers: dict[int, list[str]]
+    resumed: int
+    observed: Any
 
 
 class InMemoryModel(LM):
@@ -34,6 +55,10 @@ class InMemoryModel(LM):
         seed: of sampling; each batch has a seed of its own that follows from it.
         kept: answers of an earlier evaluation, and where to keep these.
         progress: one bar over the questions; silent anyway when stderr is no terminal.
+        observe: looks at the model of each process when all questions are answered.
+
+    Attributes:
+        shares: of each process, once the questions are answered.
     """
 
     MULTIMODAL = True
@@ -45,6 +70,7 @@ class InMemoryModel(LM):
         seed: int = 0,
         kept: KeptAnswers | None = None,
         progress: bool = True,
+        observe: Callable[[nn.Module], Any] | None = None,
     ) -> None:
         super().__init__()
         self.loaded = loaded
@@ -52,6 +78,8 @@ class InMemoryModel(LM):
         self.seed = seed
         self.kept = kept
         self.progress = progress
+        self.observe = observe
+        self.shares: list[Share] = []
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Generates one text per request, in the order of the requests.
@@ -60,20 +88,36 @@ class InMemoryModel(LM):
         for the rest, and a batch too large for the memory fails at once rather than at the end.
         """
         longest_first = sorted(range(len(requests)), key=lambda row: _size(requests[row]))[::-1]
+        batches = {
+            start: [requests[row] for row in longest_first[start : start + self.batch_size]]
+            for start in range(0, len(requests), self.batch_size)
+        }
+        self.shares = everywhere(InMemoryModel._share, self, batches, Deal(len(batches)))
+        given = {start: texts for share in self.shares for start, texts in share.answers.items()}
         texts = [""] * len(requests)
-        with tqdm(
-            total=len(requests),
-            desc=f"{self.loaded.name}: questions",
-            unit="q",
-            disable=None if self.progress else True,
-        ) as bar:
-            for start in range(0, len(requests), self.batch_size):
-                rows = longest_first[start : start + self.batch_size]
-                answers = self._answers(start, [requests[row] for row in rows])
-                for row, text in zip(rows, answers, strict=True):
-                    texts[row] = text
-                bar.update(len(rows))
+        for row, text in zip(longest_first, _in_order(given), strict=True):
+            texts[row] = text
         return texts
+
+    def _share(self, batches: Mapping[int, Sequence[Instance]], deal: Deal) -> Share:
+        """Answers the batches that are dealt to this process; the bar shows what all are at."""
+        starts = list(batches)
+        answers = {}
+        with (
+            tqdm(
+                total=sum(map(len, batches.values())),
+                desc=f"{self.loaded.name}: questions",
+                unit="q",
+                disable=None if self.progress and is_first() else True,
+            ) as bar,
+            deal as numbers,
+        ):
+            for start in map(starts.__getitem__, numbers):
+                bar.update(start - bar.n)
+                answers[start] = self._answers(start, batches[start])
+            bar.update(bar.total - bar.n)
+        observed = self.observe(self.loaded.model) if self.observe else None
+        return Share(answers, self.kept.resumed if self.kept else 0, observed)
 
     def _answers(self, start: int, requests: Sequence[Instance]) -> list[str]:
         """The answers of the batch that begins at `start`, from the model unless they are kept."""
@@ -115,6 +159,10 @@ class InMemoryModel(LM):
     def loglikelihood_rolling(self, requests: list[Instance]) -> NoReturn:
         """Not offered: see the module's docstring."""
         raise NotImplementedError("this adapter generates text; it scores no texts")
+
+
+def _in_order(answers: Mapping[int, Sequence[str]]) -> list[str]:
+    return [text for start in sorted(answers) for text in answers[start]]
 
 
 class _RefuseNonFinite(LogitsProcessor):

@@ -8,9 +8,9 @@ the model before it was quantized.
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import lm_eval.evaluator
 import pandas as pd
 import torch
 from lm_eval.tasks import TaskManager
+from torch import nn
 
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel
@@ -42,11 +43,15 @@ class Evaluation:
             `subject`, `grade`, `skill`, `has_image`, `has_text`, `n_choices`, `answer`,
             `prediction` (missing if unparsable), `correct`, `text`.
         resumed: how many of the answers an earlier evaluation had given and kept.
+        shares: how many questions each process answered.
+        observed: what `observe` said of the model in each process.
     """
 
     metrics: dict[str, Any]
     predictions: pd.DataFrame
     resumed: int = 0
+    shares: list[int] = field(default_factory=list)
+    observed: list[Any] = field(default_factory=list)
 
 
 def evaluate(
@@ -59,8 +64,9 @@ def evaluate(
     progress: bool = True,
     temperature: float = 0.0,
     answers: Path | None = None,
+    observe: Callable[[nn.Module], Any] | None = None,
 ) -> Evaluation:
-    """Asks every question and scores the answers.
+    """Asks every question, of all processes that there are, and scores the answers.
 
     Args:
         loaded: the model.
@@ -74,6 +80,7 @@ def evaluate(
         temperature: 0 is greedy; above, tokens are sampled from the whole distribution.
         answers: a folder to keep the answers in as they are given; those that are there already,
             of the same model and options, are not asked again.
+        observe: a function to look at the model with, in each process, when it has answered.
 
     Raises:
         UserError: for an option outside its range, no questions, or an image that does not decode.
@@ -97,12 +104,8 @@ def evaluate(
         tasks["tasks"][_TASK].set_config(
             "generation_kwargs", {"max_gen_toks": max_new_tokens, **sampling}, update=True
         )
-        results = lm_eval.evaluator.evaluate(
-            InMemoryModel(loaded, batch_size, seed, kept, progress),
-            tasks,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        model = InMemoryModel(loaded, batch_size, seed, kept, progress, observe)
+        results = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)
     predictions = pd.DataFrame(results["results"][_TASK]["predictions,none"])
     predictions["prediction"] = predictions["prediction"].astype("Int64")
     if predictions["prediction"].isna().all():
@@ -116,7 +119,9 @@ def evaluate(
     return Evaluation(
         {"classes": class_metrics(predictions), "unparsable_rule": unparsable},
         predictions,
-        kept.resumed if kept else 0,
+        sum(share.resumed for share in model.shares),
+        [sum(map(len, share.answers.values())) for share in model.shares],
+        [share.observed for share in model.shares],
     )
 
 

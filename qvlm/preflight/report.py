@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from qvlm import prepare
-from qvlm.config import RunConfig, influences
+from qvlm.config import MAP, RunConfig, influences
 from qvlm.errors import UserError
 from qvlm.models.load import MINIATURES
 from qvlm.preflight import sources
@@ -62,7 +62,8 @@ def preflight(configs: Sequence[RunConfig]) -> None:
             if refusal:
                 refused.append(refusal)
             elif questions and not recorded:
-                took = seconds(config, shape, device, questions) / 3600
+                timed = "cuda:0" if device == MAP else device
+                took = seconds(config, shape, timed, questions) / 3600
                 total, hours = total + took, f"{took:.2g}"
         cell = [config.model.name, config.method_name, config.bits.label]
         rows.append([*cell, recorded or "no", need, "0" if recorded else hours])
@@ -142,7 +143,7 @@ def _refusal(config: RunConfig, shape: Shape, device: str) -> str:
         shape.parameters * getattr(torch, config.model.dtype).itemsize,
     )
     cell = f"{config.model.name} {config.method_name} {config.bits.label}"
-    if need <= _free(device):
+    if need <= _space(config, device):
         if device == "cpu" or config.stream or loaded <= _free("cpu"):
             return ""
         return (
@@ -153,7 +154,8 @@ def _refusal(config: RunConfig, shape: Shape, device: str) -> str:
         f"{cell} needs about {_gib(need)} GiB and {_device_name(device)} has {_gib(_free(device))}"
     )
     for option, other in _alternatives(config, device):
-        if memory(other, shape) <= _free("cpu" if other.device == "cpu" else device):
+        place = other.device if other.device in ("cpu", MAP) else device
+        if memory(other, shape) <= _space(other, place):
             return f"{sentence}; {option} would fit"
     return f"{sentence}; no option makes it fit, give a device with more or a smaller model"
 
@@ -169,9 +171,11 @@ def _alternatives(config: RunConfig, device: str) -> Iterator[tuple[str, RunConf
         half = replace(config, model=replace(config.model, dtype="bfloat16"))
         yield "model.dtype=bfloat16", half
         yield from ((f"model.dtype=bfloat16 {o}", c) for o, c in _alternatives(half, device))
+    if device.startswith("cuda"):
+        yield "device=map", replace(config, device=MAP)
     if not config.full_precision and config.model.packed is None:
         method = prepare.build_method(config.method)
-        if not config.stream and getattr(method, "one_pass", True):
+        if not config.stream and device != MAP and getattr(method, "one_pass", True):
             folder = config.save_packed or "FOLDER"
             yield (
                 f"stream=true save_packed={folder}",
@@ -180,18 +184,28 @@ def _alternatives(config: RunConfig, device: str) -> Iterator[tuple[str, RunConf
         packed = replace(config, model=replace(config.model, packed="FOLDER"))
         yield "model.packed=FOLDER, written elsewhere with save_packed=FOLDER,", packed
     if device != "cpu":
-        yield "device=cpu", replace(config, device="cpu")
+        yield "device=cpu", replace(config, device="cpu", max_memory=[])
+
+
+def _space(config: RunConfig, device: str) -> float:
+    """Bytes that a cell may take: beside all cards main memory, unless it is quantized there."""
+    evaluated_only = config.full_precision or config.model.packed is not None
+    return _free(device) + (_free("cpu") if device == MAP and evaluated_only else 0)
 
 
 def _free(device: str) -> float:
-    """Bytes of memory that a device has left."""
+    """Bytes of memory that a device has left; "map" has that of all cards."""
     if device == "cpu":
         return float(psutil.virtual_memory().available)
+    if device == MAP:
+        return sum(_free(f"cuda:{card}") for card in range(torch.cuda.device_count()))
     return float(torch.cuda.mem_get_info(device)[0])
 
 
 def _device_name(device: str) -> str:
     cores = f"{psutil.cpu_count(logical=True)} cores"
+    if device == MAP:
+        return f"map ({torch.cuda.device_count()} cards)"
     name = cores if device == "cpu" else torch.cuda.get_device_name(device)
     return f"{device} ({name})"
 
