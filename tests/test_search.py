@@ -280,7 +280,7 @@ def test_the_error_is_per_token(normalise: bool) -> None:
 
 
 def test_few_tokens_mean_few_batches() -> None:
-    block = get_block(VISION)
+    block = get_block(DECODER)
     runs = [[[linear]] for linear in block.linears]
     brute = Brute(block, Search((1.0,)))
     for linear in block.linears:

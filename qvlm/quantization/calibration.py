@@ -26,6 +26,9 @@ from qvlm.quantization.layout import block_layers, quantizable
 from qvlm.quantization.ranges import check_group_size
 from qvlm.quantization.spec import QuantizationConfig
 
+# Image tokens that are brought together in a call: bounds memory.
+_TOKENS = 4096
+
 
 class Walk:
     """A model, the data to calibrate it with, and what is to be quantized how.
@@ -155,7 +158,23 @@ class Walk:
                 raise RunError(f"the model's forward pass does not reach {name}")
         finally:
             hook.remove()
-        return caught
+        return caught if kind == "language" else _in_large_batches(caught)
+
+
+def _in_large_batches(calls: Sequence[Call]) -> list[Call]:
+    """The same images in fewer calls: whatever the length of their texts, their own is the same."""
+    merged: list[Call] = []
+    for (images, *more), kwargs in calls:
+        options = [*more, *kwargs.values()]
+        if merged and not any(isinstance(option, Tensor) for option in options):
+            (before, *same), others = merged[-1]
+            alike = before.shape[1:] == images.shape[1:] and (same, others) == (more, kwargs)
+            tokens = (len(before) + len(images)) * images.shape[1:-1].numel()
+            if alike and tokens <= _TOKENS:
+                merged[-1] = (torch.cat([before, images]), *more), kwargs
+                continue
+        merged.append(((images, *more), kwargs))
+    return merged
 
 
 class _Caught(Exception):

@@ -56,14 +56,15 @@ def percentile(fraction: float) -> Ranges:
         raise UserError(f"percentile {fraction!r}: accepted are numbers above 0.5 and up to 1")
 
     def rule(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        ordered = groups.float().sort(1).values
-        at = (ordered.shape[1] - 1) * fraction
-        below = int(at)
         # Linear interpolation between neighbours; mirrored for the lower end.
-        weight = at - below
-        above = min(below + 1, ordered.shape[1] - 1)
-        hi = ordered[:, below].lerp(ordered[:, above], weight)
-        lo = ordered[:, -1 - below].lerp(ordered[:, -1 - above], weight)
+        at = (groups.shape[1] - 1) * fraction
+        beyond, weight = groups.shape[1] - int(at), at - int(at)
+
+        def end(largest: bool) -> Tensor:
+            outermost = groups.float().topk(beyond, 1, largest).values
+            return outermost[:, -1].lerp(outermost[:, max(-2, -beyond)], weight)
+
+        lo, hi = end(largest=False), end(largest=True)
         return lo.clamp_max(0), hi.clamp_min(0)
 
     return rule
