@@ -312,7 +312,8 @@ class PackedLinear(nn.Module):
         if form.inputs == "token":
             inputs = TokenQuantizer(form.input_bits, form.ratio)
         else:
-            scale, zero_point = map(self._in_place, self._input_grid(torch.empty(0)))
+            scale = self._in_place(self.input_scale.view(torch.float32))
+            zero_point = self._in_place(self.input_zero_point.float())
             inputs = UniformQuantizer(form.input_bits, scale, zero_point, folds=form.folds)
         bias = None if self.bias is None else self.bias.view(torch.float32)
         return QuantLinear(self.dequantized(), bias, weights, inputs, self.layer_name)
