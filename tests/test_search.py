@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -245,8 +246,8 @@ def test_minimise_finds_the_least_or_descends(
     table = np.random.default_rng(seed).integers(0, 9, sizes)
     start = tuple(data.draw(st.integers(0, size - 1)) for size in sizes)
 
-    def error(choice: Any) -> float:
-        return float(table[choice])
+    def error(choice: Any, bound: float = inf) -> float:
+        return value if (value := float(table[choice])) <= bound else inf
 
     best = minimise(error, sizes, start, exhaustive=table.size)
     assert best == tuple(np.unravel_index(table.argmin(), table.shape))  # the first of equal ones
@@ -277,6 +278,18 @@ def test_the_error_is_per_token(normalise: bool) -> None:
     loud = output_error([ours[0][:1, :1]], [exact[0][:1, :1]], normalise) / 13
     assert (loud / error > 0.99) == (not normalise)  # one token of huge norm is everything, or not
     assert output_error([], [], normalise) == 0
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_hopeless_candidate_is_not_run_to_the_end(normalise: bool) -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 5, 4) for _ in range(3)]
+    ours = [x + torch.randn_like(x) for x in exact]
+    error = output_error(ours, exact, normalise)
+    assert output_error(ours, exact, normalise, bound=error) == error  # as good as the best: counts
+    asked = iter(ours)
+    assert output_error(asked, exact, normalise, bound=error / 100) == inf
+    assert len(list(asked)) == 2
 
 
 def test_few_tokens_mean_few_batches() -> None:

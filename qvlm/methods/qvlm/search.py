@@ -22,14 +22,15 @@ read the same input. The reference is what the float block makes of the same inp
 A sum of squared errors would be that of a few tokens of huge norm, so each token's error is divided
 by the energy of its float output (`normalise`).
 
-What does not depend on a candidate is not computed again: each linear remembers its last output and
-repeats it for an equal input, so that of three layers the first is computed 5 times, not 125.
+What does not depend on a candidate is not computed again (`trial.py`). A candidate whose error on
+part of the calibration data is already above the best one's on all of it is not run on the rest,
+since errors of batches only add up. Neither changes what is found.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import torch
 
@@ -49,7 +50,7 @@ class Found:
         layerwise_error: with what layer-wise search would choose; the difference to `error` is
             what searching jointly gains (the paper's discretization error difference).
         start_error: with every layer at the grid's first percentile.
-        candidates: settings whose error was computed, those of the layer-wise search included.
+        candidates: settings that were tried, those of the layer-wise search included.
     """
 
     units: tuple[tuple[str, ...], ...]
@@ -97,23 +98,31 @@ def search_block(
 
 
 def minimise(
-    error: Callable[[Choice], float], sizes: Sequence[int], start: Choice, exhaustive: int
+    error: Callable[[Choice, float], float], sizes: Sequence[int], start: Choice, exhaustive: int
 ) -> Choice:
     """The setting of least error among `sizes[0] x sizes[1] x ...`.
 
     Up to `exhaustive` settings all are tried, the last index running fastest, and the first of
     equal ones wins. Beyond, one index at a time is set to its best until none changes, beginning at
     `start`; the result is then never worse than `start`.
+
+    Args:
+        error: of a setting, given what it has to be at most: if it is above, any number above.
     """
+    enough = error(start, inf)
     if prod(sizes) <= exhaustive:
-        return min(itertools.product(*map(range, sizes)), key=error)
-    best, lowest = start, error(start)
+        best, lowest = start, inf
+        for candidate in itertools.product(*map(range, sizes)):
+            if (value := error(candidate, min(lowest, enough))) < lowest:
+                best, lowest = candidate, value
+        return best
+    best, lowest = start, enough
     while True:
         before = best
         for position, size in enumerate(sizes):
             for index in range(size):
                 candidate = (*best[:position], index, *best[position + 1 :])
-                if (value := error(candidate)) < lowest:
+                if (value := error(candidate, lowest)) < lowest:
                     best, lowest = candidate, value
         if best == before:
             return best
@@ -124,7 +133,7 @@ def _search_run(trial: Trial, units: Sequence[Sequence[str]]) -> Found:
     size = len(trial.search.percentiles)
     evaluated: dict[tuple[Choice, Choice, Observed], float] = {}
 
-    def error(choice: Choice, first: int, last: int) -> float:
+    def error(choice: Choice, first: int, last: int, bound: float) -> float:
         """Of units first .. last on their own output; those before are part of their input."""
         reference = (*choice[:first], *(None for _ in choice[first:]))
         observed = trial.observed(units[first : last + 1])
@@ -132,25 +141,29 @@ def _search_run(trial: Trial, units: Sequence[Sequence[str]]) -> Found:
             reference = (None,) * len(units)  # the block's own target whatever is in front
         key = choice, reference, observed
         if key not in evaluated:
-            evaluated[key] = trial.error(units, *key)
+            evaluated[key] = trial.error(units, *key, bound)
         return evaluated[key]
 
     depth = len(units)
+
+    def jointly(choice: Choice, bound: float = inf) -> float:
+        return error(choice, 0, depth - 1, bound)
+
+    start_error = jointly((0,) * depth)
     layerwise: Choice = ()
-    for unit in range(depth):
-        rest = (None,) * (depth - unit - 1)
-        errors = [error((*layerwise, index, *rest), unit, unit) for index in range(size)]
-        layerwise = (*layerwise, errors.index(min(errors)))
 
-    def jointly(choice: Choice) -> float:
-        return error(choice, 0, depth - 1)
+    def alone(choice: Choice, bound: float) -> float:
+        """Of the next unit, behind those that are chosen layer-wise."""
+        unit = len(layerwise)
+        return error((*layerwise, *choice, *(None,) * (depth - unit - 1)), unit, unit, bound)
 
+    while len(layerwise) < depth:
+        layerwise += minimise(alone, [size], (0,), size)
+    layerwise_error = jointly(layerwise)
     best = minimise(jointly, [size] * depth, layerwise, trial.search.exhaustive)
     lowest = jointly(best)
-    if lowest == float("inf"):
+    if lowest == inf:
         raise RunError(f"no percentile gives {trial.block.layer_name(units[0][0])} a finite output")
-    layerwise_error = jointly(layerwise)
-    start_error = jointly((0,) * depth)
     trial.settle(units, best)
     return Found(
         units=tuple(tuple(unit) for unit in units),

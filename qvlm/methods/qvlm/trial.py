@@ -6,10 +6,10 @@ the last output of each candidate in each call and repeats it for an equal input
 layers searched jointly the first is computed 5 times, not 125.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -80,16 +80,24 @@ class Search:
         check_whole("exhaustive", self.exhaustive)
 
 
-def output_error(outputs: Sequence[Tensor], targets: Sequence[Tensor], normalise: bool) -> float:
-    """Squared error per token of outputs [..., features], or its mean share of a token's energy."""
-    total, count = 0.0, 0
+def output_error(
+    outputs: Iterable[Tensor], targets: Sequence[Tensor], normalise: bool, bound: float = inf
+) -> float:
+    """Squared error per token of outputs [..., features], or its mean share of a token's energy.
+
+    Outputs are asked for one after the other, and no more once the error is above `bound`, whatever
+    the others are: then it is infinity.
+    """
+    total = 0.0
+    count = max(1, sum(target.shape[:-1].numel() for target in targets))
     for output, target in zip(outputs, targets, strict=True):
         errors = (output.float() - target.float()).square().sum(-1)
         if normalise:
             errors = errors / target.float().square().sum(-1).clamp_min(1e-20)
         total += float(errors.sum(dtype=torch.float64))
-        count += errors.numel()
-    return total / max(1, count)
+        if total / count > bound:
+            return inf
+    return total / count
 
 
 class Trial:
@@ -142,13 +150,19 @@ class Trial:
         return tuple(name for name in names if torch.equal(self._samples[name], last))
 
     def error(
-        self, units: Sequence[Sequence[str]], choice: Choice, reference: Choice, observed: Observed
+        self,
+        units: Sequence[Sequence[str]],
+        choice: Choice,
+        reference: Choice,
+        observed: Observed,
+        bound: float = inf,
     ) -> float:
-        """The output error of a setting; infinity if it is not finite.
+        """The output error of a setting; infinity if it is not finite, or above the bound.
 
         Args:
             choice: for each unit.
             reference: the choice whose output is aimed at, where linears are observed.
+            bound: an error above it is of no interest; the block is not run to the end for it.
         """
         if observed is None:
             targets = self._targets
@@ -156,10 +170,10 @@ class Trial:
             targets = self._references[reference, observed]
         else:
             self.choose(units, reference)
-            targets = self._references[reference, observed] = self._run(observed)
+            targets = self._references[reference, observed] = list(self._run(observed))
         self.choose(units, choice)
-        error = output_error(self._run(observed), targets, self.search.normalise)
-        return error if isfinite(error) else float("inf")
+        error = output_error(self._run(observed), targets, self.search.normalise, bound)
+        return error if isfinite(error) else inf
 
     def chosen_layers(self, keep_float: bool) -> dict[str, QuantLinear]:
         """The quantized linears of the setting; of one that saw no token the shared default."""
@@ -176,19 +190,17 @@ class Trial:
             layers[name] = chosen
         return layers
 
-    def _run(self, observed: Observed) -> list[Tensor]:
-        """Outputs of all calls: of the block, or of the linears in it that are observed."""
-        outputs: list[Tensor] = []
+    def _run(self, observed: Observed) -> Iterator[Tensor]:
+        """Outputs of one call after the other: of the block, or of linears that are observed."""
         for index, call in enumerate(self._calls):
             self._cursor.call = index
             if observed is None:
-                outputs += self.block.run(calls=[call])
+                yield from self.block.run(calls=[call])
                 continue
             layers = {name: self._layers[name] for name in observed}
             with _watched(layers) as seen, suppress(_Enough):
                 self.block.run(calls=[call])
-            outputs += [seen[name] for name in observed if name in seen]
-        return outputs
+            yield from (seen[name] for name in observed if name in seen)
 
 
 class _Cursor:
