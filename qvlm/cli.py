@@ -40,7 +40,7 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; see `qvlm.processes` if it was launched."""
-    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not _helpers():
         return _main(arguments)
     from qvlm import processes
 
@@ -50,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code != INTERRUPTED:  # which the others were, too
         processes.dismiss()
     return code
+
+
+def _helpers() -> int:
+    """How many processes accelerate's launcher started beside this one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) - 1 if "LOCAL_RANK" in os.environ else 0
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -184,9 +189,13 @@ def plan(
     if any(launcher != launchers[0] for launcher in launchers):
         raise UserError("launcher: a sweep has one; give a single value")
     try:
-        build(launchers[0])
+        launcher = build(launchers[0])
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
+    if not isinstance(launcher, Here) and _helpers():
+        raise UserError(
+            "launcher: its processes would not be those of accelerate launch; leave one of them out"
+        )
 
     if any(config.preflight for config, _ in cells.values()):
         from qvlm.preflight import preflight

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -76,12 +77,19 @@ def everywhere(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     Raises:
         Exception: what the function raised here.
         UserError, RunError: what it raised elsewhere, once all have ended.
+        KeyboardInterrupt: of this process, once the others have replied, so that they are asked for
+            the next task together again.
     """
     if count() == 1:
         return [function(*arguments)]
     _send((function, arguments))
     _refuse_errors(_talk(gather_object, [None]))  # of those that it did not reach whole
-    own = _attempt(function, arguments)
+    try:
+        own = _attempt(function, arguments)
+    except KeyboardInterrupt:  # by a user, of whom the others hear too, or by a lock that was lost
+        with suppress(RunError):
+            _talk(gather_object, [None])
+        raise
     replies = _talk(gather_object, [None if isinstance(own, Exception) else own])
     _refuse_errors([own, *replies[1:]])
     return list(replies)
@@ -126,8 +134,9 @@ class Deal:
         if count() == 1:
             return iter(range(self.numbers))
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = distributed.TCPStore(*place, is_master=False, wait_for_workers=False)
-        asked = (self._store.add(self._key, 1) - 1 for _ in itertools.count())
+        connect = partial(distributed.TCPStore, is_master=False, wait_for_workers=False)
+        store = self._store = _talk(connect, *place)
+        asked = (_talk(store.add, self._key, 1) - 1 for _ in itertools.count())
         return itertools.takewhile(lambda number: number < self.numbers, asked)
 
     def __exit__(
@@ -137,7 +146,8 @@ class Deal:
         trace: TracebackType | None,
     ) -> None:
         if self._store is not None and error is not None:
-            self._store.add(self._key, self.numbers)
+            with suppress(RunError):  # nobody is left who could be told
+                _talk(self._store.add, self._key, self.numbers)
         self._store = None
 
 

@@ -138,3 +138,14 @@ def test_each_process_has_a_card(monkeypatch: Any, device: str, cards: int, word
     assert [prepare.find_device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:0"] * 2 + [
         "cpu"
     ]
+
+
+def test_a_launcher_inside_a_launch_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "join", lambda: True)
+    monkeypatch.setattr(processes, "dismiss", lambda: None)
+    assert main(["-m", "method=fp,rtn", "launcher=joblib"]) == 2
+    assert "launcher: its processes would not be those of accelerate" in capfd.readouterr().err

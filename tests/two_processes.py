@@ -55,7 +55,15 @@ def break_elsewhere() -> None:
         raise KeyError("missing")
 
 
-def refused(kind: type[Exception], words: str, *task: Any) -> None:
+def interrupted(deal: processes.Deal) -> None:
+    """The first process is interrupted while both take numbers."""
+    with deal as numbers:
+        for _ in numbers:
+            if processes.is_first():
+                raise KeyboardInterrupt
+
+
+def refused(kind: type[BaseException], words: str, *task: Any) -> None:
     """Asserts that a task ends with this error."""
     with pytest.raises(kind, match=words):
         processes.everywhere(*task)
@@ -71,6 +79,7 @@ def main() -> None:
     # All numbers would take hours: that this ends is the point.
     refused(UserError, "enough", take_until, processes.Deal(10**9), 3)
     refused(RunError, "process 2 of 2 broke: KeyError: 'missing'", break_elsewhere)
+    refused(KeyboardInterrupt, "", interrupted, processes.Deal(10**9))
     processes.hashlib = SimpleNamespace(sha256=hashlib.sha512)  # type: ignore[assignment]
     refused(RunError, "not those that were sent", look, model)
     processes.hashlib = hashlib
