@@ -109,14 +109,15 @@ def minimise(
     Args:
         error: of a setting, given what it has to be at most: if it is above, any number above.
     """
+    best: Choice = start
     enough = error(start, inf)
     if prod(sizes) <= exhaustive:
-        best, lowest = start, inf
+        lowest = inf
         for candidate in itertools.product(*map(range, sizes)):
             if (value := error(candidate, min(lowest, enough))) < lowest:
                 best, lowest = candidate, value
         return best
-    best, lowest = start, enough
+    lowest = enough
     while True:
         before = best
         for position, size in enumerate(sizes):
