@@ -113,9 +113,9 @@ def minimise(
     enough = error(start, inf)
     if prod(sizes) <= exhaustive:
         lowest = inf
-        for candidate in itertools.product(*map(range, sizes)):
-            if (value := error(candidate, min(lowest, enough))) < lowest:
-                best, lowest = candidate, value
+        for setting in itertools.product(*map(range, sizes)):
+            if (value := error(setting, min(lowest, enough))) < lowest:
+                best, lowest = setting, value
         return best
     lowest = enough
     while True:
