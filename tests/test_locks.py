@@ -51,8 +51,12 @@ def record(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def prompt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(locks, "POLL", 0.02)
+    # A shell's background job ignores interrupts, and so would whatever it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def place(record: Path, owner: Owner, token: str = "token") -> Path:
