@@ -22,7 +22,8 @@ class QuantSpec:
         granularity: what shares a scale. Activations [tokens, features]: `per_tensor`,
             `per_token` (dynamic), `per_channel` (a feature), `per_channel_group` (clusters of
             `group_size` range-sorted features). Weights [out, in]: `per_tensor`, `per_channel`
-            (an output row), `per_group` (`group_size` neighbours along the input).
+            (an output row), `per_group` (`group_size` neighbours along the input, or along its
+            clusters: see `ranges.grouping_order`).
         group_size: elements of a group, channels of a cluster.
         p: exponent of the distance |x - x_hat|^p that `lp` ranges minimise.
         ranges: "lp" (clipped to the least lp distance) or "minmax".
