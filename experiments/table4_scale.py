@@ -70,6 +70,7 @@ OURS = (*VARIANTS, *PER_CHANNEL)
 GRID, DEPTH = 5, 3
 SEARCH_TOKENS = 4096
 PROMPT, ANSWER, TIMED = fit.SCALE_PROMPT, fit.ANSWER_TOKENS, fit.SCALE_ANSWER
+SIDE_BY_SIDE = 32  # tokens that are timed where one layer of a shape stands for all
 PATIENCE = 20.0  # seconds that a whole model may take, for two questions
 PACE = 5.0  # seconds of decoding after which no further token is timed
 
@@ -341,7 +342,7 @@ def side_by_side(
     found: dict[Variant, list[Seconds]] = {variant: [] for variant in variants}
     for repeat in range(repeats + 1):
         for variant, clock in clocks.items():
-            seconds = ask(clock, prompt, TIMED)
+            seconds = ask(clock, prompt, SIDE_BY_SIDE)
             if repeat:  # not the first, which warms up
                 found[variant].append(seconds)
     return found
@@ -551,7 +552,7 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
         f"{hardware['cpu']}, {hardware['memory_gib']} GiB, {rows[0]['threads']} threads; device "
         f"{device}{'; on a GPU: not measured' if device == 'cpu' else ''}.",
         f"A question is {given.prompt} tokens of image and text and {ANSWER} tokens of answer, of "
-        f"which at most {TIMED} were timed. Weights are random; there is no accuracy.",
+        f"which at most {SIDE_BY_SIDE} were timed for ratios and {TIMED} in whole models. Weights are random; there is no accuracy.",
         "FP is bf16. *uniform* is the form of every method but QLoRA's NormalFloat; beside it "
         "stands the paper's row of Q-VLM. Its activations are the default's: clusters of 128 "
         "sorted channels share a scale, and weights are grouped cluster by cluster. *per channel*: "

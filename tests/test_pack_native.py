@@ -24,11 +24,21 @@ needs_native = pytest.mark.skipif(
         (12, 130, 96, 32),
         (800, 65, 40, 16),
         (17, 64, 1030, 1030),
+        (5, 70, 600, 128),
+        (1, 3, 1290, 640),
+        (2, 9, 203, 203),
     ],
 )
-@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("grid", ["token", "channel", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_are_exact(
-    bits: tuple[int, int], rows: int, out: int, width: int, group: int, per_token: bool
+    bits: tuple[int, int],
+    rows: int,
+    out: int,
+    width: int,
+    group: int,
+    grid: str,
+    dtype: torch.dtype,
 ) -> None:
     weight_bits, input_bits = bits
     generator = torch.Generator().manual_seed(0)
@@ -40,10 +50,25 @@ def test_sums_are_exact(
     groups = -(-width // group)
     zero = integers(2**weight_bits, out, groups).to(torch.uint8)
     scale = 2.0 ** -integers(5, out, groups).float()  # powers of two, so that float sums are exact
-    zero_point = integers(2**input_bits, *((rows, 1) if per_token else (width,))).float()
-    steps = integers(2**input_bits, rows, width).float() - zero_point
+    shape = {"token": (rows, 1), "channel": (width,), "tensor": ()}[grid]
+    zero_point = integers(2**input_bits, *shape).float()
+    input_scale = 2.0 ** -integers(5, *shape).float()
+    position = integers(2**input_bits + 10, rows, width).float() - 5  # some lie beyond the grid
+    order = torch.randperm(width, generator=generator) if grid == "channel" else None
+    between = torch.rand(rows, width, generator=generator) - 0.5
+    stored = ((position - zero_point + between) * input_scale).to(dtype)
+    rounded = (stored.float() / input_scale).round() + zero_point
+    steps = rounded.clamp(0, 2**input_bits - 1) - zero_point
+    x = stored if order is None else torch.empty_like(stored).index_copy_(1, order, stored)
     weight = native.Weight(pack(codes, weight_bits), width, weight_bits, group)
-    found = native.integer_product(weight.uniform(scale, zero), steps, zero_point, input_bits)
+    found = native.integer_product(
+        weight.uniform(scale, zero),
+        x,
+        input_scale,
+        zero_point,
+        input_bits,
+        None if order is None else order.int(),
+    )
     v = codes.double() - zero.double().repeat_interleave(group, 1)[:, :width]
     v *= scale.double().repeat_interleave(group, 1)[:, :width]
     expected = steps.double() @ v.T
@@ -57,7 +82,10 @@ def test_sums_are_exact(
 def test_no_rows_give_no_rows() -> None:
     weight = native.Weight(torch.zeros(3, 4, dtype=torch.uint8), 8, 4, 8)
     weight.uniform(torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.uint8))
-    assert native.integer_product(weight, torch.zeros(0, 8), torch.zeros(()), 4).shape == (0, 3)
+    assert native.integer_product(weight, torch.zeros(0, 8), *[torch.ones(())] * 2, 4).shape == (
+        0,
+        3,
+    )
     assert native.float_product(weight, torch.zeros(0, 8)).shape == (0, 3)
 
 

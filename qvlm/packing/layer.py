@@ -252,19 +252,19 @@ class PackedLinear(nn.Module):
     def working_bytes(self, rows: int) -> int:
         """About what a call for so many rows takes at once beside its input, on this machine.
 
-        The input three times and the output twice in float32. The weight's part: where integers are
-        multiplied natively their steps once more, in order; where it is made float, a piece of it;
-        where stock products take its codes, these, and for the int4 layout 32 bits of each.
+        The output twice in float32, and the input: its steps where integers are multiplied
+        natively, for scales of tokens in float32 as well; otherwise three times in float32. The
+        weight's part: where it is made float, a piece of it; where stock products take its codes,
+        these, and for the int4 layout 32 bits of each.
         """
-        size = 4 * rows * (3 * self.in_features + 2 * self.out_features)
+        output, entries = 8 * rows * self.out_features, rows * self.in_features
         weight = self.in_features * self.out_features
-        if self._native_obstacle() is None:
-            return (
-                size + rows * self.in_features
-                if self._is_integer()
-                else (size + 6 * min(weight, kernels.PIECE))
-            )
-        return size + weight * (5 if "int4_weight_only" in self.serving() else 1)
+        natively = self._native_obstacle() is None
+        if natively and self._is_integer():
+            return output + entries * (5 if self.form.inputs == "token" else 1)
+        if natively:
+            return output + 12 * entries + 6 * min(weight, kernels.PIECE)
+        return output + 12 * entries + weight * (5 if "int4_weight_only" in self.serving() else 1)
 
     def channels(self) -> Tensor:
         """The channels in the order in which they are stored, [in] integers."""
@@ -380,6 +380,8 @@ class PackedLinear(nn.Module):
         return values * used[begin - first * size :][: values.numel()].view_as(values)
 
     def _product(self, kernel: str, x: Tensor) -> Tensor:
+        if kernel == "native" and self._is_integer():
+            return self._integer_product(x)
         steps, scale, zero_point = self._steps(self._as_stored(x))
         shared = self._shares_scale(scale)
         if kernel in ("reference", "bf16"):
@@ -390,14 +392,8 @@ class PackedLinear(nn.Module):
             return torch.cat(made, dim=1).float()
         if kernel == "native":
             self.rows_layout()
-            weight = self._native_weight()
-            if not self._is_integer():
-                multiply = native.rounded_product if self._rounds(x) else native.float_product
-                return multiply(weight, steps * scale)
-            y = native.integer_product(weight, steps, zero_point, self.form.input_bits)
-            if self._sharing() == "group":
-                return y
-            return y.mul_(scale if shared else scale[0])
+            multiply = native.rounded_product if self._rounds(x) else native.float_product
+            return multiply(self._native_weight(), steps * scale)
         weight_scale, weight_zero_point = self.weight_scales()
         if kernel == "int4_weight_only":
             size = self._int4_group()
@@ -430,6 +426,16 @@ class PackedLinear(nn.Module):
                 factor = factor * scale.expand(self.in_features)[cell.channel]
             y.addcmul_(product.float(), factor)
         return y * scale if shared else y
+
+    def _integer_product(self, x: Tensor) -> Tensor:
+        self.rows_layout()
+        scale, zero_point = self._input_grid(x)
+        order = self.order if self.form.ordered else None
+        weight, bits = self._native_weight(), self.form.input_bits
+        y = native.integer_product(weight, x, scale, zero_point, bits, order)
+        if self.form.folds or self._sharing() == "group":
+            return y
+        return y.mul_(scale if self._shares_scale(scale) else scale[0])
 
     def _constants(self) -> Tensor:
         """The constants of NormalFloat blocks, [blocks] float32."""

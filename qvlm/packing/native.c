@@ -21,7 +21,7 @@
     default: f(4); break; \
     }
 
-enum { CHUNK = 64, CELL = 512, ROWS = 4, TILE = 64, STRIPE = 4, BAND = 768 };
+enum { CHUNK = 64, CELL = 512, ROWS = 4, OUTPUTS = 4, TILE = 64, STRIPE = 4, BAND = 768 };
 /* Products below which one thread is done before another has begun. */
 enum { SMALL = 1 << 20 };
 
@@ -77,72 +77,254 @@ static inline __m512i unpack(const uint8_t *at, int64_t count, int64_t bits, con
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(by->shifts, lanes), by->mask);
 }
 
-/* ---- few rows: the weight is read once, as it is stored ---- */
-
-/* Sums of t q and of t z: their difference is that of t v. */
+/* Cells of a weight: where one starts, how many channels, and which scale is theirs. */
 typedef struct {
-    __m512i codes, zeros;
-} Sums;
+    int64_t start, width, group;
+    int64_t stride; /* width up to a multiple of a block */
+    int64_t at;     /* how much a row of steps takes before it */
+} Cell;
 
-static inline void add(Sums *sums, __m512i q, __m512i z, __m512i t) {
-    sums->codes = _mm512_dpbusd_epi32(sums->codes, q, t);
-    sums->zeros = _mm512_dpbusd_epi32(sums->zeros, z, t);
-}
-
-/* y[m, n] = sum over cells of s (sum of t v), t = 2 high + low, for m < count. */
-static inline __attribute__((always_inline)) void integer_row(
-    const Weight *w, const Unpacker *by, int64_t n, const int8_t *high, const int8_t *low,
-    float *y, const int count) {
-    const float *scale = w->scale + n * w->stride;
-    const uint8_t *zero = w->zero + n * w->stride;
-    __m512 total[ROWS];
-    for (int m = 0; m < count; m++) total[m] = _mm512_setzero_ps();
+/* The cells of a weight in order, whose steps are stored in blocks; how many. `cells` may be
+   NULL. */
+static int64_t cells_of(const Weight *w, int64_t block, Cell *cells) {
+    int64_t count = 0, at = 0;
     for (int64_t g = 0, start = 0; start < w->width; g++, start += w->group) {
         int64_t end = least(start + w->group, w->width);
-        __m512i z = _mm512_set1_epi8((char)zero[g]);
-        for (int64_t cell = start; cell < end; cell += CELL) {
-            int64_t stop = least(cell + CELL, end);
-            Sums of_high[ROWS], of_low[ROWS];
-            for (int m = 0; m < count; m++)
-                of_high[m] = of_low[m] = (Sums){_mm512_setzero_si512(), _mm512_setzero_si512()};
-            for (int64_t k = cell; k < stop; k += CHUNK) {
-                const uint8_t *at = w->codes + n * w->row_bytes + k * w->bits / 8;
-                __m512i q = unpack(at, stop - k, w->bits, by);
-                __mmask64 valid = first(stop - k);
-                for (int m = 0; m < count; m++) {
-                    int64_t from = m * w->width + k;
-                    add(&of_high[m], q, z, _mm512_maskz_loadu_epi8(valid, high + from));
-                    if (low) add(&of_low[m], q, z, _mm512_maskz_loadu_epi8(valid, low + from));
-                }
-            }
-            for (int m = 0; m < count; m++) {
-                __m512i exact = _mm512_sub_epi32(of_high[m].codes, of_high[m].zeros);
-                if (low) {
-                    exact = _mm512_slli_epi32(exact, 1);
-                    __m512i rest = _mm512_sub_epi32(of_low[m].codes, of_low[m].zeros);
-                    exact = _mm512_add_epi32(exact, rest);
-                }
-                __m512 s = _mm512_set1_ps(w->factor ? scale[g] * w->factor[g] : scale[g]);
-                total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), s, total[m]);
-            }
+        for (int64_t cell = start; cell < end; cell += CELL, count++) {
+            int64_t width = least(CELL, end - cell), stride = (width + block - 1) / block * block;
+            if (cells) cells[count] = (Cell){cell, width, g, stride, at};
+            at += stride;
         }
     }
-    for (int m = 0; m < count; m++) y[m * w->rows + n] = _mm512_reduce_add_ps(total[m]);
+    return count;
 }
 
-/* y [m, rows] from t = 2 high + low (or high alone, if low is NULL), each [m, width]. */
-void integer_rows(const Weight *w, int64_t m, const int8_t *high, const int8_t *low, float *y) {
-    const Unpacker by = unpacker(w->bits);
-#pragma omp parallel for schedule(static) if (m * w->rows * w->width > SMALL)
-    for (int64_t n = 0; n < w->rows; n++) {
-        for (int64_t row = 0; row < m; row += ROWS) {
-            const int8_t *h = high + row * w->width, *l = low ? low + row * w->width : NULL;
-            float *out = y + row * w->rows;
-#define PRODUCT(count) integer_row(w, &by, n, h, l, out, count)
-            SPECIALIZED(least(m - row, ROWS), PRODUCT)
-#undef PRODUCT
+/* ---- inputs: put on their grid ---- */
+
+/* Inputs [rows, width]; scale and zero are one for all, or differ by row or by channel. */
+typedef struct {
+    const void *x; /* float32, or bf16 if `half` */
+    int64_t rows, width, half;
+    const int32_t *order; /* [width]: which channel of x each channel of the weight is; or NULL */
+    const float *scale, *zero; /* by channel of the weight */
+    int64_t by_row, by_channel; /* each 0 or 1: how far apart the numbers of neighbours are */
+    int64_t bits;
+} Input;
+
+/* Whether q - z of an input does not fit int8. */
+static inline int wide(const Input *in) { return in->bits == 8; }
+
+static inline __m512 sixteen(const Input *in, int64_t row, int64_t k, __mmask16 valid) {
+    const float *x = (const float *)in->x + row * in->width;
+    const uint16_t *half = (const uint16_t *)in->x + row * in->width;
+    if (in->order) {
+        float found[16] __attribute__((aligned(64)));
+        uint32_t *bits = (uint32_t *)found;
+        int64_t count = least(in->width - k, 16);
+        const int32_t *order = in->order + k;
+        for (int64_t i = 0; i < count; i++)
+            if (in->half)
+                bits[i] = (uint32_t)half[order[i]] << 16;
+            else
+                found[i] = x[order[i]];
+        return _mm512_maskz_load_ps(valid, found);
+    }
+    if (!in->half) return _mm512_maskz_loadu_ps(valid, x + k);
+    __m256i some = _mm256_maskz_loadu_epi16(valid, half + k);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16));
+}
+
+/* t = q - z of a row of inputs, plus z - 128 if `from_middle`, as `UniformQuantizer` rounds. */
+static void quantize(const Input *in, int64_t row, int from_middle, int16_t *t) {
+    const float *scale = in->scale + row * in->by_row, *zero = in->zero + row * in->by_row;
+    const __m512 top = _mm512_set1_ps((float)((1 << in->bits) - 1));
+    for (int64_t k = 0; k < in->width; k += 16) {
+        __mmask16 valid = (__mmask16)first(least(in->width - k, 16));
+        __m512 s = _mm512_set1_ps(*scale), z = _mm512_set1_ps(*zero);
+        if (in->by_channel) {
+            s = _mm512_maskz_loadu_ps(valid, scale + k);
+            z = _mm512_maskz_loadu_ps(valid, zero + k);
+        }
+        __m512 steps = _mm512_maskz_div_ps(valid, sixteen(in, row, k, valid), s);
+        steps = _mm512_roundscale_ps(steps, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        steps = _mm512_max_ps(steps, _mm512_sub_ps(_mm512_setzero_ps(), z));
+        steps = _mm512_min_ps(steps, _mm512_sub_ps(top, z));
+        if (from_middle) steps = _mm512_add_ps(steps, _mm512_sub_ps(z, _mm512_set1_ps(128)));
+        __m256i narrow = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(steps));
+        _mm256_mask_storeu_epi16(t + k, valid, narrow);
+    }
+}
+
+/* ---- few rows: the weight is read once, as it is stored ---- */
+
+/* Steps of inputs, t = 2 high + low, or high alone, cell by cell in blocks that zeros fill up. A
+   block is as many codes as are unpacked at once: a CHUNK, or two whose codes of 4 bits take turns,
+   the first in the low halves of bytes. A block of steps is in that order. */
+typedef struct {
+    int64_t rows, block, bytes, count; /* bytes of a row; how many cells */
+    Cell *cells;
+    int8_t *high, *low; /* [rows, bytes]; low may be NULL */
+    int32_t *sums;      /* [rows, cells, 16] of t, by lane */
+} Steps;
+
+static void arrange(Steps *s, int64_t row, const int16_t *t, int is_wide) {
+    for (int64_t c = 0; c < s->count; c++) {
+        const Cell *cell = s->cells + c;
+        int8_t *high = s->high + row * s->bytes + cell->at;
+        int8_t *low = is_wide ? s->low + row * s->bytes + cell->at : NULL;
+        memset(high, 0, cell->stride);
+        if (low) memset(low, 0, cell->stride);
+        for (int64_t k = 0; k < cell->width; k++) {
+            int64_t to = k, in_block = k % s->block;
+            if (s->block > CHUNK) to = k - in_block + in_block % 2 * CHUNK + in_block / 2;
+            int16_t step = t[cell->start + k];
+            high[to] = (int8_t)(is_wide ? step >> 1 : step);
+            if (low) low[to] = step & 1;
+        }
+        __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
+        for (int64_t k = 0; k < cell->stride; k += CHUNK)
+            sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(high + k));
+        if (low) {
+            sum = _mm512_slli_epi32(sum, 1);
+            for (int64_t k = 0; k < cell->stride; k += CHUNK)
+                sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(low + k));
+        }
+        _mm512_storeu_si512(s->sums + (row * s->count + c) * 16, sum);
+    }
+}
+
+/* y[m, n + r] = sum over cells of s (sum of t q - z sum of t), for m < count and r < outputs. */
+static inline __attribute__((always_inline)) void integer_block(
+    const Weight *w, const Unpacker *by, int64_t n, const Steps *steps, int64_t row, float *y,
+    const int64_t block, const int is_wide, const int outputs, const int count) {
+    const __m512i half = _mm512_set1_epi8(15);
+    const int8_t *of_high = steps->high + row * steps->bytes;
+    const int8_t *of_low = is_wide ? steps->low + row * steps->bytes : NULL;
+    const int32_t *sums = steps->sums + row * steps->count * 16;
+    __m512 total[OUTPUTS][ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < outputs; r++)
+#pragma GCC unroll 8
+        for (int m = 0; m < count; m++) total[r][m] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < steps->count; c++) {
+        const Cell *cell = steps->cells + c;
+        const uint8_t *at = w->codes + n * w->row_bytes + cell->start * w->bits / 8;
+        /* Several rows at a time, memory does not see that all is read in order: it is told. */
+        const uint8_t *ahead = w->codes + (n + 2 * outputs) * w->row_bytes;
+        ahead += outputs * (cell->start * w->bits / 8);
+        for (int64_t i = 0; i < outputs * cell->width * w->bits / 8; i += 64)
+            _mm_prefetch((const char *)ahead + i, _MM_HINT_T1);
+        __m512i high[OUTPUTS][ROWS], low[OUTPUTS][ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < outputs; r++)
+#pragma GCC unroll 8
+            for (int m = 0; m < count; m++) high[r][m] = low[r][m] = _mm512_setzero_si512();
+        for (int64_t k = 0; k < cell->width; k += block) {
+            int64_t left = cell->width - k, from = cell->at + k;
+#pragma GCC unroll 8
+            for (int r = 0; r < outputs; r++) {
+                const uint8_t *here = at + r * w->row_bytes + k * w->bits / 8;
+                __m512i q[2];
+                if (block > CHUNK) {
+                    __m512i pairs = left >= block
+                                        ? _mm512_loadu_si512(here)
+                                        : _mm512_maskz_loadu_epi8(first((left + 1) / 2), here);
+                    q[0] = _mm512_and_si512(pairs, half);
+                    q[1] = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), half);
+                } else {
+                    q[0] = unpack(here, left, w->bits, by);
+                }
+#pragma GCC unroll 8
+                for (int m = 0; m < count; m++)
+#pragma GCC unroll 8
+                    for (int i = 0; i < block / CHUNK; i++) {
+                        int64_t place = m * steps->bytes + from + i * CHUNK;
+                        high[r][m] = _mm512_dpbusd_epi32(high[r][m], q[i],
+                                                         _mm512_loadu_si512(of_high + place));
+                        if (is_wide)
+                            low[r][m] = _mm512_dpbusd_epi32(low[r][m], q[i],
+                                                            _mm512_loadu_si512(of_low + place));
+                    }
+            }
+        }
+        float factor = w->factor ? w->factor[cell->group] : 1;
+#pragma GCC unroll 8
+        for (int r = 0; r < outputs; r++) {
+            int64_t at_scale = (n + r) * w->stride + cell->group;
+            __m512i z = _mm512_set1_epi32(w->zero[at_scale]);
+            __m512 s = _mm512_set1_ps(w->scale[at_scale] * factor);
+#pragma GCC unroll 8
+            for (int m = 0; m < count; m++) {
+                __m512i sum = _mm512_loadu_si512(sums + (m * steps->count + c) * 16);
+                __m512i exact = high[r][m];
+                if (is_wide) exact = _mm512_add_epi32(_mm512_slli_epi32(exact, 1), low[r][m]);
+                exact = _mm512_sub_epi32(exact, _mm512_mullo_epi32(z, sum));
+                total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), s, total[r][m]);
+            }
         }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < outputs; r++)
+#pragma GCC unroll 8
+        for (int m = 0; m < count; m++)
+            y[m * w->rows + n + r] = _mm512_reduce_add_ps(total[r][m]);
+}
+
+/* The same for one output, or of one input for OUTPUTS, which read it once. */
+static inline __attribute__((always_inline)) void integer_outputs(
+    const Weight *w, const Unpacker *by, int64_t n, const Steps *steps, float *y,
+    const int64_t block, const int is_wide) {
+    if (steps->rows == 1 && n + OUTPUTS <= w->rows) {
+        integer_block(w, by, n, steps, 0, y, block, is_wide, OUTPUTS, 1);
+        return;
+    }
+    for (int64_t r = n; r < least(n + OUTPUTS, w->rows); r++)
+        for (int64_t row = 0; row < steps->rows; row += ROWS) {
+            float *out = y + row * w->rows;
+#define PRODUCT(count) integer_block(w, by, r, steps, row, out, block, is_wide, 1, count)
+            SPECIALIZED(least(steps->rows - row, ROWS), PRODUCT)
+#undef PRODUCT
+        }
+}
+
+/* y [in->rows, rows]. Returns 0, or 1 without memory. */
+int integer_rows(const Weight *w, const Input *in, float *y) {
+    const Unpacker by = unpacker(w->bits);
+    int whole = w->group >= w->width || w->group % (2 * CHUNK) == 0;
+    Steps s = {.rows = in->rows, .block = w->bits == 4 && whole ? 2 * CHUNK : CHUNK};
+    s.count = cells_of(w, s.block, NULL);
+    s.cells = malloc(s.count * sizeof(Cell));
+    if (!s.cells) return 1;
+    cells_of(w, s.block, s.cells);
+    s.bytes = s.cells[s.count - 1].at + s.cells[s.count - 1].stride;
+    s.high = malloc(in->rows * s.bytes);
+    s.low = wide(in) ? malloc(in->rows * s.bytes) : NULL;
+    s.sums = malloc(in->rows * s.count * 16 * sizeof(int32_t));
+    int16_t *t = malloc(in->width * sizeof(int16_t));
+    int failed = !s.high || (wide(in) && !s.low) || !s.sums || !t;
+    if (!failed) {
+        for (int64_t row = 0; row < in->rows; row++) {
+            quantize(in, row, 0, t);
+            arrange(&s, row, t, wide(in));
+        }
+#pragma omp parallel for schedule(static) if (in->rows * w->rows * w->width > SMALL)
+        for (int64_t n = 0; n < w->rows; n += OUTPUTS) {
+            if (s.block > CHUNK && s.low)
+                integer_outputs(w, &by, n, &s, y, 2 * CHUNK, 1);
+            else if (s.block > CHUNK)
+                integer_outputs(w, &by, n, &s, y, 2 * CHUNK, 0);
+            else if (s.low)
+                integer_outputs(w, &by, n, &s, y, CHUNK, 1);
+            else
+                integer_outputs(w, &by, n, &s, y, CHUNK, 0);
+        }
+    }
+    free(s.cells);
+    free(s.high);
+    free(s.low);
+    free(s.sums);
+    free(t);
+    return failed;
 }
 
 /* ---- the float weight, chunk by chunk ---- */
@@ -308,9 +490,9 @@ typedef struct {
     float scale[TILE] __attribute__((aligned(64)));
     int32_t zero[TILE], offset[TILE];
     int shifted; /* whether any offset is not zero */
-} Cell;
+} Tile;
 
-static void load_cell(Cell *c, const Weight *w, const Unpacker *by, int64_t n, int64_t g,
+static void load_tile(Tile *c, const Weight *w, const Unpacker *by, int64_t n, int64_t g,
                       int64_t start, int64_t width, const int16_t *offset) {
     int64_t outputs = least(w->rows - n, TILE);
     uint8_t codes[CELL] __attribute__((aligned(64)));
@@ -340,7 +522,7 @@ static void load_cell(Cell *c, const Weight *w, const Unpacker *by, int64_t n, i
 
 /* y[m, TILE] += s (sum of t v) over a cell, for m < count; `steps` are the cell's. */
 static inline __attribute__((always_inline)) void stripe(
-    const Cell *c, int64_t stride, const int8_t *steps, const int32_t *sums, const int32_t *times,
+    const Tile *c, int64_t stride, const int8_t *steps, const int32_t *sums, const int32_t *times,
     float *y, const int count) {
     __m512i acc[STRIPE][TILE / 16];
 #pragma GCC unroll 8
@@ -375,74 +557,82 @@ static inline __attribute__((always_inline)) void stripe(
     }
 }
 
-/* A run of channels: where it starts, how many, and which scale is theirs. */
+/* What an 8-bit input's q - 128 lacks of q - z: offset [width] times `times` [rows]. */
 typedef struct {
-    int64_t start, width, group;
-    int64_t stride; /* width up to a multiple of 4 */
-    int64_t at;     /* bytes that a row of steps takes before it */
-} Run;
+    int16_t *offset; /* NULL for zeros */
+    int32_t *times;  /* NULL for ones */
+} Shift;
 
-/* The cells of a weight in order; how many. `runs` may be NULL. */
-static int64_t cells_of(const Weight *w, Run *runs) {
-    int64_t count = 0, at = 0;
-    for (int64_t g = 0, start = 0; start < w->width; g++, start += w->group) {
-        int64_t end = least(start + w->group, w->width);
-        for (int64_t cell = start; cell < end; cell += CELL, count++) {
-            int64_t width = least(CELL, end - cell), stride = (width + 3) / 4 * 4;
-            if (runs) runs[count] = (Run){cell, width, g, stride, at};
-            at += stride;
-        }
-    }
-    return count;
+/* Returns 0, or 1 without memory. */
+static int find_shift(const Input *in, Shift *shift) {
+    *shift = (Shift){NULL, NULL};
+    if (!wide(in)) return 0;
+    shift->offset = malloc(in->width * sizeof(int16_t));
+    if (in->by_row) shift->times = malloc(in->rows * sizeof(int32_t));
+    if (!shift->offset || (in->by_row && !shift->times)) return 1;
+    for (int64_t k = 0; k < in->width; k++)
+        shift->offset[k] = in->by_row ? 1 : (int16_t)(128 - in->zero[k * in->by_channel]);
+    for (int64_t row = 0; in->by_row && row < in->rows; row++)
+        shift->times[row] = (int32_t)(128 - in->zero[row]);
+    return 0;
 }
 
-/* y [m, rows] from t = steps + times offset: `steps` int8 [m, width]; `offset` [width] or NULL for
-   zeros, `times` [m] or NULL for ones. Returns 0, or 1 without memory. */
-int integer_tiles(const Weight *w, int64_t m, const int8_t *steps, const int16_t *offset,
-                  const int32_t *times, float *y) {
+/* y [in->rows, rows]. Returns 0, or 1 without memory. */
+int integer_tiles(const Weight *w, const Input *in, float *y) {
     const Unpacker by = unpacker(w->bits);
-    int64_t cells = cells_of(w, NULL);
-    Run *runs = malloc(cells * sizeof(Run));
-    if (!runs) return 1;
-    cells_of(w, runs);
-    int64_t bytes = runs[cells - 1].at + runs[cells - 1].stride;
+    int64_t m = in->rows, count = cells_of(w, 4, NULL);
+    Cell *cells = malloc(count * sizeof(Cell));
+    if (!cells) return 1;
+    cells_of(w, 4, cells);
+    int64_t bytes = cells[count - 1].at + cells[count - 1].stride;
     /* Steps by cell, then row, then channel: what a tile reads one after the other. */
-    int8_t *ordered = calloc(m, bytes);
-    int32_t *sums = malloc(cells * m * sizeof(int32_t));
-    int failed = !ordered || !sums;
+    int8_t *ordered = malloc(m * bytes);
+    int32_t *sums = malloc(count * m * sizeof(int32_t));
+    Shift shift;
+    int failed = find_shift(in, &shift) || !ordered || !sums;
     if (!failed) {
 #pragma omp parallel if (m * w->rows * w->width > SMALL)
         {
-            Cell *c = aligned_alloc(64, sizeof(Cell));
+            Tile *c = aligned_alloc(64, sizeof(Tile));
             float *tile = aligned_alloc(64, least(m, BAND) * TILE * sizeof(float));
-            if (!c || !tile) {
+            int16_t *t = malloc(in->width * sizeof(int16_t));
+            if (!c || !tile || !t) {
 #pragma omp atomic write
                 failed = 1;
             }
+#pragma omp barrier
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < m; row++)
-                for (int64_t i = 0; i < cells; i++) {
-                    const int8_t *from = steps + row * w->width + runs[i].start;
-                    int8_t *to = ordered + runs[i].at * m + row * runs[i].stride;
+            for (int64_t row = 0; row < m; row++) {
+                if (failed) continue;
+                quantize(in, row, wide(in), t);
+                for (int64_t i = 0; i < count; i++) {
+                    const int16_t *from = t + cells[i].start;
+                    int8_t *to = ordered + cells[i].at * m + row * cells[i].stride;
                     int32_t sum = 0;
-                    for (int64_t k = 0; k < runs[i].width; k++) sum += to[k] = from[k];
+                    for (int64_t k = 0; k < cells[i].width; k++) {
+                        to[k] = (int8_t)from[k];
+                        sum += from[k];
+                    }
+                    for (int64_t k = cells[i].width; k < cells[i].stride; k++) to[k] = 0;
                     sums[i * m + row] = sum;
                 }
+            }
 #pragma omp for schedule(dynamic) collapse(2)
             for (int64_t top = 0; top < m; top += BAND)
                 for (int64_t n = 0; n < w->rows; n += TILE) {
                     if (failed) continue;
                     int64_t rows = least(m - top, BAND), outputs = least(w->rows - n, TILE);
                     memset(tile, 0, rows * TILE * sizeof(float));
-                    for (int64_t i = 0; i < cells; i++) {
-                        const Run *run = runs + i;
-                        load_cell(c, w, &by, n, run->group, run->start, run->width, offset);
+                    for (int64_t i = 0; i < count; i++) {
+                        const Cell *cell = cells + i;
+                        load_tile(c, w, &by, n, cell->group, cell->start, cell->width,
+                                  shift.offset);
                         for (int64_t row = top; row < top + rows; row += STRIPE) {
-                            const int8_t *t = ordered + run->at * m + row * run->stride;
+                            const int8_t *steps = ordered + cell->at * m + row * cell->stride;
                             const int32_t *sum = sums + i * m + row;
-                            const int32_t *multiply = times ? times + row : NULL;
+                            const int32_t *times = shift.times ? shift.times + row : NULL;
                             float *out = tile + (row - top) * TILE;
-#define PRODUCT(count) stripe(c, run->stride, t, sum, multiply, out, count)
+#define PRODUCT(count) stripe(c, cell->stride, steps, sum, times, out, count)
                             SPECIALIZED(least(top + rows - row, STRIPE), PRODUCT)
 #undef PRODUCT
                         }
@@ -453,10 +643,13 @@ int integer_tiles(const Weight *w, int64_t m, const int8_t *steps, const int16_t
                 }
             free(c);
             free(tile);
+            free(t);
         }
     }
-    free(runs);
+    free(cells);
     free(ordered);
     free(sums);
+    free(shift.offset);
+    free(shift.times);
     return failed;
 }

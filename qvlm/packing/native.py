@@ -124,36 +124,58 @@ def takes(width: int, bits: int, group: int) -> bool:
     return group >= width or group * bits % 8 == 0
 
 
-def integer_product(weight: Weight, steps: Tensor, zero_point: Tensor, input_bits: int) -> Tensor:
-    """The sums of t v s, [rows, out] float32, for inputs of up to 8 bits.
+class _Input(ctypes.Structure):
+    """`Input` of native.c."""
+
+    _fields_ = (
+        ("x", _pointer),
+        *((name, _number) for name in ("rows", "width", "half")),
+        *((name, _pointer) for name in ("order", "scale", "zero")),
+        *((name, _number) for name in ("by_row", "by_channel", "bits")),
+    )
+
+
+def integer_product(
+    weight: Weight,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    input_bits: int,
+    order: Tensor | None = None,
+) -> Tensor:
+    """The sums of t v s, [rows, out] float32, where t = q - z of inputs of up to 8 bits.
+
+    Inputs are put on their grid here, as `UniformQuantizer` does it, to the bit.
 
     Args:
         weight: uniform.
-        steps: t = q - z, [rows, in] float32 holding integers.
-        zero_point: z of the input, which broadcasts to it; used at 8 bits.
+        x: finite, [rows, in].
+        scale, zero_point: of the input, float32, both of one shape: one number, [rows, 1], or [in]
+            in the order of the weight's channels.
+        order: which channel of `x` each channel of the weight is, [in] int32.
     """
-    rows = len(steps)
-    y = steps.new_empty(rows, weight.out)
+    rows, width = x.shape
+    y = torch.empty(rows, weight.out)
     if not rows:
         return y
-    wide = input_bits == 8  # t is beyond int8
-    if rows <= FEW_ROWS:
-        high = steps.to(torch.int16)
-        low = (high & 1).to(torch.int8) if wide else None
-        high = (high >> 1 if wide else high).to(torch.int8)
-        _library().integer_rows(_at(weight), rows, _of(high), _of(low), _of(y))
-        return y
-    offset = times = None
-    if wide:
-        per_token = zero_point.ndim == 2 and zero_point.shape == (rows, 1)
-        steps = steps + zero_point - 128
-        apart = (128 - zero_point).flatten()
-        times = apart.int() if per_token else None
-        offset = steps.new_ones(weight.width) if per_token else apart.expand(weight.width)
-        offset = offset.to(torch.int16).contiguous()
-    narrow = steps.to(torch.int8)
-    pointers = map(_of, (narrow, offset, times, y))
-    if _library().integer_tiles(_at(weight), rows, *pointers):
+    half = x.dtype == torch.bfloat16
+    x = (x if half else x.float()).contiguous()
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    by_row = scale.ndim == 2 and scale.shape == (rows, 1)
+    inputs = _Input(
+        x=_of(x),
+        rows=rows,
+        width=width,
+        half=half,
+        order=_of(order),
+        scale=_of(scale),
+        zero=_of(zero_point),
+        by_row=by_row,
+        by_channel=not by_row and scale.numel() > 1,
+        bits=input_bits,
+    )
+    product = _library().integer_rows if rows <= FEW_ROWS else _library().integer_tiles
+    if product(_at(weight), ctypes.addressof(inputs), _of(y)):
         raise RunError("no memory is left for a packed product")
     return y
 
@@ -204,8 +226,8 @@ def _library() -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(_compiled()))
     arguments = {
-        "integer_rows": [_pointer, _number, *[_pointer] * 3],
-        "integer_tiles": [_pointer, _number, *[_pointer] * 4],
+        "integer_rows": [_pointer] * 3,
+        "integer_tiles": [_pointer] * 3,
         "float_rows": [_pointer, _number, *[_pointer] * 2],
         "rounded_rows": [_pointer, _number, *[_pointer] * 2],
         "dequantize": [_pointer, _number, _number, _pointer],
@@ -213,7 +235,7 @@ def _library() -> ctypes.CDLL:
     for name, types in arguments.items():
         function = getattr(library, name)
         function.argtypes = types
-        function.restype = ctypes.c_int if name == "integer_tiles" else None
+        function.restype = ctypes.c_int if name.startswith("integer") else None
     return library
 
 
