@@ -224,3 +224,19 @@ def test_config_of_another_shape_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"does not fit its config.json: .* missing keys"):
         load_model(folder, "broken")
+
+
+def test_the_head_reads_no_slice(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last token's logits too: its product would copy the whole weight."""
+    seen: list[torch.Tensor] = []
+    head = loaded.model.get_output_embeddings()
+    linear = type(head).forward
+    monkeypatch.setattr(
+        head, "forward", lambda x: (seen.append(x), linear(head, x))[1], raising=False
+    )
+    ids = torch.full((2, 5), 7)
+    with torch.no_grad():
+        last = loaded.model(input_ids=ids, logits_to_keep=1).logits
+        every = loaded.model(input_ids=ids).logits
+    assert torch.allclose(last, every[:, -1:], atol=1e-4)
+    assert [x.stride() for x in seen] == [(x.shape[1] * x.shape[2], x.shape[2], 1) for x in seen]

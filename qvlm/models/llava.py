@@ -8,6 +8,7 @@ class token, and any causal language model that `text_config` names.
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.llava.configuration_llava import LlavaConfig
@@ -46,6 +47,16 @@ class PlaceholderEmbedding(nn.Embedding):
         return super().forward(ids.clamp(max=self.num_embeddings - 1))
 
 
+def _apart(head: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """The output head's input, copied where it is a slice of what was computed.
+
+    With such strides PyTorch multiplies batch by batch, and copies the whole weight to do so.
+    """
+    (x,) = args
+    sliced = x.ndim == 3 and x.stride(0) != x.shape[1] * x.stride(1)
+    return x.clone(memory_format=torch.contiguous_format) if sliced else x
+
+
 class Llava(LlavaForConditionalGeneration):
     """A LLaVA of any family: see `LlavaArchitecture`."""
 
@@ -68,6 +79,7 @@ class Llava(LlavaForConditionalGeneration):
                 bias=config.multimodal_projector_bias,
             )
             self.post_init()
+        self.lm_head.register_forward_pre_hook(_apart)
 
 
 AutoConfig.register(LlavaArchitecture.model_type, LlavaArchitecture, exist_ok=True)
