@@ -552,7 +552,8 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
         f"{hardware['cpu']}, {hardware['memory_gib']} GiB, {rows[0]['threads']} threads; device "
         f"{device}{'; on a GPU: not measured' if device == 'cpu' else ''}.",
         f"A question is {given.prompt} tokens of image and text and {ANSWER} tokens of answer, of "
-        f"which at most {SIDE_BY_SIDE} were timed for ratios and {TIMED} in whole models. Weights are random; there is no accuracy.",
+        f"which at most {SIDE_BY_SIDE} were timed for ratios and {TIMED} in whole models. "
+        "Weights are random; there is no accuracy.",
         "FP is bf16. *uniform* is the form of every method but QLoRA's NormalFloat; beside it "
         "stands the paper's row of Q-VLM. Its activations are the default's: clusters of 128 "
         "sorted channels share a scale, and weights are grouped cluster by cluster. *per channel*: "

@@ -82,10 +82,8 @@ def test_sums_are_exact(
 def test_no_rows_give_no_rows() -> None:
     weight = native.Weight(torch.zeros(3, 4, dtype=torch.uint8), 8, 4, 8)
     weight.uniform(torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.uint8))
-    assert native.integer_product(weight, torch.zeros(0, 8), *[torch.ones(())] * 2, 4).shape == (
-        0,
-        3,
-    )
+    one = torch.ones(())
+    assert native.integer_product(weight, torch.zeros(0, 8), one, one, 4).shape == (0, 3)
     assert native.float_product(weight, torch.zeros(0, 8)).shape == (0, 3)
 
 

@@ -3,9 +3,9 @@
 The weight is read as checkpoints hold it, and unpacked in registers. In the notation of
 `kernels.py`:
 
-`integer_product` sums t v exactly in int32 over each run of channels that share a weight scale and
-that of the input. Few rows read the weight once (`integer_rows`); many repay
-unpacking it into tiles (`integer_tiles`).
+`integer_product` puts inputs on their grid, and sums t v exactly in int32 over each run of channels
+that share a weight scale and that of the input. Few rows read the weight once (`integer_rows`);
+many repay unpacking it into tiles (`integer_tiles`).
 
 `float_product` multiplies float inputs with the float weight of the simulation, made in registers:
 few rows of inputs whose channels differ in scale, and NormalFloat. `rounded_product` does so in
