@@ -58,7 +58,7 @@ table5: install  ## regenerates Table 5: entropy against quantization error as p
 	$(call table,$@)
 
 table4: install  ## measures packed models: seconds, memory, accuracy
-	$(BIN)/python run.py -m experiment=table4$(WHERE)
+	for name in table4 table4_exact; do $(BIN)/python run.py -m experiment=$$name$(WHERE) || exit; done
 	$(BIN)/python experiments/table4.py
 
 table4-scale: install  ## measures time and memory of the true architectures, random weights

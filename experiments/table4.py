@@ -6,8 +6,8 @@ whose checkpoints lie in `<results>/packed`, and then this, which measures each 
 - Time, side by side in one process: full precision and every packed model of one architecture
   answer the same questions, one question at a time, in turn, `--repeats` times. A ratio compares
   two models within a repeat; its spread is that of the repeats.
-- Agreement: on how many questions of the whole split packed and simulated execution chose the same
-  answer, where the simulated cell is recorded too, and on which they did not.
+- Agreement: on how many questions of the whole split packed execution chose the same answer as
+  simulated and as exact execution, where such a cell is recorded too, and on which it did not.
 - Memory, in a fresh process per model that loads it and answers the same questions: the resident
   set at most, or what the allocator held at most on a GPU.
 
@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,10 @@ from qvlm.tables.cost import COLUMNS, in_fresh_process, spread
 from qvlm.tables.markdown import bullets, table
 from qvlm.tables.published import label, published
 from qvlm.tables.report import stands_for
-from qvlm.tables.selection import FULL_PRECISION, fault, select
+from qvlm.tables.selection import FULL_PRECISION, execution, fault, is_draw, select
 
 TEST_QUESTIONS = 4241  # of ScienceQA's test split, which the paper's hours are for
+NOT_PACKED = ("simulated", "exact")
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,23 @@ class Subject:
         record: its cell, which has its accuracy.
         folder: of its checkpoint; an embedded miniature's name for full precision.
         device: where it runs.
-        simulated: the cell of the same method in simulated execution.
+        others: the cells of the same method and bits, not packed, by their execution.
     """
 
     record: Record
     folder: str
     device: str
-    simulated: Record | None = None
+    others: Mapping[str, Record] = field(default_factory=dict)
 
-    def disagreements(self) -> list[str] | None:
-        """The questions that simulated execution answers otherwise, of all that were asked."""
-        if self.simulated is None:
-            return None
-        both = [r.predictions.set_index("question_id") for r in (self.record, self.simulated)]
-        if not both[0].index.equals(both[1].index):
-            return None
-        chosen = [frame["prediction"].fillna(-1) for frame in both]
-        return [str(question) for question in both[0].index[chosen[0] != chosen[1]]]
+    def disagreements(self) -> dict[str, list[str]]:
+        """By execution, the questions that it answers otherwise, where all of them were asked."""
+        own = self.record.predictions.set_index("question_id")["prediction"].fillna(-1)
+        found = {}
+        for name, record in self.others.items():
+            other = record.predictions.set_index("question_id")["prediction"].fillna(-1)
+            if own.index.equals(other.index):
+                found[name] = [str(question) for question in own.index[own != other]]
+        return found
 
     def load(self) -> LoadedModel:
         """The model as it is measured: all that is not packed in bfloat16."""
@@ -194,18 +195,24 @@ def find_subjects(results: Path, device: str) -> dict[str, list[Subject]]:
             f"--results: {results} holds no packed models; give the folder that "
             "python run.py -m experiment=table4 writes"
         )
-    cells = select(records).by_cell()
+    others = {name: _cells(records, name) for name in NOT_PACKED}
     for model, subjects in found.items():
-        if FULL_PRECISION not in cells.get(model, {}):
+        full = others["simulated"].get((model, FULL_PRECISION, FULL_PRECISION))
+        if full is None:
             raise UserError(f"{model} has no record in full precision: run experiment=table4")
-        full = cells[model][FULL_PRECISION][0]
-        simulated = {(r.bits, r.method): r for records in cells[model].values() for r in records}
-        subjects[:] = [
-            replace(s, simulated=simulated.get((s.record.bits, s.record.method))) for s in subjects
-        ]
+        for index, subject in enumerate(subjects):
+            key = (model, subject.record.bits, subject.record.method)
+            alike = {name: cells[key] for name, cells in others.items() if key in cells}
+            subjects[index] = replace(subject, others=alike)
         subjects.sort(key=lambda s: (-int(s.record.bits.partition("A")[2]), s.record.method))
         subjects.insert(0, Subject(full, full.config["model"]["path"], device))
     return found
+
+
+def _cells(records: Sequence[Record], name: str) -> dict[tuple[str, ...], Record]:
+    """The proven cells of an execution, by model, bits and method."""
+    shown = select(records, lambda r: execution(r) == name and not is_draw(r)).shown
+    return {(record.model, record.bits, record.method): record for record in shown}
 
 
 def measure(subjects: Sequence[Subject], given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -273,11 +280,11 @@ def _paper(record: Record) -> dict[str, Any]:
     }
 
 
-def _agreement(row: Mapping[str, Any]) -> str:
-    """The share of questions with the answer of simulated execution, or that nobody compared."""
-    if row["disagreements"] is None:
+def _agreement(row: Mapping[str, Any], other: str) -> str:
+    """The share of questions with the answer of another execution, or that nobody compared."""
+    if other not in row["disagreements"]:
         return ""
-    return f"{100 * (1 - len(row['disagreements']) / row['n']):.2f} %"
+    return f"{100 * (1 - len(row['disagreements'][other]) / row['n']):.2f} %"
 
 
 def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: str) -> str:
@@ -291,8 +298,10 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
         "bfloat16. *hours* is the time of 4,241 questions at this speed. Peak memory is that of a "
         "fresh process, whose libraries alone take what stands in the last column; at this size "
         "they are nearly all of it, and the weights tell more. Accuracy in percent, of the packed "
-        "model on all questions of the test split; that of full precision is float32's. *agrees*: "
-        "questions with the answer of simulated execution, where that was recorded.\n\n"
+        "model on all questions of the test split; that of full precision is float32's. *as "
+        "simulated*: questions with the answer of simulated execution, whose sums float32 rounds; "
+        "*as exact*: with that of the same cell simulated in float64; where these were recorded."
+        "\n\n"
         "Rows that begin with *paper* are what the paper prints for a larger model on a GPU."
     ]
     header = [
@@ -303,7 +312,7 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
             "smaller",
             "peak GiB",
             "accuracy",
-            "agrees",
+            *(f"as {other}" for other in NOT_PACKED),
             "without model GiB",
         ),
     ]
@@ -320,7 +329,7 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
                 f"{row['weight ratio']:.2f}x",
                 f"{row['peak_memory_gib']:.3f}",
                 f"{row['accuracy']:.2f}",
-                _agreement(row),
+                *(_agreement(row, other) for other in NOT_PACKED),
                 f"{row['before'] / GIB:.3f}",
             ]
             lines.append(own)
@@ -333,13 +342,15 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
                 printed[header.index("accuracy")] = f"{row['paper_accuracy']:.2f}"
                 lines.append(printed)
         parts.append(f"## {model}\n\n{table(header, lines, left=2)}")
-    differing = [
-        f"{row['model']}, {row['bits']}, {row['method']}: {', '.join(row['disagreements'])}"
-        for row in rows
-        if row["disagreements"]
-    ]
-    if differing:
-        parts.append("## Questions that simulation answers otherwise\n\n" + bullets(differing))
+    for other in NOT_PACKED:
+        differing = [
+            f"{row['model']}, {row['bits']}, {row['method']}: {', '.join(questions)}"
+            for row in rows
+            if (questions := row["disagreements"].get(other))
+        ]
+        if differing:
+            title = f"## Questions that {other} execution answers otherwise"
+            parts.append(f"{title}\n\n{bullets(differing)}")
     parts.append(
         "## What it took to make them\n\n"
         "Search is what the method looked for itself, quantization all of it, on the machine and "

@@ -350,6 +350,8 @@ def side_by_side(
 
 def whole(model: str, variant: Variant, layers: int, prompt: int, device: str) -> Whole:
     """Places all of a model and runs it through its first `layers` decoder layers."""
+    if device == "cpu":
+        prepare.keep_few_primitives()
     built = architecture(model)
     placed = place(built, changer(model, variant), device)
     weights = weight_bytes(placed)

@@ -232,7 +232,8 @@ class RunConfig:
         launcher: `_target_` of what runs the cells of a sweep, see `qvlm.launchers`, and its
             options.
         method_name: the name of the method's YAML; names the record's folder.
-        execution: "simulated" multiplies rounded numbers in floating point; "packed" keeps codes
+        execution: "simulated" multiplies rounded numbers in floating point; "exact" does so in
+            float64 during the evaluation, so that only outputs are rounded; "packed" keeps codes
             and multiplies them with the products of `qvlm.packing`.
         kernel: the packed product, see `qvlm.packing.KERNELS`; "auto" is chosen by each layer.
         save_packed: a folder to write the packed model to; its execution is packed.
@@ -277,12 +278,17 @@ class RunConfig:
             raise UserError("method._target_: give the import path of a class, pkg.module.Class")
         if self.threads is not None:
             _within("threads", self.threads, 1)
-        _one_of("execution", self.execution, ("simulated", "packed"))
+        _one_of("execution", self.execution, ("simulated", "exact", "packed"))
         _one_of("kernel", self.kernel, KERNELS)
         if self.max_memory and self.device != MAP:
             raise UserError("max_memory: it limits device=map; accepted without that is []")
         if self.kernel != "auto" and not self.packed:
             raise UserError(f"kernel: {self.kernel!r} needs execution=packed")
+        if self.execution == "exact" and self.packed:
+            raise UserError(
+                "execution: 'exact' is simulated, and save_packed and model.packed are not: "
+                "accepted with them is packed"
+            )
         streams = self.stream and not self.full_precision
         if streams and self.model.packed is None and self.save_packed is None:
             raise UserError("stream: give save_packed=FOLDER, where the packed model is written to")
@@ -319,7 +325,7 @@ class RunConfig:
 def canonical(config: RunConfig) -> RunConfig:
     """The same cell under its one name: full precision has no bits and no other method."""
     if not config.full_precision:
-        return replace(config, execution="packed" if config.packed else "simulated")
+        return replace(config, execution="packed" if config.packed else config.execution)
     return replace(
         config,
         method=dict(FULL_PRECISION),
@@ -337,13 +343,16 @@ def influences(config: RunConfig) -> dict[str, Any]:
     The content of the checkpoint counts as well and is hashed beside it (`qvlm.prepare`). Where the
     work happens (device, threads), where it is written and how it is shown do not count. Full
     precision does not depend on quantizer and calibration, and only packed execution on the kernel.
+    Nor is simulated execution named, which is what there was before there was another.
     """
     config = canonical(config)
     parts = ["model", "method", "bits", "data", "evaluation", "seed"]
     if not config.full_precision:
         parts += ["quantizer", "calibration"]
+    if config.execution != "simulated":
+        parts.append("execution")
     if config.packed:
-        parts += ["execution", "kernel"]
+        parts.append("kernel")
     whole = asdict(config)
     for place in ("path", "packed", "vision_tower", "stands_for"):
         del whole["model"][place]

@@ -43,7 +43,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.models.hollow import skeleton
 from qvlm.models.known import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
-from qvlm.models.load import MINIATURES
+from qvlm.models.load import embedded
 from qvlm.models.mixture import MixtureOfExperts
 from qvlm.packing.model import pack_model, packed_layers, weight_bytes
 from qvlm.packing.plan import blind, plan
@@ -247,7 +247,7 @@ def recorded(runs: Path) -> dict[tuple[str, str, str], int]:
 
 def measured(model: str, config: RunConfig, variant: Variant) -> int | None:
     """Weight bytes of an embedded miniature, loaded and packed; None for a model not at hand."""
-    if not (MINIATURES / config.model.path).is_dir():
+    if not embedded(config.model.path):
         return None
     loaded = prepare.load(config, "cpu").model
     if variant != FULL:

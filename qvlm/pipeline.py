@@ -4,8 +4,9 @@
 
 Nothing here depends on which model or method runs: a checkpoint is a folder, a method is whatever
 `method._target_` names. Full precision skips what there is nothing to do for, simulated execution
-does not pack, and a model that was packed before is proven and evaluated only. A streamed cell
-packs its model before the line begins (`qvlm.streaming`).
+does not pack, nor does exact execution, which evaluates in float64, and a model that was packed
+before is proven and evaluated only. A streamed cell packs its model before the line begins
+(`qvlm.streaming`).
 """
 
 import shlex
@@ -41,6 +42,7 @@ from qvlm.quantization import (
     LayerBits,
     batch_by_length,
     check_bits,
+    compute_in_float64,
     expected_layers,
     measure_bits,
 )
@@ -126,6 +128,8 @@ def compute(
                 found["layers"] = measure_packed_bits(loaded.model, expected, proof)
                 for layer in packed_layers(loaded.model).values():
                     layer.used.clear()  # what the evaluation uses is recorded
+        if config.execution == "exact":
+            compute_in_float64(loaded.model)
         with stages.stage("evaluate"):
             options = asdict(config.evaluation)
             del options["limit"]  # the questions are limited already

@@ -30,7 +30,7 @@ from qvlm.data.scienceqa import load_scienceqa, require_published
 from qvlm.errors import UserError
 from qvlm.methods.base import Method
 from qvlm.models.hub import local_folder
-from qvlm.models.load import MINIATURES, LoadedModel, load_model
+from qvlm.models.load import LoadedModel, embedded, load_model
 from qvlm.models.placement import room, spread
 from qvlm.packing import read_origin
 from qvlm.prompts import Prompting
@@ -176,8 +176,8 @@ def is_recorded(config: RunConfig, identity: Mapping[str, Any]) -> bool:
 def record_path(config: RunConfig, identity: Mapping[str, Any]) -> Path:
     """The folder of a cell's record."""
     names = [config.model.name, config.method_name, config.bits.label.lower()]
-    if config.packed:
-        names.append("packed")
+    if (execution := canonical(config).execution) != "simulated":
+        names.append(execution)
     return config.runs_dir / "-".join([*names, identity["hash"][:8]])
 
 
@@ -276,8 +276,7 @@ def checkpoint_folder(config: RunConfig) -> Path:
     """
     if config.model.packed is not None:
         return local_folder(config.model.packed, "model.packed")
-    embedded = MINIATURES / config.model.path
-    return embedded if embedded.is_dir() else local_folder(config.model.path, "model.path")
+    return embedded(config.model.path) or local_folder(config.model.path, "model.path")
 
 
 def find_device(name: str) -> str:
@@ -316,8 +315,21 @@ def settle(config: RunConfig, device: str) -> None:
     if device != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    elif not embedded(config.model.path):
+        keep_few_primitives()
     datasets.disable_progress_bars()  # they show without a terminal too
     transformers.utils.logging.disable_progress_bar()
+
+
+def keep_few_primitives() -> None:
+    """Lets a process keep 16 of oneDNN's primitives, unless the environment says otherwise.
+
+    oneDNN multiplies bf16 matrices on a CPU. It makes a primitive for every number of rows that it
+    meets and keeps 1,024 of them, where a mixture of experts meets hundreds: a quarter of a GiB in
+    one question. Making one anew takes a fraction of a millisecond, little for a model of full size
+    but more than a product of a miniature. Must come before oneDNN's first product.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def load(config: RunConfig, device: str) -> LoadedModel:

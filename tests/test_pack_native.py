@@ -72,8 +72,10 @@ def test_sums_are_exact(
     v = codes.double() - zero.double().repeat_interleave(group, 1)[:, :width]
     v *= scale.double().repeat_interleave(group, 1)[:, :width]
     expected = steps.double() @ v.T
-    if expected.abs().max() < 2**20:  # with four bits behind the point, float32 holds every sum
+    # With four bits behind the point, float32 holds sums up to 2^20, and float64 all.
+    if dtype == torch.float32 or expected.abs().max() < 2**20:
         assert torch.equal(found.double(), expected)
+    assert found.dtype == (torch.float64 if dtype == torch.float32 else torch.float32)
     magnitude = steps.double().abs() @ v.abs().T
     assert bool(((found - expected).abs() <= width * 2.0**-24 * magnitude).all())
 

@@ -192,6 +192,23 @@ def test_a_packed_model_answers_as_the_simulated_one(cell: Any, tmp_path: Path) 
     assert loaded.layers == packed.layers
 
 
+def test_exact_execution_is_quantized_as_simulated_and_evaluated_as_packed(cell: Any) -> None:
+    path = run_cell(cell("execution=exact"))
+    assert re.fullmatch(r"toy-rtn-w4a4-exact-[0-9a-f]{8}", path.name)
+    exact, simulated, packed = (
+        Record.load(run_cell(cell(f"execution={name}")))
+        for name in ("exact", "simulated", "packed")
+    )
+    assert exact.run["execution"] == "exact"
+    assert exact.run["kernels"] == {}
+    assert list(exact.run["stages"]) == QUANTIZED_STAGES
+    assert exact.layers == simulated.layers
+    assert exact.run["weight_bytes"] > simulated.run["weight_bytes"]  # float64 weights
+    assert exact.predictions["text"].equals(packed.predictions["text"])
+    full = Record.load(run_cell(cell("execution=exact", "method=fp")))
+    assert full.run["execution"] == "simulated"
+
+
 def test_a_packed_cell_is_reused_as_long_as_its_checkpoint_is_there(
     cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,7 +226,9 @@ def test_a_packed_cell_is_reused_as_long_as_its_checkpoint_is_there(
     ("overrides", "words"),
     [
         (["kernel=int_mm"], "needs execution=packed"),
-        (["execution=fast"], "execution: 'fast' .* simulated, packed"),
+        (["execution=fast"], "execution: 'fast' .* simulated, exact, packed"),
+        (["execution=exact", "save_packed=FULL"], "'exact' is simulated"),
+        (["execution=exact", "model.packed=nowhere"], "'exact' is simulated"),
         (["execution=packed", "kernel=int4_weight_only", "bits=w6a6"], "takes no layer"),
         (["model.packed=nowhere"], "model.packed: nowhere has no readable qvlm.json"),
         (["save_packed=FULL"], "save_packed: .* holds other files"),
@@ -354,6 +373,20 @@ def test_progress_is_silent_without_a_terminal(
 ) -> None:
     run_cell(cell())
     assert capfd.readouterr().err == ""
+
+
+def test_only_models_of_full_size_keep_few_primitives(
+    cell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "3")
+    prepare.settle(cell(), "cpu")
+    assert os.environ[name] == "3"  # whoever runs it knows better
+    monkeypatch.delenv(name)
+    prepare.settle(load(), "cpu")
+    assert name not in os.environ
+    prepare.settle(cell(), "cpu")
+    assert os.environ[name] == "16"
 
 
 def test_stages_measure_time_and_memory() -> None:

@@ -25,6 +25,7 @@ def test_the_table(
     )
     run_cell(cell("method=fp"))
     run_cell(cell("bits=w4a4"))
+    run_cell(cell("bits=w4a4", "execution=exact"))
     for bits in ("w8a8", "w4a4"):
         run_cell(cell(f"bits={bits}", f"save_packed={results}/packed/toy-rtn-{bits}"))
     stray = results / "packed" / "stray"
@@ -45,7 +46,7 @@ def test_the_table(
     text = (results / "table4.md").read_text()
     assert "native" in text or "int_mm" in text
     assert "GPU: not measured" in text
-    assert text.count("100.00 %") == 1
+    assert text.count("100.00 %") == 2
 
 
 def test_without_packed_models_there_is_no_table(
@@ -62,7 +63,9 @@ def test_questions_that_are_answered_otherwise_are_named(cell: Any, tmp_path: Pa
     changed.loc[3, "prediction"] = (changed["prediction"].fillna(0)[3] + 1) % 5
     other = replace(record, predictions=changed)
     subject = table4.Subject(record, "", "cpu")
-    assert subject.disagreements() is None
-    assert replace(subject, simulated=record).disagreements() == []
+    assert subject.disagreements() == {}
     expected = [str(changed["question_id"][3])]
-    assert replace(subject, simulated=other).disagreements() == expected
+    both = {"simulated": other, "exact": record}
+    assert replace(subject, others=both).disagreements() == {"simulated": expected, "exact": []}
+    fewer = replace(record, predictions=record.predictions[1:])
+    assert replace(subject, others={"exact": fewer}).disagreements() == {}

@@ -5,7 +5,6 @@ CLIP's two towers, and the entries that matter are repeated here. They take the 
 config.json (`families`), and end in the same classes.
 """
 
-from pathlib import Path
 from typing import Any
 
 from transformers import CLIPVisionConfig
@@ -13,7 +12,7 @@ from transformers import CLIPVisionConfig
 from qvlm.errors import UserError
 from qvlm.models.families import read_blueprint
 from qvlm.models.llava import LlavaArchitecture
-from qvlm.models.load import MINIATURES
+from qvlm.models.load import MINIATURES, embedded
 
 _LLAVA_7B: dict[str, Any] = {
     "architectures": ["LlavaLlamaForCausalLM"],
@@ -92,10 +91,10 @@ def architecture(name: str) -> LlavaArchitecture:
     if name in KNOWN:
         blueprint = read_blueprint(KNOWN[name], f"model {name}")
         return blueprint.architecture(clip_tower(str(blueprint.vision_tower)), f"model {name}")
-    if (MINIATURES / Path(name).name).is_dir():
-        return LlavaArchitecture.from_pretrained(MINIATURES / name)
-    embedded = sorted(folder.name for folder in MINIATURES.iterdir() if folder.is_dir())
-    raise UserError(f"model {name!r} is not known; accepted are {', '.join([*embedded, *KNOWN])}")
+    if folder := embedded(name):
+        return LlavaArchitecture.from_pretrained(folder)
+    here = sorted(folder.name for folder in MINIATURES.iterdir() if folder.is_dir())
+    raise UserError(f"model {name!r} is not known; accepted are {', '.join([*here, *KNOWN])}")
 
 
 def image_tokens(architecture: LlavaArchitecture) -> int:

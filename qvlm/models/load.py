@@ -160,6 +160,12 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     return square
 
 
+def embedded(path: str | Path) -> Path | None:
+    """The folder of the embedded miniature of this name, or None: a folder elsewhere is none."""
+    folder = MINIATURES / path
+    return folder if folder.parent == MINIATURES and folder.is_dir() else None
+
+
 def load_model(
     path: str | Path,
     name: str,
@@ -192,7 +198,7 @@ def load_model(
         UserError: if the folder or a file in it is missing, truncated or does not fit, or what the
             model was tuned with does not belong together.
     """
-    folder = MINIATURES / path if (MINIATURES / path).is_dir() else local_folder(path, "model.path")
+    folder = embedded(path) or local_folder(path, "model.path")
     owner = f"model {name}"
     content = read_config(folder, owner)
     hollow_on = device if hollow else None

@@ -10,9 +10,10 @@ where d is the scale of the token (or 1), c that of the channel (or 1), s that o
 `bf16` rounds both operands first, as a model in bf16 does with its own.
 
 `int_mm` multiplies int8 by int8 into int32. Channels that share c and s form a cell; what is
-summed within a cell is exact, and each cell is scaled and added in float32. Steps of up to 7 bits
-are in -127 .. 127. At 8 bits the operands are q - 128 instead, and the difference is made good by
-exact sums, which come out of the same product as two further rows.
+summed within a cell is exact, and each cell is scaled and added in float32, or in float64 for a
+model in float32. Steps of up to 7 bits are in -127 .. 127. At 8 bits the operands are q - 128
+instead, and the difference is made good by exact sums, which come out of the same product as two
+further rows.
 
 `int4_weight_only` multiplies a bf16 input with 4-bit weights as they are stored. Its weight is
 (q - 8) s, with s rounded to bf16; the rest, (8 - z) s times the sum of the group's inputs, is added

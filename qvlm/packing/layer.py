@@ -2,7 +2,8 @@
 
 It computes the function of the `QuantLinear` it was made of. The integers are the same to the bit:
 `integers()` of the weight, `input_steps(x)` of an input. Outputs differ by the rounding of sums
-only; `accumulation_bound` says by how much at most.
+only; `accumulation_bound` says by how much at most. In a model in float32, `native` and `int_mm`
+round an output once, as `QuantLinear.compute_in_float64` does.
 
 Which product runs is chosen in the call from device, rows and bits (`choose`), can be forced by
 `kernel`, and is noted in `used`. See `kernels.py` and `triton_kernels.py` for the products.
@@ -419,12 +420,14 @@ class PackedLinear(nn.Module):
             self.form.weight_bits,
             cells,
         )
-        y = torch.zeros(len(x), self.out_features, device=x.device)
+        # As `native.integer_product`: in a model in float32, sums are rounded once, at the end.
+        sums = torch.float32 if x.dtype == torch.bfloat16 else torch.float64
+        y = torch.zeros(len(x), self.out_features, dtype=sums, device=x.device)
         for cell, product in zip(cells, products, strict=True):
-            factor = weight_scale[:, cell.group]
+            factor = weight_scale[:, cell.group].to(sums)
             if not shared:
                 factor = factor * scale.expand(self.in_features)[cell.channel]
-            y.addcmul_(product.float(), factor)
+            y.addcmul_(product.to(sums), factor)
         return y * scale if shared else y
 
     def _integer_product(self, x: Tensor) -> Tensor:
@@ -687,11 +690,12 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
 
     Both are sums of K products t c d v s, in float32 (u = 2^-24). Rounded at most: x_hat twice,
     w_hat once, the product once, K additions, the token's scale and the bias: (K + 6) u of the sum
-    A of absolute values, twice (packed and simulated); `int_mm` rounds less often (per cell the
-    conversion, two factors and the addition). So does `triton`: its sums of t v over a tile, or
+    A of absolute values, twice (packed and simulated); `int_mm` rounds less often (in float32 per
+    cell the conversion, two factors and the addition; in float64 only at the end). So does
+    `triton`: its sums of t v over a tile, or
     over a unit of codes, are exact and at most 2^24, which float32 holds; each is multiplied by s
     and added (at most K of both, fused or not, in any order), then d and the bias round once each.
-    `native` adds exact sums of cells, or of 16 lanes of cells, in the same way; where it makes the
+    `native` adds exact sums of cells, or of 16 lanes of cells, as `int_mm`; where it makes the
     float weight, it rounds as the simulation does, or, for an input in bf16, as `bf16`.
 
     `bf16` rounds x_hat, w_hat and its output once more, 3 u with u = 2^-8.

@@ -3,7 +3,8 @@
    A weight row is a stream of codes of `bits` bits, lowest bit first, so that any 8 codes are
    `bits` bytes: codes are unpacked 64 at a time, whatever their width. Channels are visited in
    cells: runs that share a scale, of at most CELL channels. What is summed within a cell is exact
-   in int32; cells are scaled and added in float32, in order.
+   in int32. Cells are scaled and added in order: in float32 for inputs in bf16; for others, which
+   ask for more, in float64, and what is returned is float64.
 
    Threads are those of the OpenMP library that PyTorch has loaded. */
 
@@ -193,19 +194,24 @@ static void arrange(Steps *s, int64_t row, const int16_t *t, int is_wide) {
     }
 }
 
-/* y[m, n + r] = sum over cells of s (sum of t q - z sum of t), for m < count and r < outputs. */
+/* y[row + m, n + r] = sum over cells of s (sum of t q - z sum of t), for m < count and r < outputs;
+   y is float64 if `fine`. */
 static inline __attribute__((always_inline)) void integer_block(
-    const Weight *w, const Unpacker *by, int64_t n, const Steps *steps, int64_t row, float *y,
-    const int64_t block, const int is_wide, const int outputs, const int count) {
+    const Weight *w, const Unpacker *by, int64_t n, const Steps *steps, int64_t row, void *y,
+    const int64_t block, const int is_wide, const int fine, const int outputs, const int count) {
     const __m512i half = _mm512_set1_epi8(15);
     const int8_t *of_high = steps->high + row * steps->bytes;
     const int8_t *of_low = is_wide ? steps->low + row * steps->bytes : NULL;
     const int32_t *sums = steps->sums + row * steps->count * 16;
     __m512 total[OUTPUTS][ROWS];
+    double fine_total[OUTPUTS][ROWS];
 #pragma GCC unroll 8
     for (int r = 0; r < outputs; r++)
 #pragma GCC unroll 8
-        for (int m = 0; m < count; m++) total[r][m] = _mm512_setzero_ps();
+        for (int m = 0; m < count; m++) {
+            total[r][m] = _mm512_setzero_ps();
+            fine_total[r][m] = 0;
+        }
     for (int64_t c = 0; c < steps->count; c++) {
         const Cell *cell = steps->cells + c;
         const uint8_t *at = w->codes + n * w->row_bytes + cell->start * w->bits / 8;
@@ -259,36 +265,44 @@ static inline __attribute__((always_inline)) void integer_block(
                 __m512i exact = high[r][m];
                 if (is_wide) exact = _mm512_add_epi32(_mm512_slli_epi32(exact, 1), low[r][m]);
                 exact = _mm512_sub_epi32(exact, _mm512_mullo_epi32(z, sum));
-                total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), s, total[r][m]);
+                if (fine)
+                    fine_total[r][m] +=
+                        _mm512_reduce_add_epi32(exact) * ((double)w->scale[at_scale] * factor);
+                else
+                    total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), s, total[r][m]);
             }
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < outputs; r++)
 #pragma GCC unroll 8
-        for (int m = 0; m < count; m++)
-            y[m * w->rows + n + r] = _mm512_reduce_add_ps(total[r][m]);
+        for (int m = 0; m < count; m++) {
+            int64_t to = (row + m) * w->rows + n + r;
+            if (fine)
+                ((double *)y)[to] = fine_total[r][m];
+            else
+                ((float *)y)[to] = _mm512_reduce_add_ps(total[r][m]);
+        }
 }
 
 /* The same for one output, or of one input for OUTPUTS, which read it once. */
 static inline __attribute__((always_inline)) void integer_outputs(
-    const Weight *w, const Unpacker *by, int64_t n, const Steps *steps, float *y,
-    const int64_t block, const int is_wide) {
+    const Weight *w, const Unpacker *by, int64_t n, const Steps *steps, void *y,
+    const int64_t block, const int is_wide, const int fine) {
     if (steps->rows == 1 && n + OUTPUTS <= w->rows) {
-        integer_block(w, by, n, steps, 0, y, block, is_wide, OUTPUTS, 1);
+        integer_block(w, by, n, steps, 0, y, block, is_wide, fine, OUTPUTS, 1);
         return;
     }
     for (int64_t r = n; r < least(n + OUTPUTS, w->rows); r++)
         for (int64_t row = 0; row < steps->rows; row += ROWS) {
-            float *out = y + row * w->rows;
-#define PRODUCT(count) integer_block(w, by, r, steps, row, out, block, is_wide, 1, count)
+#define PRODUCT(count) integer_block(w, by, r, steps, row, y, block, is_wide, fine, 1, count)
             SPECIALIZED(least(steps->rows - row, ROWS), PRODUCT)
 #undef PRODUCT
         }
 }
 
-/* y [in->rows, rows]. Returns 0, or 1 without memory. */
-int integer_rows(const Weight *w, const Input *in, float *y) {
+/* y [in->rows, rows], float64 for inputs in float32. Returns 0, or 1 without memory. */
+int integer_rows(const Weight *w, const Input *in, void *y) {
     const Unpacker by = unpacker(w->bits);
     int whole = w->group >= w->width || w->group % (2 * CHUNK) == 0;
     Steps s = {.rows = in->rows, .block = w->bits == 4 && whole ? 2 * CHUNK : CHUNK};
@@ -301,6 +315,7 @@ int integer_rows(const Weight *w, const Input *in, float *y) {
     s.low = wide(in) ? malloc(in->rows * s.bytes) : NULL;
     s.sums = malloc(in->rows * s.count * 16 * sizeof(int32_t));
     int16_t *t = malloc(in->width * sizeof(int16_t));
+    const int fine = !in->half;
     int failed = !s.high || (wide(in) && !s.low) || !s.sums || !t;
     if (!failed) {
         for (int64_t row = 0; row < in->rows; row++) {
@@ -309,14 +324,21 @@ int integer_rows(const Weight *w, const Input *in, float *y) {
         }
 #pragma omp parallel for schedule(static) if (in->rows * w->rows * w->width > SMALL)
         for (int64_t n = 0; n < w->rows; n += OUTPUTS) {
-            if (s.block > CHUNK && s.low)
-                integer_outputs(w, &by, n, &s, y, 2 * CHUNK, 1);
-            else if (s.block > CHUNK)
-                integer_outputs(w, &by, n, &s, y, 2 * CHUNK, 0);
-            else if (s.low)
-                integer_outputs(w, &by, n, &s, y, CHUNK, 1);
-            else
-                integer_outputs(w, &by, n, &s, y, CHUNK, 0);
+#define OUTPUT(block, is_wide) \
+    if (fine) \
+        integer_outputs(w, &by, n, &s, y, block, is_wide, 1); \
+    else \
+        integer_outputs(w, &by, n, &s, y, block, is_wide, 0);
+            if (s.block > CHUNK && s.low) {
+                OUTPUT(2 * CHUNK, 1)
+            } else if (s.block > CHUNK) {
+                OUTPUT(2 * CHUNK, 0)
+            } else if (s.low) {
+                OUTPUT(CHUNK, 1)
+            } else {
+                OUTPUT(CHUNK, 0)
+            }
+#undef OUTPUT
         }
     }
     free(s.cells);
@@ -488,6 +510,7 @@ void rounded_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
 typedef struct {
     __m512i lanes[CELL / 4][TILE / 16];
     float scale[TILE] __attribute__((aligned(64)));
+    double fine_scale[TILE] __attribute__((aligned(64)));
     int32_t zero[TILE], offset[TILE];
     int shifted; /* whether any offset is not zero */
 } Tile;
@@ -499,12 +522,14 @@ static void load_tile(Tile *c, const Weight *w, const Unpacker *by, int64_t n, i
     int32_t(*lanes)[TILE] = (int32_t(*)[TILE])c->lanes;
     c->shifted = offset != NULL;
     for (int64_t r = 0; r < TILE; r++) {
-        c->scale[r] = c->zero[r] = c->offset[r] = 0;
+        c->scale[r] = c->fine_scale[r] = c->zero[r] = c->offset[r] = 0;
         if (r >= outputs) {
             for (int64_t k = 0; k < width; k += 4) lanes[k / 4][r] = 0;
             continue;
         }
-        c->scale[r] = w->scale[(n + r) * w->stride + g] * (w->factor ? w->factor[g] : 1);
+        float scale = w->scale[(n + r) * w->stride + g], factor = w->factor ? w->factor[g] : 1;
+        c->scale[r] = scale * factor;
+        c->fine_scale[r] = (double)scale * factor;
         c->zero[r] = w->zero[(n + r) * w->stride + g];
         const uint8_t *row = w->codes + (n + r) * w->row_bytes;
         for (int64_t k = 0; k < width; k += CHUNK) {
@@ -520,10 +545,11 @@ static void load_tile(Tile *c, const Weight *w, const Unpacker *by, int64_t n, i
     }
 }
 
-/* y[m, TILE] += s (sum of t v) over a cell, for m < count; `steps` are the cell's. */
+/* y[row + m, TILE] += s (sum of t v) over a cell, for m < count; `steps` are the cell's. y is
+   float64 if `fine`. */
 static inline __attribute__((always_inline)) void stripe(
     const Tile *c, int64_t stride, const int8_t *steps, const int32_t *sums, const int32_t *times,
-    float *y, const int count) {
+    void *y, int64_t row, const int fine, const int count) {
     __m512i acc[STRIPE][TILE / 16];
 #pragma GCC unroll 8
     for (int m = 0; m < count; m++)
@@ -550,7 +576,19 @@ static inline __attribute__((always_inline)) void stripe(
                 __m512i often = _mm512_set1_epi32(times ? times[m] : 1);
                 exact = _mm512_add_epi32(exact, _mm512_mullo_epi32(offset, often));
             }
-            float *at = y + m * TILE + 16 * i;
+            if (fine) {
+                double *at = (double *)y + (row + m) * TILE + 16 * i;
+                const double *by = c->fine_scale + 16 * i;
+#pragma GCC unroll 2
+                for (int h = 0; h < 2; h++) {
+                    __m512d part = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(exact, h));
+                    __m512d before = _mm512_load_pd(at + 8 * h);
+                    part = _mm512_fmadd_pd(part, _mm512_load_pd(by + 8 * h), before);
+                    _mm512_store_pd(at + 8 * h, part);
+                }
+                continue;
+            }
+            float *at = (float *)y + (row + m) * TILE + 16 * i;
             __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, _mm512_load_ps(at));
             _mm512_store_ps(at, sum);
         }
@@ -577,8 +615,8 @@ static int find_shift(const Input *in, Shift *shift) {
     return 0;
 }
 
-/* y [in->rows, rows]. Returns 0, or 1 without memory. */
-int integer_tiles(const Weight *w, const Input *in, float *y) {
+/* y [in->rows, rows], float64 for inputs in float32. Returns 0, or 1 without memory. */
+int integer_tiles(const Weight *w, const Input *in, void *y) {
     const Unpacker by = unpacker(w->bits);
     int64_t m = in->rows, count = cells_of(w, 4, NULL);
     Cell *cells = malloc(count * sizeof(Cell));
@@ -588,13 +626,15 @@ int integer_tiles(const Weight *w, const Input *in, float *y) {
     /* Steps by cell, then row, then channel: what a tile reads one after the other. */
     int8_t *ordered = malloc(m * bytes);
     int32_t *sums = malloc(count * m * sizeof(int32_t));
+    const int fine = !in->half;
+    const int64_t size = fine ? sizeof(double) : sizeof(float);
     Shift shift;
     int failed = find_shift(in, &shift) || !ordered || !sums;
     if (!failed) {
 #pragma omp parallel if (m * w->rows * w->width > SMALL)
         {
             Tile *c = aligned_alloc(64, sizeof(Tile));
-            float *tile = aligned_alloc(64, least(m, BAND) * TILE * sizeof(float));
+            void *tile = aligned_alloc(64, least(m, BAND) * TILE * size);
             int16_t *t = malloc(in->width * sizeof(int16_t));
             if (!c || !tile || !t) {
 #pragma omp atomic write
@@ -622,7 +662,7 @@ int integer_tiles(const Weight *w, const Input *in, float *y) {
                 for (int64_t n = 0; n < w->rows; n += TILE) {
                     if (failed) continue;
                     int64_t rows = least(m - top, BAND), outputs = least(w->rows - n, TILE);
-                    memset(tile, 0, rows * TILE * sizeof(float));
+                    memset(tile, 0, rows * TILE * size);
                     for (int64_t i = 0; i < count; i++) {
                         const Cell *cell = cells + i;
                         load_tile(c, w, &by, n, cell->group, cell->start, cell->width,
@@ -631,15 +671,18 @@ int integer_tiles(const Weight *w, const Input *in, float *y) {
                             const int8_t *steps = ordered + cell->at * m + row * cell->stride;
                             const int32_t *sum = sums + i * m + row;
                             const int32_t *times = shift.times ? shift.times + row : NULL;
-                            float *out = tile + (row - top) * TILE;
-#define PRODUCT(count) stripe(c, cell->stride, steps, sum, times, out, count)
+#define PRODUCT(count) \
+    if (fine) \
+        stripe(c, cell->stride, steps, sum, times, tile, row - top, 1, count); \
+    else \
+        stripe(c, cell->stride, steps, sum, times, tile, row - top, 0, count)
                             SPECIALIZED(least(top + rows - row, STRIPE), PRODUCT)
 #undef PRODUCT
                         }
                     }
                     for (int64_t row = 0; row < rows; row++)
-                        memcpy(y + (top + row) * w->rows + n, tile + row * TILE,
-                               outputs * sizeof(float));
+                        memcpy((char *)y + ((top + row) * w->rows + n) * size,
+                               (char *)tile + row * TILE * size, outputs * size);
                 }
             free(c);
             free(tile);

@@ -5,7 +5,9 @@ The weight is read as checkpoints hold it, and unpacked in registers. In the not
 
 `integer_product` puts inputs on their grid, and sums t v exactly in int32 over each run of channels
 that share a weight scale and that of the input. Few rows read the weight once (`integer_rows`);
-many repay unpacking it into tiles (`integer_tiles`).
+many repay unpacking it into tiles (`integer_tiles`). What is added over runs is float32 in a model
+in bf16, and float64 in others: their output is then rounded once, to what `compute_in_float64` of a
+simulated layer gives.
 
 `float_product` multiplies float inputs with the float weight of the simulation, made in registers:
 few rows of inputs whose channels differ in scale, and NormalFloat. `rounded_product` does so in
@@ -143,9 +145,10 @@ def integer_product(
     input_bits: int,
     order: Tensor | None = None,
 ) -> Tensor:
-    """The sums of t v s, [rows, out] float32, where t = q - z of inputs of up to 8 bits.
+    """The sums of t v s, [rows, out], where t = q - z of inputs of up to 8 bits.
 
-    Inputs are put on their grid here, as `UniformQuantizer` does it, to the bit.
+    In float32 for inputs in bf16, in float64 for others. Inputs are put on their grid here, as
+    `UniformQuantizer` does it, to the bit.
 
     Args:
         weight: uniform.
@@ -155,10 +158,10 @@ def integer_product(
         order: which channel of `x` each channel of the weight is, [in] int32.
     """
     rows, width = x.shape
-    y = torch.empty(rows, weight.out)
+    half = x.dtype == torch.bfloat16
+    y = torch.empty(rows, weight.out, dtype=torch.float32 if half else torch.float64)
     if not rows:
         return y
-    half = x.dtype == torch.bfloat16
     x = (x if half else x.float()).contiguous()
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
     by_row = scale.ndim == 2 and scale.shape == (rows, 1)

@@ -13,7 +13,7 @@ import torch
 from qvlm import prepare
 from qvlm.config import MAP, RunConfig, influences
 from qvlm.errors import UserError
-from qvlm.models.load import MINIATURES
+from qvlm.models.load import embedded
 from qvlm.preflight import sources
 from qvlm.preflight.estimates import TOWER_BYTES, Shape, find_shape, memory, seconds
 from qvlm.preflight.sources import Source
@@ -120,8 +120,9 @@ def _recorded(config: RunConfig) -> str:
     if config.force:
         return ""
     other = config.model.vision_tower or config.model.packed
-    embedded = (MINIATURES / config.model.path).is_dir() and not other
-    if embedded and not Path(config.data.source).is_dir():  # small enough to be hashed
+    if (
+        embedded(config.model.path) and not other and not Path(config.data.source).is_dir()
+    ):  # small enough to be hashed
         identity = prepare.identity(config)
         record, _ = find_record(prepare.record_path(config, identity), identity["hash"])
         return "yes" if record else ""

@@ -22,7 +22,7 @@ from qvlm.data.scienceqa import (
 )
 from qvlm.errors import UserError
 from qvlm.models.hub import SMALL_FILES
-from qvlm.models.load import MINIATURES
+from qvlm.models.load import embedded
 from qvlm.models.weights import INDEX_SUFFIX, STEMS
 
 HUB_SECONDS = 10.0  # for its answer
@@ -51,8 +51,8 @@ class Source:
 
 def local_copy(place: str) -> Path | None:
     """The folder of a checkpoint that is here: embedded, a folder, or in the hub's cache."""
-    if (MINIATURES / place).is_dir():
-        return MINIATURES / place
+    if folder := embedded(place):
+        return folder
     if Path(place).is_dir():
         return Path(place)
     cached = _cached(place, "config.json", "model")
@@ -74,7 +74,7 @@ def checkpoint(place: str, owner: str, option: str, estimate: float | None) -> S
     folder = local_copy(place)
     if folder is not None:
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
-        if folder.is_relative_to(MINIATURES) or Path(place).is_dir() or _complete(folder, sizes):
+        if embedded(place) or Path(place).is_dir() or _complete(folder, sizes):
             return Source(owner, place, _sum(sizes, _needed(sizes)), 0, "the disk")
     return _repository(place, owner, option, "model", _needed, estimate)
 

@@ -7,7 +7,7 @@ and what runs over the model in which order (`calibration`). Nothing here knows 
 from qvlm.quantization.block import Block
 from qvlm.quantization.calibration import Walk, batch_by_length
 from qvlm.quantization.experts import unfuse_experts
-from qvlm.quantization.linear import QuantLinear, folded_weight
+from qvlm.quantization.linear import QuantLinear, compute_in_float64, folded_weight
 from qvlm.quantization.proof import LayerBits, check_bits, expected_layers, measure_bits
 from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuantizer
 from qvlm.quantization.ranges import (
@@ -34,6 +34,7 @@ __all__ = [
     "batch_by_length",
     "check_bits",
     "cluster_channels",
+    "compute_in_float64",
     "expected_layers",
     "folded_weight",
     "lp_minimal",

@@ -1,4 +1,4 @@
-"""A linear layer that computes with quantized weights and inputs, simulated in float32.
+"""A linear layer that computes with quantized weights and inputs, simulated in floating point.
 
 The weight is stored dequantized, so that a forward pass quantizes only its input; its integers are
 `integers()`, since encoding dequantized values gives back their codes.
@@ -10,6 +10,10 @@ It is therefore folded into the weight before that is quantized:
 
 so the layer quantizes W' and multiplies it with q - z. What the simulation computes is then exactly
 what integers compute (q W' minus the constant z W', which an integer layer keeps as a bias).
+
+In float32 every value and every sum is rounded, and which way a rounding falls may move an input of
+the next layer by a whole step. `compute_in_float64` has an output rounded once, from a sum that is
+exact but for a share of 1e-16: what any packed product must give that sums integers exactly.
 
 Left out: packed storage and integer kernels; nothing here is smaller or faster than float.
 """
@@ -32,8 +36,9 @@ class QuantLinear(nn.Module):
     fine-tuning with quantization in the loop; `freeze` ends that.
 
     Attributes:
-        weight: dequantized weight [out, in], float32; None while the float weight is kept. Of a
-            folding input quantizer it is that of W' (see above).
+        weight: dequantized weight [out, in]; None while the float weight is kept. Of a folding
+            input quantizer it is that of W' (see above). Float32, or float64 where the product is
+            to be computed in it.
         float_weight: the float weight [out, in] before quantization, or None.
         layer_name: the full name in the model, for errors and records.
     """
@@ -95,9 +100,8 @@ class QuantLinear(nn.Module):
             RunError: if `x` holds NaN or infinity; clamping would hide the latter.
         """
         self._check_finite(x)
-        folding = _folding(self.input_quantizer)
-        x_hat = folding.centered(x) if folding else self.input_quantizer(x)
-        return F.linear(x_hat, self.quantized_weight(), self.bias).to(x.dtype)
+        weight = self.quantized_weight()
+        return F.linear(self._quantized_input(x, weight.dtype), weight, self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The dequantized weight [out, in], folded; differentiable while the float one is kept."""
@@ -126,8 +130,28 @@ class QuantLinear(nn.Module):
             del self.bias
             self.register_buffer("bias", bias.detach())
 
+    @torch.no_grad()
+    def compute_in_float64(self) -> None:
+        """Computes the product in float64 from now on; not for a layer whose float weight is kept.
+
+        Operands are q - z times their scale, not rounded to float32 before they are multiplied.
+        """
+        self.weight = self.weight_quantizer.decode(self.integers(), torch.float64)
+        if self.bias is not None:
+            self.bias = self.bias.double()
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def _quantized_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x_hat, or q - z where scales are folded."""
+        quantizer, folding = self.input_quantizer, _folding(self.input_quantizer)
+        if folding is not None:
+            return folding.centered(x).to(dtype)
+        if dtype == torch.float64:
+            static = quantizer.at(x)
+            return static.decode(static.encode(x), dtype)
+        return quantizer(x)
 
     def _check_finite(self, x: Tensor) -> None:
         # One pass: a sum is not finite if any element is not. It may also overflow: look closely
@@ -136,6 +160,13 @@ class QuantLinear(nn.Module):
             torch.isfinite(x).all()
         ):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
+
+
+def compute_in_float64(model: nn.Module) -> None:
+    """Has every quantized linear of a model compute its product in float64."""
+    for part in model.modules():
+        if isinstance(part, QuantLinear):
+            part.compute_in_float64()
 
 
 def folded_weight(weight: Tensor, input_quantizer: Quantizer) -> Tensor:

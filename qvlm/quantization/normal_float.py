@@ -136,9 +136,9 @@ class NormalFloatQuantizer(Quantizer):
         codes = torch.where(kept, known, codes)
         return codes.flatten()[: len(flat)].view(x.shape).to(torch.uint8)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         blocks = _blocks(codes.flatten(), self.block_size)
-        values = self.levels[blocks.long()] * self.decoded_constants[:, None]
+        values = self.levels.to(dtype)[blocks.long()] * self.decoded_constants[:, None]
         return values.flatten()[: codes.numel()].view(codes.shape)
 
     def group_index(self, x: Tensor) -> Tensor:

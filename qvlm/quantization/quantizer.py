@@ -54,8 +54,8 @@ class Quantizer(nn.Module, ABC):
         """Integer codes 0 .. 2^bits - 1 (uint8), same shape as `x`."""
 
     @abstractmethod
-    def decode(self, codes: Tensor) -> Tensor:
-        """The float32 values that codes stand for."""
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values that codes stand for: of float32, or, not rounded to it, of float64."""
 
     @abstractmethod
     def group_index(self, x: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ class UniformQuantizer(Quantizer):
         steps = _steps(self._grouped(x.float()), self.scale, self.lowest, self.highest)
         return self._ungrouped(steps.add_(self.zero_point)).to(torch.uint8)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        return self._ungrouped((self._grouped(codes.float()) - self.zero_point) * self.scale)
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._ungrouped((self._grouped(codes.to(dtype)) - self.zero_point) * self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """`decode(encode(x))` in few passes, straight-through inside the range."""
@@ -234,7 +234,7 @@ class TokenQuantizer(Quantizer):
     def encode(self, x: Tensor) -> Tensor:
         return self.at(x).encode(x)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Raises TypeError: the scales went with the tokens; decode with `at(x)`."""
         raise TypeError("a per-token quantizer stores no scales: decode with at(x).decode(codes)")
 

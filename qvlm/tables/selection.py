@@ -69,7 +69,7 @@ def whole_method(record: Record) -> bool:
 
 def is_ordinary(record: Record) -> bool:
     """Whether a record is of simulation, and not one of many draws: those have their own pages."""
-    return not is_packed(record) and not is_draw(record)
+    return execution(record) == "simulated" and not is_draw(record)
 
 
 def is_draw(record: Record) -> bool:
@@ -77,9 +77,9 @@ def is_draw(record: Record) -> bool:
     return record.config["group"] == "draws"
 
 
-def is_packed(record: Record) -> bool:
-    """Whether the codes themselves were multiplied."""
-    return record.run.get("execution") == "packed"
+def execution(record: Record) -> str:
+    """How quantized layers computed: see `RunConfig.execution`."""
+    return str(record.run.get("execution", "simulated"))
 
 
 def select(records: Iterable[Record], wanted: Callable[[Record], bool] = whole_method) -> Selection:
