@@ -89,6 +89,28 @@ def test_no_rows_give_no_rows() -> None:
     assert native.float_product(weight, torch.zeros(0, 8)).shape == (0, 3)
 
 
+@needs_native
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("out", [1, 4, 7])
+def test_pairs_of_codes_are_looked_up(rows: int, out: int) -> None:
+    width, group, generator = 192, 64, torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (out, width), generator=generator).to(torch.uint8)
+    x = torch.randint(-15, 16, (rows, width), generator=generator).float()
+    zero = torch.randint(16, (out, 3), generator=generator).to(torch.uint8)
+    scale = 2.0 ** -torch.randint(5, (out, 3), generator=generator).float()
+    weight = native.Weight(pack(codes, 4), width, 4, group).uniform(scale, zero)
+    assert weight.is_paired()
+    v = (codes.view(out, 3, group).float() - zero[..., None]) * scale[..., None]
+    assert torch.equal(native.rounded_product(weight, x), x @ v.flatten(1).T)
+    levels = torch.randperm(16, generator=generator) / 8 - 1
+    weight = native.Weight(pack(codes, 4), width, 4, group)
+    weight.normal_float(levels, scale.flatten(), None, levels, 0, 1)
+    w_hat = (levels[codes.long()].view(out, 3, group) * scale[..., None]).flatten(1)
+    assert torch.equal(native.rounded_product(weight, x), x @ w_hat.T)
+    found = native.dequantize(weight, slice(0, out), torch.bfloat16)
+    assert torch.equal(found, w_hat.bfloat16())
+
+
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """Nothing is compiled or asked yet."""

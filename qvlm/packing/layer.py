@@ -264,7 +264,7 @@ class PackedLinear(nn.Module):
         if natively and self._is_integer():
             return output + entries * (5 if self.form.inputs == "token" else 1)
         if natively:
-            return output + 12 * entries + 6 * min(weight, kernels.PIECE)
+            return output + 12 * entries + 4 * min(weight, kernels.PIECE)
         return output + 12 * entries + weight * (5 if "int4_weight_only" in self.serving() else 1)
 
     def channels(self) -> Tensor:
@@ -364,21 +364,21 @@ class PackedLinear(nn.Module):
         torch.minimum(steps, 2**self.form.input_bits - 1 - zero_point, out=steps)
         return steps, torch.ones_like(scale) if self.form.folds else scale, zero_point
 
-    def _dequantized(self, rows: slice) -> Tensor:
-        """`dequantized` with channels as they are stored."""
+    def _dequantized(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`dequantized` with channels as they are stored, in float32 or rounded to bf16."""
         form = self.form
         self.rows_layout()
         if self._native_obstacle() is None:
-            return native.dequantize(self._native_weight(), rows)
+            return native.dequantize(self._native_weight(), rows, dtype)
         codes = unpack(self.codes[rows], form.weight_bits, self.in_features)
         if form.weight == "uniform":
-            scale, zero_point = self.weight_scales()
-            return kernels.dequantize(codes, scale[rows], zero_point[rows], form.group_size)
+            scale, zero_point = (part[rows] for part in self.weight_scales())
+            return kernels.dequantize(codes, scale, zero_point, form.group_size).to(dtype)
         values = _levels(form.weight_bits).to(codes.device)[codes.int()]
         begin, end = (row * self.in_features for row in (rows.start, rows.stop))
         first, size = begin // form.group_size, form.group_size
         used = self._constants()[first : -(-end // size)].repeat_interleave(size)
-        return values * used[begin - first * size :][: values.numel()].view_as(values)
+        return (values * used[begin - first * size :][: values.numel()].view_as(values)).to(dtype)
 
     def _product(self, kernel: str, x: Tensor) -> Tensor:
         if kernel == "native" and self._is_integer():
@@ -389,7 +389,7 @@ class PackedLinear(nn.Module):
             dtype = torch.bfloat16 if kernel == "bf16" else torch.float32
             x_hat = (steps * scale).to(dtype)
             parts = kernels.pieces(self.out_features, self.in_features)
-            made = [x_hat @ self._dequantized(part).to(dtype).T for part in parts]
+            made = [x_hat @ self._dequantized(part, dtype).T for part in parts]
             return torch.cat(made, dim=1).float()
         if kernel == "native":
             self.rows_layout()

@@ -383,8 +383,8 @@ static inline void values(const Weight *w, const Unpacker *by, int64_t n, int64_
         out[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(part[i], z)), s);
 }
 
-/* The float weight of rows top to bottom, [bottom - top, width] float32. */
-void dequantize(const Weight *w, int64_t top, int64_t bottom, float *y) {
+/* The float weight of rows top to bottom, [bottom - top, width] float32, or bf16 if `half`. */
+void dequantize(const Weight *w, int64_t top, int64_t bottom, int64_t half, void *y) {
     const Unpacker by = unpacker(w->bits);
 #pragma omp parallel for schedule(static) if ((bottom - top) * w->width > SMALL)
     for (int64_t n = top; n < bottom; n++)
@@ -393,11 +393,14 @@ void dequantize(const Weight *w, int64_t top, int64_t bottom, float *y) {
             for (int64_t k = start; k < end; k += CHUNK) {
                 __m512 v[4];
                 values(w, &by, n, g, k, end - k, v);
-                for (int i = 0; i < 4; i++) {
-                    int64_t left = end - k - 16 * i;
-                    if (left > 0)
-                        _mm512_mask_storeu_ps(y + (n - top) * w->width + k + 16 * i,
-                                              (__mmask16)first(least(left, 16)), v[i]);
+                for (int i = 0; i < 4 && k + 16 * i < end; i++) {
+                    __mmask16 valid = (__mmask16)first(least(end - k - 16 * i, 16));
+                    int64_t to = (n - top) * w->width + k + 16 * i;
+                    if (half)
+                        _mm256_mask_storeu_epi16((uint16_t *)y + to, valid,
+                                                 (__m256i)_mm512_cvtneps_pbh(v[i]));
+                    else
+                        _mm512_mask_storeu_ps((float *)y + to, valid, v[i]);
                 }
             }
         }
@@ -483,15 +486,21 @@ static inline __attribute__((always_inline)) void rounded_row(
     for (int m = 0; m < count; m++) y[m * w->rows + n] = _mm512_reduce_add_ps(total[m]);
 }
 
-/* y [m, rows] from bf16 inputs [m, width]; NormalFloat levels are rounded to bf16 too. */
-void rounded_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
-    const Unpacker by = unpacker(w->bits);
-    uint16_t levels[64] = {0};
+/* What codes are looked up in, [64]: NormalFloat's levels, or -15 to 15. */
+static void bf16_levels(const Weight *w, uint16_t *levels) {
+    memset(levels, 0, 64 * sizeof(uint16_t));
     for (int i = 0; i < 31; i++)
         if (!w->levels)
             levels[i] = to_bf16(i - 15);
         else if (i < 1 << w->bits)
             levels[i] = to_bf16(w->levels[i]);
+}
+
+/* y [m, rows] from bf16 inputs [m, width]; NormalFloat levels are rounded to bf16 too. */
+void rounded_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
+    const Unpacker by = unpacker(w->bits);
+    uint16_t levels[64];
+    bf16_levels(w, levels);
 #pragma omp parallel for schedule(static) if (m * w->rows * w->width > SMALL)
     for (int64_t n = 0; n < w->rows; n++) {
         for (int64_t row = 0; row < m; row += ROWS) {
@@ -501,6 +510,83 @@ void rounded_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
             SPECIALIZED(least(m - row, ROWS), PRODUCT)
 #undef PRODUCT
         }
+    }
+}
+
+/* The same for codes of 4 bits whose groups are whole chunks. A byte holds two codes: as the index of
+   a look-up, which sees 5 bits, it is its low code where both halves of the table are alike. */
+static inline __attribute__((always_inline)) void paired_block(
+    const Weight *w, const uint16_t *levels, int64_t n, int64_t m, const uint16_t *x, float *y,
+    const int outputs, const int count) {
+    int64_t groups = w->width / w->group + (w->width % w->group > 0);
+    __m512 total[OUTPUTS][ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < outputs; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++) total[r][i] = _mm512_setzero_ps();
+    for (int64_t g = 0, start = 0; start < w->width; g++, start += w->group) {
+        int64_t end = least(start + w->group, w->width);
+        const uint8_t *ahead = w->codes + (n + 2 * outputs) * w->row_bytes + outputs * start / 2;
+        for (int64_t i = 0; i < outputs * (end - start) / 2; i += 64)
+            _mm_prefetch((const char *)ahead + i, _MM_HINT_T1);
+        __m512i table[OUTPUTS];
+        __m512 s[OUTPUTS], sum[OUTPUTS][ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < outputs; r++) {
+            /* Of a uniform weight, level 15 is zero: q - z is found 15 - z further on than q. */
+            int64_t at = (n + r) * w->stride + g, shift = w->levels ? 0 : 15 - w->zero[at];
+            __m256i some = _mm256_loadu_si256((const __m256i *)(levels + shift));
+            table[r] = _mm512_broadcast_i64x4(some);
+            s[r] = _mm512_set1_ps(w->levels ? constant(w, (n + r) * groups + g) : w->scale[at]);
+#pragma GCC unroll 8
+            for (int i = 0; i < count; i++) sum[r][i] = _mm512_setzero_ps();
+        }
+        for (int64_t k = start; k < end; k += CHUNK)
+#pragma GCC unroll 8
+            for (int r = 0; r < outputs; r++) {
+                const uint8_t *here = w->codes + (n + r) * w->row_bytes + k / 2;
+                __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)here));
+                __m512bh even = (__m512bh)_mm512_permutexvar_epi16(both, table[r]);
+                __m512i high = _mm512_srli_epi16(both, 4);
+                __m512bh odd = (__m512bh)_mm512_permutexvar_epi16(high, table[r]);
+#pragma GCC unroll 8
+                for (int i = 0; i < count; i++) {
+                    const uint16_t *in = x + (m + i) * w->width + k;
+                    __m512bh a = (__m512bh)_mm512_loadu_si512(in);
+                    __m512bh b = (__m512bh)_mm512_loadu_si512(in + CHUNK / 2);
+                    sum[r][i] = _mm512_dpbf16_ps(sum[r][i], a, even);
+                    sum[r][i] = _mm512_dpbf16_ps(sum[r][i], b, odd);
+                }
+            }
+#pragma GCC unroll 8
+        for (int r = 0; r < outputs; r++)
+#pragma GCC unroll 8
+            for (int i = 0; i < count; i++)
+                total[r][i] = _mm512_fmadd_ps(sum[r][i], s[r], total[r][i]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < outputs; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++)
+            y[(m + i) * w->rows + n + r] = _mm512_reduce_add_ps(total[r][i]);
+}
+
+/* y [m, rows] from bf16 inputs [m, width], of which each CHUNK has its even channels first. */
+void paired_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
+    uint16_t levels[64];
+    bf16_levels(w, levels);
+#pragma omp parallel for schedule(static) if (m * w->rows * w->width > SMALL)
+    for (int64_t n = 0; n < w->rows; n += OUTPUTS) {
+        if (m == 1 && n + OUTPUTS <= w->rows) {
+            paired_block(w, levels, n, 0, x, y, OUTPUTS, 1);
+            continue;
+        }
+        for (int64_t r = n; r < least(n + OUTPUTS, w->rows); r++)
+            for (int64_t row = 0; row < m; row += ROWS) {
+#define PRODUCT(count) paired_block(w, levels, r, row, x, y, 1, count)
+                SPECIALIZED(least(m - row, ROWS), PRODUCT)
+#undef PRODUCT
+            }
     }
 }
 

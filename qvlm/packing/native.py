@@ -41,6 +41,7 @@ FLAGS = [
 ]
 # Rows up to which the weight is read once per ROWS of native.c, and not unpacked into tiles.
 FEW_ROWS = 8
+CHUNK = 64  # of native.c
 LOOKED_UP = 4
 
 _pointer = ctypes.c_void_p
@@ -116,6 +117,10 @@ class Weight:
         self.at.mean, self.at.constant_block = mean, constant_block
         return self
 
+    def is_paired(self) -> bool:
+        """Whether a byte holds two codes, and a group whole chunks."""
+        return self.at.bits == 4 and self.at.group % CHUNK == 0 and self.width % CHUNK == 0
+
     def _hold(self, x: Tensor) -> int:
         self._held.append(x)
         return x.data_ptr()
@@ -185,7 +190,7 @@ def integer_product(
 
 def float_product(weight: Weight, x: Tensor) -> Tensor:
     """x [rows, in] float32 times the float weight, transposed: [rows, out] float32."""
-    x, y = x.contiguous(), x.new_empty(len(x), weight.out)
+    x, y = x.float().contiguous(), torch.empty(len(x), weight.out)
     _library().float_rows(_at(weight), len(x), _of(x), _of(y))
     return y
 
@@ -195,15 +200,20 @@ def rounded_product(weight: Weight, x: Tensor) -> Tensor:
 
     NormalFloat levels are rounded to bf16, scales are not. Codes have at most `LOOKED_UP` bits.
     """
-    x, y = x.to(torch.bfloat16).contiguous(), x.new_empty(len(x), weight.out)
-    _library().rounded_rows(_at(weight), len(x), _of(x), _of(y))
+    x, y = x.to(torch.bfloat16).contiguous(), torch.empty(len(x), weight.out)
+    product = _library().rounded_rows
+    if weight.is_paired():
+        x = x.view(len(x), -1, CHUNK // 2, 2).transpose(2, 3).contiguous()
+        product = _library().paired_rows
+    product(_at(weight), len(x), _of(x), _of(y))
     return y
 
 
-def dequantize(weight: Weight, rows: slice) -> Tensor:
-    """Rows of the float weight of the simulation, to the bit; float32."""
-    y = torch.empty(rows.stop - rows.start, weight.width)
-    _library().dequantize(_at(weight), rows.start, rows.stop, _of(y))
+def dequantize(weight: Weight, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of the float weight of the simulation, in float32 to the bit; or rounded to bf16."""
+    y = torch.empty(rows.stop - rows.start, weight.width, dtype=dtype)
+    half = dtype == torch.bfloat16
+    _library().dequantize(_at(weight), rows.start, rows.stop, half, _of(y))
     return y
 
 
@@ -233,7 +243,8 @@ def _library() -> ctypes.CDLL:
         "integer_tiles": [_pointer] * 3,
         "float_rows": [_pointer, _number, *[_pointer] * 2],
         "rounded_rows": [_pointer, _number, *[_pointer] * 2],
-        "dequantize": [_pointer, _number, _number, _pointer],
+        "paired_rows": [_pointer, _number, *[_pointer] * 2],
+        "dequantize": [_pointer, *[_number] * 3, _pointer],
     }
     for name, types in arguments.items():
         function = getattr(library, name)
