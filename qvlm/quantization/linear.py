@@ -36,9 +36,9 @@ class QuantLinear(nn.Module):
     fine-tuning with quantization in the loop; `freeze` ends that.
 
     Attributes:
-        weight: dequantized weight [out, in]; None while the float weight is kept. Of a folding
-            input quantizer it is that of W' (see above). Float32, or float64 where the product is
-            to be computed in it.
+        weight: dequantized weight [out, in], float32; None while the float weight is kept. Of a
+            folding input quantizer it is that of W' (see above).
+        exact: the weight is float64, not rounded to float32, and the product is computed in it.
         float_weight: the float weight [out, in] before quantization, or None.
         layer_name: the full name in the model, for errors and records.
     """
@@ -61,6 +61,7 @@ class QuantLinear(nn.Module):
         self.input_quantizer = input_quantizer
         self.layer_name = layer_name
         self.float_weight: nn.Parameter | None = None
+        self.exact = False
         self.register_buffer("weight", weight.detach().float())
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
 
@@ -100,8 +101,7 @@ class QuantLinear(nn.Module):
             RunError: if `x` holds NaN or infinity; clamping would hide the latter.
         """
         self._check_finite(x)
-        weight = self.quantized_weight()
-        return F.linear(self._quantized_input(x, weight.dtype), weight, self.bias).to(x.dtype)
+        return F.linear(self._quantized_input(x), self.quantized_weight(), self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The dequantized weight [out, in], folded; differentiable while the float one is kept."""
@@ -136,6 +136,7 @@ class QuantLinear(nn.Module):
 
         Operands are q - z times their scale, not rounded to float32 before they are multiplied.
         """
+        self.exact = True
         self.weight = self.weight_quantizer.decode(self.integers(), torch.float64)
         if self.bias is not None:
             self.bias = self.bias.double()
@@ -143,15 +144,16 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
-    def _quantized_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _quantized_input(self, x: Tensor) -> Tensor:
         """x_hat, or q - z where scales are folded."""
-        quantizer, folding = self.input_quantizer, _folding(self.input_quantizer)
+        folding = _folding(self.input_quantizer)
         if folding is not None:
-            return folding.centered(x).to(dtype)
-        if dtype == torch.float64:
-            static = quantizer.at(x)
-            return static.decode(static.encode(x), dtype)
-        return quantizer(x)
+            steps = folding.centered(x)
+            return steps.double() if self.exact else steps
+        if self.exact:
+            static = self.input_quantizer.at(x)
+            return static.decode(static.encode(x), torch.float64)
+        return self.input_quantizer(x)
 
     def _check_finite(self, x: Tensor) -> None:
         # One pass: a sum is not finite if any element is not. It may also overflow: look closely
