@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from qvlm.models import attention
+
 
 class LlavaArchitecture(LlavaConfig):
     """`LlavaConfig` plus the type of its projector: "linear" or "mlp2x_gelu"."""
@@ -80,6 +82,8 @@ class Llava(LlavaForConditionalGeneration):
             )
             self.post_init()
         self.lm_head.register_forward_pre_hook(_apart)
+        if text._attn_implementation == "sdpa":  # transformers' default
+            text._attn_implementation = attention.NAME
 
 
 AutoConfig.register(LlavaArchitecture.model_type, LlavaArchitecture, exist_ok=True)
