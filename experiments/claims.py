@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.metrics import paired_difference
-from qvlm.provenance import surroundings
+from qvlm.provenance import revision_in_words, surroundings
 from qvlm.records import Record, find_records
 from qvlm.tables.command import write_files
 from qvlm.tables.comparison import paired
@@ -181,8 +181,7 @@ def page(records: Sequence[Record]) -> str:
             [
                 "Command: `make claims`",
                 f"Questions: {sorted({len(r.predictions) for r in settled})}",
-                f"Revision of this page: {about['git']['revision'] or 'unknown'}"
-                + (", with local changes" if about["git"]["dirty"] else ""),
+                f"Revision of this page: {revision_in_words(about['git'])}",
             ]
         )
     )

@@ -41,7 +41,7 @@ from qvlm.fit import GIB
 from qvlm.models.load import LoadedModel, load_model
 from qvlm.packing import ORIGIN, kernels_used, read_origin, weight_bytes
 from qvlm.prepare import find_device
-from qvlm.provenance import surroundings
+from qvlm.provenance import revision_in_words, surroundings
 from qvlm.records import Record, find_records
 from qvlm.stages import MIB, Stages
 from qvlm.tables.command import write_files
@@ -390,8 +390,7 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
                 f"Questions behind each accuracy: {sorted({row['n'] for row in rows})}",
                 f"Versions: python {versions['python']}, torch {versions['torch']}, transformers "
                 f"{versions['transformers']}",
-                f"Revision: {about['git']['revision'] or 'unknown'}"
-                + (", with local changes" if about["git"]["dirty"] else ""),
+                f"Revision: {revision_in_words(about['git'])}",
             ]
         )
     )

@@ -21,6 +21,7 @@ import argparse
 import copy
 import ctypes
 import gc
+import shlex
 import statistics
 import sys
 import time
@@ -50,7 +51,7 @@ from qvlm.models.known import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.packing import PackedLinear, weight_bytes
 from qvlm.packing.plan import blind
-from qvlm.provenance import surroundings
+from qvlm.provenance import revision_in_words, surroundings
 from qvlm.quantization.layout import block_layers, decoder_layers, quantizable
 from qvlm.stages import MIB, Stages
 from qvlm.tables.command import write_files
@@ -549,8 +550,11 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
         ]
         for row in rows
     ]
-    hardware = surroundings()["hardware"]
+    about = surroundings()
+    hardware = about["hardware"]
     notes = [
+        f"Command: `{shlex.join(['python', *sys.argv])}`",
+        f"Revision: {revision_in_words(about['git'])}",
         f"{hardware['cpu']}, {hardware['memory_gib']} GiB, {rows[0]['threads']} threads; device "
         f"{device}{'; on a GPU: not measured' if device == 'cpu' else ''}.",
         f"A question is {given.prompt} tokens of image and text and {ANSWER} tokens of answer, of "
@@ -572,6 +576,8 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
     ]
     if not find_spec("bitsandbytes"):
         notes.append("bitsandbytes is not installed: its NF4 was not measured.")
+    elif device == "cpu" and not find_spec("kernels"):
+        notes.append("bitsandbytes ran without the kernel for CPUs that it looks for on a hub.")
     parts = [
         "# Table 4 at full scale, with random weights",
         bullets(notes),

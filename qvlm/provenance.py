@@ -14,7 +14,7 @@ import functools
 import hashlib
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -100,6 +100,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         package: metadata.version(package) for package in PACKAGES
     }
+
+
+def revision_in_words(git: Mapping[str, Any]) -> str:
+    """The commit of what `revision` returned, as pages print it."""
+    return f"{git['revision'] or 'unknown'}" + (", with local changes" if git["dirty"] else "")
 
 
 def revision() -> dict[str, Any]:
