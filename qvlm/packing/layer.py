@@ -253,10 +253,10 @@ class PackedLinear(nn.Module):
     def working_bytes(self, rows: int) -> int:
         """About what a call for so many rows takes at once beside its input, on this machine.
 
-        The output twice in float32, and the input: its steps where integers are multiplied
-        natively, for scales of tokens in float32 as well; otherwise three times in float32. The
-        weight's part: where it is made float, a piece of it; where stock products take its codes,
-        these, and for the int4 layout 32 bits of each.
+        For a model in bf16. The output twice in float32, and the input: its steps where integers
+        are multiplied natively, for scales of tokens in float32 as well; otherwise three times in
+        float32. The weight's part: where it is made float, a piece of it; where stock products take
+        its codes, these, and for the int4 layout 32 bits of each.
         """
         output, entries = 8 * rows * self.out_features, rows * self.in_features
         weight = self.in_features * self.out_features
@@ -692,11 +692,11 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
     w_hat once, the product once, K additions, the token's scale and the bias: (K + 6) u of the sum
     A of absolute values, twice (packed and simulated); `int_mm` rounds less often (in float32 per
     cell the conversion, two factors and the addition; in float64 only at the end). So does
-    `triton`: its sums of t v over a tile, or
-    over a unit of codes, are exact and at most 2^24, which float32 holds; each is multiplied by s
-    and added (at most K of both, fused or not, in any order), then d and the bias round once each.
-    `native` adds exact sums of cells, or of 16 lanes of cells, as `int_mm`; where it makes the
-    float weight, it rounds as the simulation does, or, for an input in bf16, as `bf16`.
+    `triton`: its sums of t v over a tile, or over a unit of codes, are exact and at most 2^24,
+    which float32 holds; each is multiplied by s and added (at most K of both, fused or not, in any
+    order), then d and the bias round once each. `native` adds exact sums of cells, or of 16 lanes
+    of cells, as `int_mm` does; where it makes the float weight, it rounds as the simulation does,
+    or, for an input in bf16, as `bf16`.
 
     `bf16` rounds x_hat, w_hat and its output once more, 3 u with u = 2^-8.
 
