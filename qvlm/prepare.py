@@ -326,8 +326,7 @@ def keep_few_primitives() -> None:
 
     oneDNN multiplies bf16 matrices on a CPU. It makes a primitive for every number of rows that it
     meets and keeps 1,024 of them, where a mixture of experts meets hundreds: a quarter of a GiB in
-    one question. Making one anew takes a fraction of a millisecond, little for a model of full size
-    but more than a product of a miniature. Must come before oneDNN's first product.
+    one question. What that costs in time is in docs/LOG.md. To be called before the first product.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 

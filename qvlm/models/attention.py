@@ -3,8 +3,8 @@
 While an answer is decoded, each token attends to everything before it: a product of one row. For
 the 620 positions of a LLaVA-13B layer in bf16 the fused kernel of `scaled_dot_product_attention`
 (PyTorch 2.13, two threads) takes 2.9 ms, two plain products with a softmax between them 0.9 to 1.2;
-the packed linears of that layer take 5. In float32 both take as long, and where there are few keys,
-or many queries, the fused kernel wins.
+the packed linears of that layer take 5 to 6. In float32 both take as long, and where there are few
+keys, or many queries, the fused kernel wins.
 
 So this is transformers' `sdpa` but for such calls, which get transformers' own `eager`. Both are
 within the rounding of bf16 of each other. Left out: anything of ours.

@@ -513,8 +513,8 @@ void rounded_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
     }
 }
 
-/* The same for codes of 4 bits whose groups are whole chunks. A byte holds two codes: as the index of
-   a look-up, which sees 5 bits, it is its low code where both halves of the table are alike. */
+/* The same for codes of 4 bits whose groups are whole chunks. A byte holds two codes: as the index
+   of a look-up, which sees 5 bits, it is its low code where both halves of the table are alike. */
 static inline __attribute__((always_inline)) void paired_block(
     const Weight *w, const uint16_t *levels, int64_t n, int64_t m, const uint16_t *x, float *y,
     const int outputs, const int count) {

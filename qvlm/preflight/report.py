@@ -120,9 +120,8 @@ def _recorded(config: RunConfig) -> str:
     if config.force:
         return ""
     other = config.model.vision_tower or config.model.packed
-    if (
-        embedded(config.model.path) and not other and not Path(config.data.source).is_dir()
-    ):  # small enough to be hashed
+    small_enough_to_hash = not other and not Path(config.data.source).is_dir()
+    if embedded(config.model.path) and small_enough_to_hash:
         identity = prepare.identity(config)
         record, _ = find_record(prepare.record_path(config, identity), identity["hash"])
         return "yes" if record else ""
