@@ -59,20 +59,20 @@ table5: install  ## regenerates Table 5: entropy against quantization error as p
 
 table4: install  ## measures packed models: seconds, memory, accuracy
 	for name in table4 table4_exact; do $(BIN)/python run.py -m experiment=$$name$(WHERE) || exit; done
-	$(BIN)/python experiments/table4.py
+	$(BIN)/python -m qvlm.tables.table4
 
 table4-scale: install  ## measures time and memory of the true architectures, random weights
-	$(BIN)/python experiments/table4_scale.py
+	$(BIN)/python -m qvlm.tables.table4_scale
 
 fit: install  ## what each model takes at each bit width, and whether it fits BUDGET (GiB)
-	@$(BIN)/python -m qvlm.fit --budget $(BUDGET)
+	@$(BIN)/python -m qvlm.planning.footprint --budget $(BUDGET)
 
 preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
 	$(BIN)/python run.py -m experiment=table2$(OPTION) preflight=true
 
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
 	for name in table2 table1 table5 draws; do $(BIN)/python run.py -m experiment=$$name$(WHERE) || exit; done
-	$(BIN)/python experiments/claims.py
+	$(BIN)/python -m qvlm.tables.claims
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py
@@ -97,7 +97,7 @@ mini_llava mini_moe_llava: install
 	$(BIN)/python experiments/train_miniature.py --model $@ --threads 1
 
 preview: install  ## writes a contact sheet of generated problems, per skill
-	$(BIN)/python -m qvlm.data.preview
+	$(BIN)/python -m qvlm.data.miniature.preview
 
 clean:  ## removes the environment and all caches; results stay
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -17,7 +17,7 @@ from qvlm.evaluation import skill_metrics
 from qvlm.evaluation.metrics import CLASSES
 from qvlm.models import load_model
 from qvlm.models.load import MINIATURES
-from qvlm.records import Record, find_records
+from qvlm.records.record import Record, find_records
 
 HISTORY = """\
 # The embedded miniatures

@@ -35,15 +35,15 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedToke
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qvlm.data import miniature
+from qvlm.data.prompts import Prompting
 from qvlm.errors import RunError
-from qvlm.models.families import read_blueprint
-from qvlm.models.hollow import skeleton
-from qvlm.models.known import KNOWN, clip_tower
+from qvlm.models.architectures import KNOWN, clip_tower
+from qvlm.models.checkpoints.families import read_blueprint
 from qvlm.models.load import load_model
+from qvlm.models.meta import skeleton
 from qvlm.packing import measure_packed_bits, read_origin
-from qvlm.prompts import Prompting
 from qvlm.quantization import check_bits
-from qvlm.quantization.layout import block_layers
+from qvlm.quantization.targets import block_layers
 from qvlm.tables.cost import in_fresh_process
 
 ROOT = Path(__file__).resolve().parents[1]

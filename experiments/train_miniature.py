@@ -46,10 +46,10 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qvlm.data.miniature import SKILLS, generate, stream, vocabulary
+from qvlm.data.prompts import IMAGE_TOKEN, LETTERS, Prompting
 from qvlm.models import Llava, LlavaArchitecture, LoadedModel, MoeStableLmConfig
 from qvlm.models.load import MINIATURES
 from qvlm.models.mixture import MixtureOfExperts
-from qvlm.prompts import IMAGE_TOKEN, LETTERS, Prompting
 
 IGNORED = -100
 VALIDATION_PROBLEMS = 500

@@ -19,8 +19,8 @@ class CellLauncher(BasicLauncher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Runs a batch; the value of a job is the folder of its record, or what went wrong."""
-        from qvlm.config import from_hydra
-        from qvlm.launchers import Here, build, launch
+        from qvlm.config.schema import from_hydra
+        from qvlm.sweep.launchers import Here, build, launch
 
         assert self.hydra_context is not None
         compose = self.hydra_context.config_loader.load_sweep_config

@@ -27,7 +27,7 @@ class CellSweeper(BasicSweeper):
             ExceptionGroup: with the failure of every cell that failed.
         """
         from qvlm.cli import plan  # imports this project only when there is something to sweep
-        from qvlm.locks import Held, Watch
+        from qvlm.records.locks import Held, Watch
 
         assert self.hydra_context is not None
         assert self.config is not None

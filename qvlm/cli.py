@@ -29,10 +29,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
-from qvlm.config import CONF, RunConfig, canonical, from_hydra, register
+from qvlm.config.schema import CONF, RunConfig, canonical, from_hydra, register
 from qvlm.errors import RunError, UserError
-from qvlm.launchers import LATER, Here, build
-from qvlm.locks import Held, Watch
+from qvlm.records.locks import Held, Watch
+from qvlm.sweep.launchers import LATER, Here, build
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; see `qvlm.processes` if it was launched."""
     if not _helpers():
         return _main(arguments)
-    from qvlm import processes
+    from qvlm.runtime import workers as processes
 
     if not processes.join():
         return processes.serve()
@@ -105,7 +105,7 @@ def _run(arguments: list[str], recorded: list[Path]) -> None:
         try:
             config = _typed(composed)
             if config.preflight:
-                from qvlm.preflight import preflight
+                from qvlm.planning.preflight import preflight
 
                 preflight([config])
                 return Path(config.results_dir)
@@ -134,7 +134,7 @@ def _run_alone(config: RunConfig) -> Path:
     """The one cell of a command; waits for whoever computes it."""
     if not isinstance(build(config.launcher), Here):
         raise UserError("launcher: it runs the cells of a sweep; add -m, or leave it out")
-    from qvlm.pipeline import run_cell
+    from qvlm.cell.pipeline import run_cell
 
     watch = Watch()
     while True:
@@ -147,7 +147,7 @@ def _run_alone(config: RunConfig) -> Path:
 
 def _run_in_turn(config: RunConfig) -> Path:
     """A cell of a sweep in this process."""
-    from qvlm.pipeline import run_cell
+    from qvlm.cell.pipeline import run_cell
 
     try:
         return run_cell(config)
@@ -198,12 +198,12 @@ def plan(
         )
 
     if any(config.preflight for config, _ in cells.values()):
-        from qvlm.preflight import preflight
+        from qvlm.planning.preflight import preflight
 
         preflight([config for config, _ in cells.values()])
         return
 
-    from qvlm import prepare
+    from qvlm.cell import inputs as prepare
 
     saved = [config.save_packed for config, _ in cells.values() if config.save_packed is not None]
     if len(set(saved)) < len(saved):

@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from qvlm.prompts import Prompting
+from qvlm.data.prompts import Prompting
 
 COLUMNS = ("image", "question", "choices", "answer", "hint", "grade", "subject", "skill")
 

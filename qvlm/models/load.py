@@ -25,17 +25,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from qvlm.data.prompts import IMAGE_TOKEN, Prompting
 from qvlm.errors import UserError
-from qvlm.models.families import OWN_NAMES, read_config
-from qvlm.models.hollow import hollow as hollow_model
-from qvlm.models.hub import local_folder
+from qvlm.models.checkpoints.families import OWN_NAMES, read_config
+from qvlm.models.checkpoints.hub import local_folder
+from qvlm.models.checkpoints.original import Original, Tensors, find_tensors, load_original
+from qvlm.models.checkpoints.tokenizer import TextEncoding
+from qvlm.models.checkpoints.weights import Weights
 from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.meta import hollow as hollow_model
 from qvlm.models.moe import MoeStableLmConfig as MoeStableLmConfig  # registers it and its like
-from qvlm.models.original import Original, Tensors, find_tensors, load_original
-from qvlm.models.tokenizer import TextEncoding
-from qvlm.models.weights import Weights
 from qvlm.packing import ORIGIN, is_packed, load_packed, read_origin, save_packed, write_origin
-from qvlm.prompts import IMAGE_TOKEN, Prompting
 
 MINIATURES = Path(__file__).parent / "miniature"
 

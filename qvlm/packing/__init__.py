@@ -16,8 +16,8 @@ from qvlm.packing.model import (
     packed_layers,
     weight_bytes,
 )
-from qvlm.packing.proof import measure_packed_bits
 from qvlm.packing.stream import PackedStream
+from qvlm.packing.verification import measure_packed_bits
 
 __all__ = [
     "KERNELS",

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm.config import KERNELS as KERNELS
+from qvlm.config.schema import KERNELS as KERNELS
 from qvlm.errors import RunError, UserError
-from qvlm.packing import kernels, native
 from qvlm.packing.formats import (
     Constants,
     decode_constants,
@@ -33,6 +32,8 @@ from qvlm.packing.formats import (
     unit,
     unpack,
 )
+from qvlm.packing.kernels import native
+from qvlm.packing.kernels import stock as kernels
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import (
     NormalFloatQuantizer,
@@ -451,7 +452,7 @@ class PackedLinear(nn.Module):
 
     def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The output of Triton's kernels, [rows, out] in the dtype of `x`."""
-        from qvlm.packing import triton_kernels
+        from qvlm.packing.kernels import triton_kernels
 
         form = self.form
         self.rows_layout()
@@ -659,7 +660,7 @@ def _device_obstacle(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on a device, or None. A CPU does not even import Triton."""
     if device.type != "cuda" and (device.type != "cpu" or "TRITON_INTERPRET" not in os.environ):
         return "it is not on a GPU"
-    from qvlm.packing import triton_kernels
+    from qvlm.packing.kernels import triton_kernels
 
     return triton_kernels.obstacle(device)
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from qvlm.packing.layer import Form, PackedLinear
-from qvlm.quantization.layout import block_layers, quantizable
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.ranges import activation_quantizer, check_group_size, weight_quantizer
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
+from qvlm.quantization.targets import block_layers, quantizable
 
 # QLoRA's sizes: weights that share a constant, and constants that share a scale.
 NORMAL_FLOAT_BLOCK = 64

@@ -8,7 +8,6 @@ from qvlm.quantization.block import Block
 from qvlm.quantization.calibration import Walk, batch_by_length
 from qvlm.quantization.experts import unfuse_experts
 from qvlm.quantization.linear import QuantLinear, compute_in_float64, folded_weight
-from qvlm.quantization.proof import LayerBits, check_bits, expected_layers, measure_bits
 from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuantizer
 from qvlm.quantization.ranges import (
     activation_quantizer,
@@ -19,6 +18,7 @@ from qvlm.quantization.ranges import (
     weight_quantizer,
 )
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
+from qvlm.quantization.verification import LayerBits, check_bits, expected_layers, measure_bits
 
 __all__ = [
     "Block",

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.errors import RunError
-from qvlm.quantization.layout import quantizable
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.quantizer import Quantizer
 from qvlm.quantization.ranges import Ranges, activation_quantizer, weight_quantizer
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
+from qvlm.quantization.targets import quantizable
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of a block: those of one calibration batch."""

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from qvlm.errors import RunError, UserError
 from qvlm.quantization.block import Block, Call, advance
 from qvlm.quantization.experts import unfuse_experts
-from qvlm.quantization.layout import block_layers, quantizable
 from qvlm.quantization.ranges import check_group_size
 from qvlm.quantization.spec import QuantizationConfig
+from qvlm.quantization.targets import block_layers, quantizable
 
 # Image tokens that are brought together in a call: bounds memory.
 _TOKENS = 4096

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from qvlm.records import Record
+from qvlm.records.record import Record
 from qvlm.tables.comparison import compare_pairs, drop
 from qvlm.tables.markdown import table
 from qvlm.tables.published import label

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from qvlm.config import TrackingConfig
+from qvlm.config.schema import TrackingConfig
 from qvlm.errors import RunError, UserError
-from qvlm.records import Record, find_records
+from qvlm.records.record import Record, find_records
+from qvlm.records.tracking import log_table
 from qvlm.tables.selection import Selection, select
-from qvlm.tracking import log_table
 
 
 @dataclass(frozen=True)

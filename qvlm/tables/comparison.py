@@ -18,7 +18,7 @@ from qvlm.evaluation.metrics import (
     mcnemar,
     paired_difference,
 )
-from qvlm.records import Record
+from qvlm.records.record import Record
 from qvlm.tables.selection import BASELINE, FULL_PRECISION, HERO
 
 SIGNIFICANCE = 0.05

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qvlm.evaluation.metrics import CLASSES, PairedDifference
-from qvlm.records import Record
+from qvlm.records.record import Record
 from qvlm.tables.comparison import Comparison, compare, drop
 from qvlm.tables.markdown import bullets, table
 from qvlm.tables.published import average_gaps, label, published, rows, table2_values

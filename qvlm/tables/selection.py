@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qvlm.evaluation.metrics import CLASSES
-from qvlm.records import Record
+from qvlm.records.record import Record
 
 FULL_PRECISION = "FP"
 HERO = "Q-VLM"

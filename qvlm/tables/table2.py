@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from qvlm.evaluation.metrics import CLASSES
-from qvlm.records import Record
+from qvlm.records.record import Record
 from qvlm.tables import command
 from qvlm.tables.published import label, table2_values
 from qvlm.tables.report import render, stands_for

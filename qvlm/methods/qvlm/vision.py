@@ -40,7 +40,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.methods.qvlm.dependency import Activation, Joint, conditional_entropy
 from qvlm.methods.qvlm.options import check_number, check_whole
 from qvlm.quantization import Quantizer, QuantLinear, UniformQuantizer, Walk
-from qvlm.quantization.layout import projector, vision_layers
+from qvlm.quantization.targets import projector, vision_layers
 
 Batch = Mapping[str, Tensor]
 Layers = Mapping[str, tuple[nn.Module, Quantizer]]

@@ -1,0 +1,1 @@
+"""The products that packed layers compute with, a file each."""

@@ -1,0 +1,1 @@
+"""What runs a cell: several processes as one, stages with their time and memory."""

@@ -1,0 +1,1 @@
+"""The cells of a sweep: in what order they run, and where."""

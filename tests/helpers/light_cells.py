@@ -1,0 +1,51 @@
+"""Cells that need no PyTorch, for the launchers: what they do is a word."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from qvlm.errors import RunError
+from qvlm.records.locks import Held, Lock
+from qvlm.sweep.launchers import Cell, Launcher, Outcome
+from tests.unit.config.test_config import load
+
+
+@dataclass
+class LightCell(Cell):
+    """Does as `word` says, in the folder that it is started for."""
+
+    word: str = ""
+
+    def __call__(self) -> Outcome:
+        os.chdir(self.folder)
+        match self.word:
+            case "fail":
+                return RunError("a layer is NaN")
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stay":  # until it is started again
+                with Lock(Path("runs") / "stay"):
+                    if not Path("stayed").exists():
+                        Path("stayed").touch()
+                        time.sleep(60)
+            case "held":
+                return Held(Path("runs") / "held", None)
+        Path(self.word).write_text(f"{os.getpid()} {sys.argv}")
+        return Path(self.word)
+
+
+def run(launcher: Launcher, *words: str) -> list[Outcome]:
+    """What becomes of cells that do these words, in order."""
+    config = load("device=cpu")
+    outcomes = dict(launcher.launch([LightCell(config, word=word) for word in words]))
+    return [outcomes[index] for index in range(len(words))]
+
+
+def workers(*words: str) -> set[int]:
+    """The processes that the cells ran in; none of them may be this one."""
+    pids = {int(Path(word).read_text().split()[0]) for word in words}
+    assert os.getpid() not in pids
+    return pids

@@ -1,0 +1,94 @@
+"""What `test_processes` launches twice: the first process asks, the second one serves."""
+
+import hashlib
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qvlm.errors import RunError, UserError
+from qvlm.runtime import workers as processes
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, a buffer that is in no checkpoint, and tensors beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("codes", torch.arange(5, dtype=torch.uint8), persistent=False)
+        self.scalar, self.nothing = torch.tensor(1.5, dtype=torch.bfloat16), torch.empty(0, 2)
+        self.register_forward_hook(lambda *_: None)  # cannot be pickled, and stays behind
+
+
+def look(model: Tied) -> list[Any]:
+    """What has arrived."""
+    tied = model.second.weight is model.first.weight and isinstance(
+        model.first.weight, nn.Parameter
+    )
+    values = [model.first.weight.tolist(), model.codes.tolist(), float(model.scalar)]  # type: ignore[operator]
+    return [tied, values, model.nothing.shape, model.scalar.dtype]
+
+
+def take(deal: processes.Deal) -> list[int]:
+    """The numbers that this process gets."""
+    with deal as numbers:
+        return list(numbers)
+
+
+def take_until(deal: processes.Deal, last: int) -> None:
+    """Takes numbers; the second process has enough of them at `last`."""
+    with deal as numbers:
+        for number in numbers:
+            if not processes.is_first() and number >= last:
+                raise UserError("enough")
+
+
+def break_elsewhere() -> None:
+    """A defect in the second process."""
+    if not processes.is_first():
+        raise KeyError("missing")
+
+
+def interrupted(deal: processes.Deal) -> None:
+    """The first process is interrupted while both take numbers."""
+    with deal as numbers:
+        for _ in numbers:
+            if processes.is_first():
+                raise KeyboardInterrupt
+
+
+def refused(kind: type[BaseException], words: str, *task: Any) -> None:
+    """Asserts that a task ends with this error."""
+    with pytest.raises(kind, match=words):
+        processes.everywhere(*task)
+
+
+def main() -> None:
+    """What the first process asks for."""
+    model = Tied()
+    here, there = processes.everywhere(look, model)
+    assert here == there and here[0], (here, there)
+    shares = processes.everywhere(take, processes.Deal(200))
+    assert sorted(shares[0] + shares[1]) == list(range(200))
+    # All numbers would take hours: that this ends is the point.
+    refused(UserError, "enough", take_until, processes.Deal(10**9), 3)
+    refused(RunError, "process 2 of 2 broke: KeyError: 'missing'", break_elsewhere)
+    refused(KeyboardInterrupt, "", interrupted, processes.Deal(10**9))
+    processes.hashlib = SimpleNamespace(sha256=hashlib.sha512)  # type: ignore[assignment]
+    refused(RunError, "not those that were sent", look, model)
+    processes.hashlib = hashlib
+    assert processes.everywhere(look, model) == [here, there]
+
+
+if __name__ == "__main__":
+    if not processes.join():
+        sys.exit(processes.serve())
+    main()
+    processes.dismiss()
+    print("it holds")

@@ -1,0 +1,147 @@
+"""Launchers: their options, several processes of this machine, and a sweep of real cells."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from qvlm.cli import main
+from qvlm.data import miniature
+from qvlm.data.scienceqa import FEATURES
+from qvlm.errors import RunError, UserError
+from qvlm.records.locks import Held, Lock, Watch
+from qvlm.records.record import find_records
+from qvlm.sweep import launchers
+from qvlm.sweep.launchers import Here, Joblib, Ray, Slurm, build
+from tests.helpers.light_cells import run, workers
+from tests.unit.config.test_config import load
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_joblib_runs_all_and_returns_what_fails() -> None:
+    good = ["a", "b", "c", "d", "e", "f", "g"]
+    outcomes = run(Joblib(jobs=2), *good, "fail", "held")
+    assert outcomes[:-2] == [Path(word) for word in good]
+    assert str(outcomes[-2]) == "a layer is NaN"
+    assert isinstance(outcomes[-1], Held)
+    assert len(workers(*good)) <= 2
+    assert str(sys.argv) in Path("a").read_text()
+
+
+def test_joblib_goes_on_when_a_worker_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = run(Joblib(jobs=2), "a", "die", "b", "c")
+    assert [outcomes[0], *outcomes[2:]] == [Path(word) for word in "abc"]
+    assert isinstance(outcomes[1], RunError)
+    assert "the worker of mini_llava, rtn, W4A4 was killed" in str(outcomes[1])
+    assert "a worker was killed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("-m launcher=foo", ["launcher=foo", "here", "joblib", "ray", "slurm"]),
+        ("-m launcher=joblib launcher.jobs=0", ["launcher.jobs", "0", "at least 1"]),
+        ("-m launcher=joblib launcher.jobs=many", ["launcher.jobs", "many", "Integer"]),
+        ("-m launcher=joblib launcher.partition=long", ["launcher.partition", "jobs"]),
+        ("-m launcher=here launcher.jobs=2", ["launcher.jobs"]),
+        ("-m launcher=slurm", ["srun", "launcher.cluster=local"]),
+        ("-m launcher=slurm launcher.cluster=pbs", ["launcher.cluster", "pbs", "slurm, local"]),
+        ("-m launcher=slurm launcher.hours=0", ["launcher.hours", "above 0"]),
+        ("-m launcher=slurm launcher.gpus=-1", ["launcher.gpus", "-1"]),
+        ("-m launcher=ray launcher.cpus=0", ["launcher.cpus", "at least 1"]),
+        ("-m launcher=here,joblib", ["launcher", "single value"]),
+        ("-m launcher._target_=pathlib.Path", ["launcher._target_", "pathlib.Path"]),
+        ("launcher=joblib", ["launcher", "-m"]),
+    ],
+)
+def test_bad_options_are_one_sentence(
+    line: str, words: list[str], elsewhere: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split(" ")) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+    assert os.listdir(elsewhere) == []
+
+
+@pytest.mark.parametrize(("kind", "package"), [(Slurm, "submitit"), (Ray, "ray")])
+def test_a_missing_extra_is_named(
+    kind: type, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launchers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=rf"needs {package}.* pip install .*\[{kind.__name__.lower()}\]"
+    ):
+        kind()
+
+
+def test_workers_of_joblib_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(worker: str, gpus: int, asked: str = "auto") -> str:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(multiprocessing.current_process(), "_name", worker)
+        return launchers._with_own_gpu(load(f"device={asked}")).device
+
+    assert [device(f"LokyProcess-{n}", 2) for n in (1, 2, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert device("LokyProcess-2", 1) == device("LokyProcess-2", 0) == "auto"
+    assert device("LokyProcess-2", 4, "cuda:0") == "cuda:0"
+    assert device("MainProcess", 4) == "auto"
+
+
+def test_here_is_the_default() -> None:
+    assert build(load().launcher) == Here()
+
+
+def test_a_sweep_of_two_workers_and_its_failure(
+    elsewhere: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real cells of the miniature: one fails, the other is recorded, and reused without workers."""
+    (elsewhere / "data").mkdir()
+    for split in ("test", "train"):
+        rows = datasets.Dataset.from_list(miniature.generate(split, 16, seed=0), features=FEATURES)
+        rows.to_parquet(elsewhere / "data" / f"{split}.parquet")
+    line = ["-m", "method=rtn", "data=folder", "data.source=data", "tracking=off", "threads=1"]
+    capfd.readouterr()
+    wrong = [*line, "launcher=joblib", "launcher.jobs=2", "calibration.samples=999,8"]
+    assert main(wrong) == 2
+    out, err = capfd.readouterr()
+    (record,) = find_records("results/runs")
+    assert out == f"wrote {record.path}\n"
+    assert err.startswith("error: calibration.samples: 999 is more than ")
+    assert record.config["launcher"] == {"_target_": "qvlm.sweep.launchers.Joblib", "jobs": 2}
+
+    monkeypatch.setattr(Joblib, "launch", None)
+    again = [*line, "calibration.samples=8"]
+    for launcher in ("here", "joblib"):
+        assert main([*again, f"launcher={launcher}"]) == 0
+        assert capfd.readouterr().out == f"reused {record.path}\n"
+
+    # One that another process computes takes no worker either: the sweep waits for it.
+    aside = record.path.rename(elsewhere / "aside")
+    held = Lock(record.path)
+    held.__enter__()
+    wait = Watch.wait
+
+    def finish_and_wait(watch: Watch, records: Sequence[Path]) -> list[int]:
+        assert not watch.is_free(records[0])
+        aside.rename(record.path)
+        held.__exit__(None, None, None)
+        return wait(watch, records)
+
+    monkeypatch.setattr(Watch, "wait", finish_and_wait)
+    assert main([*again, "launcher=joblib"]) == 0
+    waited, reused = capfd.readouterr().out.splitlines()
+    assert waited.startswith(f"{record.name} is being computed by process {os.getpid()} on ")
+    assert waited.endswith("going on with the others, and back to it at the end")
+    assert reused == f"reused {record.path}"

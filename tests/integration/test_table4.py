@@ -1,0 +1,71 @@
+"""Table 4 of toys: every packed checkpoint is traced to its record, timed and weighed."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from qvlm.cell.pipeline import run_cell
+from qvlm.records.record import Record
+from qvlm.tables import table4
+from qvlm.tables.cost import COLUMNS
+from tests.integration.test_pipeline import SPLITS, Tracked, cell, checkpoint, tracked
+
+__all__ = ["Tracked", "cell", "checkpoint", "tracked"]
+
+
+def test_the_table(
+    cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    monkeypatch.setattr(
+        table4, "load_scienceqa", lambda source, split, limit, seed: SPLITS[split].select([0, 1])
+    )
+    run_cell(cell("method=fp"))
+    run_cell(cell("bits=w4a4"))
+    run_cell(cell("bits=w4a4", "execution=exact"))
+    for bits in ("w8a8", "w4a4"):
+        run_cell(cell(f"bits={bits}", f"save_packed={results}/packed/toy-rtn-{bits}"))
+    stray = results / "packed" / "stray"
+    stray.mkdir()
+    (stray / "qvlm.json").write_text('{"hash": "unknown"}')
+
+    assert table4.main(["--results", str(results), "--repeats", "2", "--questions", "2"]) == 0
+    assert "stray: its cell is not recorded" in capsys.readouterr().err
+    frame = pd.read_csv(results / "table4.csv")
+    assert tuple(frame.columns) == COLUMNS
+    assert list(frame["bits"]) == ["FP", "W8A8", "W4A4"]
+    assert (frame["speed_ratio"][0], frame["memory_ratio"][0]) == (1, 1)
+    assert bool((frame["speed_ratio_low"] <= frame["speed_ratio_high"]).all())
+    assert frame["weight_gib"].is_monotonic_decreasing
+    parts = frame["vision_s"] + frame["prefill_s"] + frame["decode_s"]
+    # Medians of the parts, so only about their sum.
+    assert bool((parts < 2 * frame["seconds_per_question"]).all())
+    text = (results / "table4.md").read_text()
+    assert "native" in text or "int_mm" in text
+    assert "GPU: not measured" in text
+    assert text.count("100.00 %") == 2
+
+
+def test_without_packed_models_there_is_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert table4.main(["--results", str(tmp_path)]) == 2
+    assert "holds no packed models" in capsys.readouterr().err
+    assert table4.main(["--repeats", "0"]) == 2
+
+
+def test_questions_that_are_answered_otherwise_are_named(cell: Any, tmp_path: Path) -> None:
+    record = Record.load(run_cell(cell("bits=w4a4")))
+    changed = record.predictions.copy()
+    changed.loc[3, "prediction"] = (changed["prediction"].fillna(0)[3] + 1) % 5
+    other = replace(record, predictions=changed)
+    subject = table4.Subject(record, "", "cpu")
+    assert subject.disagreements() == {}
+    expected = [str(changed["question_id"][3])]
+    both = {"simulated": other, "exact": record}
+    assert replace(subject, others=both).disagreements() == {"simulated": expected, "exact": []}
+    fewer = replace(record, predictions=record.predictions[1:])
+    assert replace(subject, others={"exact": fewer}).disagreements() == {}

@@ -1,0 +1,248 @@
+"""Every option composes, every wrong value is refused, and the hash sees what changes a number."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from qvlm.config.schema import CONF, RunConfig, canonical, from_hydra, influences, register
+from qvlm.errors import UserError
+from qvlm.records.record import identify
+
+GROUPS = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in CONF.iterdir()
+    if folder.is_dir()
+}
+CHOICES = [
+    (group, option)
+    for group, options in GROUPS.items()
+    for option in options
+    if "@package _global_" not in (CONF / group / f"{option}.yaml").read_text()
+]
+NEEDED = {
+    option: ["data.source=somewhere"] for option in ("folder", "official")
+}  # what an option leaves to the user
+
+
+@contextmanager
+def composed(*overrides: str) -> Iterator[DictConfig]:
+    """The configuration as Hydra hands it to a job, resolvers included."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        yield config
+
+
+def load(*overrides: str) -> RunConfig:
+    with composed(*overrides) as config:
+        return from_hydra(config)
+
+
+def test_the_groups_of_the_command_line_exist() -> None:
+    assert set(GROUPS) == {
+        *("model", "method", "bits", "quantizer", "data", "calibration"),
+        *("evaluation", "tracking", "launcher", "experiment", "scale"),
+    }
+    assert GROUPS["bits"] == ["fp", "w2a4", "w3a3", "w4a4", "w6a6", "w8a8"]
+    assert {"mini_llava", "mini_moe_llava"} <= set(GROUPS["model"])
+    assert {"fp", "rtn"} <= set(GROUPS["method"])
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES)
+def test_every_option_composes(group: str, option: str) -> None:
+    config = load(f"{group}={option}", *NEEDED.get(option, []))
+    written = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+    for key, value in written.items():
+        if key == "defaults":  # an option that varies another one of its group
+            continue
+        if not isinstance(value, dict) and "${" not in str(value) and value != "???":
+            node = getattr(config, group)
+            assert (node[key] if isinstance(node, dict) else getattr(node, key)) == value
+
+
+@pytest.mark.parametrize("model", GROUPS["model"])
+@pytest.mark.parametrize("method", GROUPS["method"])
+def test_every_pair_of_model_and_method_composes(model: str, method: str) -> None:
+    config = load(f"model={model}", f"method={method}")
+    assert config.model.name == model
+    assert config.method_name == method
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+@pytest.mark.parametrize("scale", GROUPS["scale"])
+def test_every_experiment_sweeps_over_known_options(experiment: str, scale: str) -> None:
+    with composed(f"experiment={experiment}", f"scale={scale}") as config:
+        assert config.hydra.mode is RunMode.MULTIRUN
+        assert from_hydra(config).group == experiment
+        for group, options in config.hydra.sweeper.params.items():
+            assert "." in group or set(options.split(",")) <= set(GROUPS[group])
+
+
+def test_the_defaults_are_the_documented_cell() -> None:
+    config = load()
+    assert (config.model.name, config.method_name) == ("mini_llava", "rtn")
+    assert config.bits.label == "W4A4"
+    assert config.quantizer.weight.granularity == "per_group"
+    assert config.quantizer.weight.group_size == config.model.weight_group_size == 64
+    assert config.quantizer.language.granularity == "per_channel_group"
+    assert config.quantizer.language.group_size == 128
+    assert config.quantizer.vision.granularity == "per_token"
+    assert config.quantizer.vision_tower
+    assert (config.calibration.split, config.calibration.samples) == ("train", 64)
+    assert (config.evaluation.unparsable, config.evaluation.temperature) == ("wrong", 0.0)
+    assert config.tracking.mode == "offline"
+
+
+def test_the_papers_scale_is_its_checkpoints_on_the_real_data() -> None:
+    config = load("scale=paper")
+    assert (config.model.name, config.data.name) == ("llava_13b", "scienceqa")
+    assert config.evaluation.max_new_tokens == 1024
+    assert config.results_dir == "results/paper"
+    assert load("scale=paper", "model=llava_7b").model.name == "llava_7b"
+    with composed("experiment=table2", "scale=paper") as composition:
+        assert composition.hydra.sweeper.params.model == "llava_13b,moe_llava"
+
+
+def test_interpolations_follow_what_they_point_at() -> None:
+    config = load("seed=7", "results_dir=elsewhere", "model.weight_group_size=32")
+    assert config.calibration.seed == 7
+    assert config.tracking.dir == "elsewhere/wandb"
+    assert config.quantizer.weight.group_size == 32
+    assert config.data.seed == 0  # the questions stay the same
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("+foo=1", ["foo", "bits", "calibration"]),
+        ("+quantizer.foo=1", ["quantizer.foo", "vision_tower"]),
+        ("+quantizer.weight.foo=1", ["quantizer.weight.foo", "group_size"]),
+        ("~seed", ["seed"]),
+        ("calibration.samples=-1", ["calibration.samples", "-1", "at least 1"]),
+        ("calibration.samples=0", ["calibration.samples", "at least 1"]),
+        ("calibration.batch_size=0", ["calibration.batch_size"]),
+        ("calibration.images=none", ["calibration.images", "none", "only, any"]),
+        ("bits.weights=1", ["bits.weights", "from 2 to 8"]),
+        ("bits.activations=9", ["bits.activations", "from 2 to 8"]),
+        ("bits.weights=null", ["bits.weights", "bits.activations", "null"]),
+        ("evaluation.unparsable=maybe", ["evaluation.unparsable", "wrong", "random"]),
+        ("evaluation.limit=0", ["evaluation.limit"]),
+        ("evaluation.temperature=-1", ["evaluation.temperature"]),
+        ("evaluation.temperature=nan", ["evaluation.temperature"]),
+        ("tracking.mode=loud", ["tracking.mode", "offline", "online", "off"]),
+        ("model.dtype=int8", ["model.dtype", "float32"]),
+        ("threads=0", ["threads"]),
+        ("data=folder", ["data.source"]),
+        ("method._target_=null", ["method._target_"]),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as refusal:
+        load(override)
+    message = str(refusal.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_full_precision_has_one_name() -> None:
+    cells = [
+        canonical(load(*overrides))
+        for overrides in (
+            ["method=fp", "bits=w4a4"],
+            ["method=fp", "bits=w6a6"],
+            ["method=rtn", "bits=fp"],
+            ["method=fp", "bits=fp", "calibration.samples=3", "quantizer.p=1"],
+        )
+    ]
+    assert all((cell.method_name, cell.bits.label) == ("fp", "FP") for cell in cells)
+    assert len({identify(influences(cell), "code", {}) for cell in cells}) == 1
+    assert identify(influences(load("method=rtn")), "code", {}) not in {
+        identify(influences(cells[0]), "code", {})
+    }
+
+
+def identity(*overrides: str) -> str:
+    return identify(influences(load(*overrides)), "code", {"model": "weights"})
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("model=mini_moe_llava", "model.conversation=stablelm", "bits=w6a6", "method.extra=1"),
+        *("quantizer.p=1", "quantizer.language.granularity=per_tensor", "seed=1", "data.seed=1"),
+        *("calibration.samples=63", "evaluation.limit=5", "evaluation.unparsable=random"),
+        *("quantizer.vision_tower=false", "evaluation.batch_size=1", "execution=exact"),
+    ],
+)
+def test_what_changes_a_number_changes_the_identity(override: str) -> None:
+    assert identity(override) != identity()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("tracking=off", "results_dir=/elsewhere", "device=cpu", "threads=1", "force=true"),
+        *("group=other", "seed=0", "bits=w4a4", "model.path=/copy", "model.stands_for=null"),
+    ],
+)
+def test_what_changes_no_number_keeps_the_identity(override: str) -> None:
+    assert identity(override) == identity()
+
+
+def test_the_identity_is_of_the_files_too() -> None:
+    parts = influences(load())
+    hashes = {
+        identify(parts, "code", {"model": "a"}),
+        identify(parts, "code", {"model": "b"}),
+        identify(parts, "changed", {"model": "a"}),
+    }
+    assert len(hashes) == 3
+    assert all(len(value) == 64 for value in hashes)
+
+
+def test_no_option_is_hidden() -> None:
+    """Every field of the schema is a key of the composed defaults, where --cfg job shows it."""
+
+    def keys(node: Any) -> Iterator[str]:
+        for entry in fields(node):
+            value = getattr(node, entry.name)
+            if is_dataclass(value):
+                yield from (f"{entry.name}.{key}" for key in keys(value))
+            else:
+                yield entry.name
+
+    written = yaml.safe_load((CONF / "config.yaml").read_text())
+    for entry in written["defaults"]:
+        if isinstance(entry, dict):
+            group, option = next(iter(entry.items()))
+            if (path := CONF / group / f"{option}.yaml").is_file():
+                written[group] = yaml.safe_load(path.read_text())
+    for key in keys(load()):
+        node: Any = written
+        for part in key.split("."):
+            assert part in node, f"{key} is in no YAML"
+            node = node[part]
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    """A YAML that is not plain from its name opens with a comment."""
+    for group in ("model", "method", "data", "tracking", "experiment", "quantizer", "scale"):
+        for path in (CONF / group).glob("*.yaml"):
+            assert path.read_text().startswith("#"), path
+
+
+def test_the_schema_is_usable_without_hydra(tmp_path: Path) -> None:
+    config = load()
+    assert config.runs_dir == Path("results/runs")
+    with pytest.raises(UserError, match=r"method\._target_"):
+        RunConfig()

@@ -1,0 +1,290 @@
+"""The schema, the sources, and every way in which a data set can be wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+
+from qvlm.cell import inputs as prepare
+from qvlm.data import miniature
+from qvlm.data.miniature.preview import contact_sheet
+from qvlm.data.scienceqa import FEATURES, load_scienceqa, require_published, validate
+from qvlm.errors import UserError
+from tests.unit.config.test_config import load as compose
+
+
+def folder_with(path: Path, problems: list[dict[str, Any]], features: datasets.Features) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(problems, features=features).to_parquet(path / "test.parquet")
+    return path
+
+
+def official_layout(path: Path, problems: list[dict[str, Any]]) -> Path:
+    """Writes problems as the authors of ScienceQA publish them, ids not in the order of the split.
+
+    The layout: one JSON of all problems by id, one of the ids of each split, and a picture's file
+    under the split and the id; splits are called train, val, test, minitrain, ...
+    """
+    known, order = {}, []
+    for number, problem in enumerate(problems):
+        identifier = str(7 * number % 1009)
+        order.append(identifier)
+        picture = problem["image"]
+        if picture is not None:
+            folder = path / "images" / "test" / identifier
+            folder.mkdir(parents=True)
+            picture.save(folder / "image.png")
+        known[identifier] = {
+            **problem,
+            "image": None if picture is None else "image.png",
+            "split": "test",
+        }
+    path.mkdir(parents=True, exist_ok=True)
+    by_number = dict(sorted(known.items(), key=lambda item: int(item[0])))
+    (path / "problems.json").write_text(json.dumps(by_number))
+    splits = {"train": [], "val": [], "test": order, "minitest": order[:3]}
+    (path / "pid_splits.json").write_text(json.dumps(splits))
+    return path
+
+
+def same_problems(left: datasets.Dataset, right: datasets.Dataset) -> bool:
+    """Whether two data sets hold equal problems, pictures to the pixel, in equal order."""
+    if left.features != right.features or len(left) != len(right):
+        return False
+    for one, other in zip(left, right, strict=True):
+        pictures = [row.pop("image") for row in (one, other)]
+        pixels = [picture and picture.convert("RGB").tobytes() for picture in pictures]
+        if one != other or pixels[0] != pixels[1]:
+            return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[dict[str, Any]]:
+    return miniature.generate("test", 60)
+
+
+def test_parquet_round_trip_keeps_everything(
+    tmp_path: Path, problems: list[dict[str, Any]]
+) -> None:
+    data = load_scienceqa(str(folder_with(tmp_path, problems, FEATURES)), "test")
+    assert data.features == FEATURES
+    assert len(data) == len(problems)
+    for row, problem in zip(data, problems, strict=True):
+        for column in set(FEATURES) - {"image"}:
+            assert row[column] == problem[column]
+        assert (row["image"] is None) == (problem["image"] is None)
+        if problem["image"] is not None:
+            assert row["image"].convert("RGB").tobytes() == problem["image"].tobytes()
+
+
+def test_split_without_any_image_keeps_its_column(
+    tmp_path: Path, problems: list[dict[str, Any]]
+) -> None:
+    plain = [problem for problem in problems if problem["image"] is None]
+    data = load_scienceqa(str(folder_with(tmp_path, plain, FEATURES)), "test")
+    assert data.features["image"] == datasets.Image()
+    assert data[0]["image"] is None
+
+
+def test_hub_layout_is_found(tmp_path: Path, problems: list[dict[str, Any]]) -> None:
+    folder_with(tmp_path / "data", problems, FEATURES)
+    (tmp_path / "data/test.parquet").rename(tmp_path / "data/test-00000-of-00001-ab.parquet")
+    assert len(load_scienceqa(str(tmp_path), "test")) == len(problems)
+
+
+def test_generated_split_is_the_generators(problems: list[dict[str, Any]]) -> None:
+    data = load_scienceqa("miniature", "test", 5)
+    assert data["question"][:] == [p["question"] for p in miniature.generate("test", 4000)[:5]]
+
+
+@pytest.mark.parametrize("column", ["image", "hint", "lecture"])
+def test_missing_column_is_named(
+    tmp_path: Path, problems: list[dict[str, Any]], column: str
+) -> None:
+    features = datasets.Features({k: v for k, v in FEATURES.items() if k != column})
+    rows = [{k: v for k, v in problem.items() if k != column} for problem in problems]
+    with pytest.raises(UserError, match=f"column '{column}' is missing; needed are image, "):
+        load_scienceqa(str(folder_with(tmp_path, rows, features)), "test")
+
+
+def test_picture_that_does_not_decode_is_named(
+    tmp_path: Path, problems: list[dict[str, Any]]
+) -> None:
+    broken = [dict(problem) for problem in problems[:3]]
+    broken[1]["image"] = {"bytes": b"this is no picture", "path": None}
+    with pytest.raises(UserError, match="the image of row 1 does not decode"):
+        load_scienceqa(str(folder_with(tmp_path, broken, FEATURES)), "test")
+
+
+def test_answer_beyond_the_choices_is_named(problems: list[dict[str, Any]]) -> None:
+    rows = [dict(problems[0]), {**problems[1], "answer": 9}]
+    with pytest.raises(UserError, match="row 1 has answer 9"):
+        validate(datasets.Dataset.from_list(rows, features=FEATURES), "toy")
+
+
+def test_truncated_file_is_one_sentence(tmp_path: Path, problems: list[dict[str, Any]]) -> None:
+    file = folder_with(tmp_path, problems, FEATURES) / "test.parquet"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_scienceqa(str(tmp_path), "test")
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "limit", "message"),
+    [
+        ("/nonexistent", "test", None, "is not a folder; accepted are miniature or a folder"),
+        ("{tmp}", "test", None, "has no test.parquet"),
+        ("miniature", "dev", None, "accepted are train, validation, test"),
+        ("miniature", "validation", -1, "limit: -1 is not accepted"),
+        ("miniature", "validation", 2001, "has 2000 problems"),
+    ],
+)
+def test_bad_requests(
+    tmp_path: Path, source: str, split: str, limit: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_scienceqa(source.format(tmp=tmp_path), split, limit)
+
+
+def test_hub_folder_and_official_layout_give_the_same_problems(
+    tmp_path: Path, problems: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet = folder_with(tmp_path / "parquet", problems, FEATURES)
+    asked = []
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        rows = datasets.Dataset.from_parquet(str(parquet / f"{split}.parquet"))
+        return rows.add_column("more", list(range(len(rows))))  # a column that we do not know
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    folder = load_scienceqa(str(parquet), "test")
+    official = load_scienceqa(str(official_layout(tmp_path / "official", problems)), "test")
+    hub = load_scienceqa("derek-thomas/ScienceQA", "test")
+    assert asked == [("derek-thomas/ScienceQA", "test")]
+    assert same_problems(folder, official)
+    assert same_problems(folder, hub)
+    assert folder["question"][:] == [problem["question"] for problem in problems]
+    changed = [*problems[:-1], {**problems[-1], "hint": "another"}]
+    other = load_scienceqa(str(official_layout(tmp_path / "other", changed)), "test")
+    assert not same_problems(folder, other)
+
+
+def break_json(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        change(content)
+        (folder / file).write_text(json.dumps(content))
+
+    return break_it
+
+
+def first_picture(folder: Path) -> Path:
+    return min(folder.rglob("image.png"))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (break_json("problems.json", lambda p: p.pop("7")), "problems.json lacks problem 7"),
+        (break_json("problems.json", lambda p: p["7"].pop("hint")), "problem 7 lacks 'hint'"),
+        (break_json("problems.json", lambda p: p["7"].update(answer="B")), "does not fit"),
+        (break_json("problems.json", lambda p: p["7"].update(answer=9)), "row 1 has answer 9"),
+        (break_json("pid_splits.json", lambda p: p.pop("test")), "has no test; it has train, val"),
+        (lambda folder: first_picture(folder).unlink(), "image.png is missing, the image of"),
+        (lambda folder: first_picture(folder).write_bytes(b"x"), "image of row .* not decode"),
+        (lambda folder: (folder / "problems.json").write_text("{"), "problems.json cannot be read"),
+        (lambda folder: (folder / "pid_splits.json").write_text("[]"), "is no JSON object"),
+    ],
+)
+def test_official_layout_that_is_broken(
+    tmp_path: Path,
+    problems: list[dict[str, Any]],
+    break_it: Callable[[Path], None],
+    message: str,
+) -> None:
+    folder = official_layout(tmp_path / "official", problems)
+    break_it(folder)
+    with pytest.raises(UserError, match=message) as refusal:
+        load_scienceqa(str(folder), "test")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DatasetNotFoundError("no"), "not on the hub, or gated"),
+        (ConnectionError("no route"), r"cannot be downloaded \(no route\); .* data.source=FOLDER"),
+    ],
+)
+def test_hub_that_fails_has_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=message):
+        load_scienceqa("derek-thomas/ScienceQA", "test")
+
+
+def published_split() -> datasets.Dataset:
+    """4,241 questions in the classes of the real test split, 2,017 of them with a picture."""
+    picture = {"path": None, "bytes": b"never decoded"}
+    subjects = ["natural science"] * 2252 + ["social science"] * 889 + ["language science"] * 1100
+    blank = dict.fromkeys(FEATURES, "") | {"choices": ["a", "b"], "answer": 0}
+    rows = [
+        {**blank, "subject": subject, "image": picture if row < 2017 else None}
+        for row, subject in enumerate(subjects)
+    ]
+    return datasets.Dataset.from_list(rows, features=FEATURES)
+
+
+def test_published_classes_have_their_sizes() -> None:
+    whole = published_split()
+    require_published(whole, "real")
+    for data, found in (
+        (whole.select(range(4240)), "has 4240 questions .* published ScienceQA 4241"),
+        (whole.select([*range(4240), 0]), "has 2253 NAT .* 2252"),
+        (whole.select([*range(4240), 4239]).select([0, *range(2, 4241), 2100]), "has 2016 IMG"),
+    ):
+        with pytest.raises(UserError, match=found):
+            require_published(data, "real")
+
+
+@pytest.mark.parametrize(
+    ("options", "checked"),
+    [
+        (["data=scienceqa"], True),
+        (["data=scienceqa", "evaluation.limit=5"], False),
+        (["data=scienceqa", "data.split=validation"], False),
+        (["data=scienceqa", "data.published=false"], False),
+        (["data=official", "data.source=somewhere"], True),
+        (["data=folder", "data.source=somewhere"], False),
+    ],
+)
+def test_class_sizes_are_checked_where_the_whole_published_split_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+    problems: list[dict[str, Any]],
+    options: list[str],
+    checked: bool,
+) -> None:
+    data = datasets.Dataset.from_list(problems, features=FEATURES)
+    monkeypatch.setattr(prepare, "load_scienceqa", lambda *_: data)
+    config = compose(*options)
+    if checked:
+        with pytest.raises(UserError, match="has 60 questions"):
+            prepare.load_questions(config)
+    else:
+        assert len(prepare.load_questions(config)) == 60
+
+
+def test_contact_sheet_has_a_row_per_skill() -> None:
+    sheet = contact_sheet("train", 1)
+    assert sheet.height % len(miniature.SKILLS) == 0
+    assert len(set(sheet.get_flattened_data())) > 500

@@ -1,0 +1,89 @@
+"""Attention of single tokens: the same as transformers' own, by whichever way is faster."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from qvlm.models import attention
+from qvlm.models.architectures import architecture
+from qvlm.models.llava import Llava
+
+
+def layer(groups: int = 1) -> Any:
+    return SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)
+
+
+def operands(queries: int, keys: int, groups: int = 1, heads: int = 8) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    shapes = ((2, heads * groups, queries, 64), *[(2, heads, keys, 64)] * 2)
+    return tuple(torch.randn(shape).bfloat16() for shape in shapes)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+    """Attention in float64, [batch, queries, heads, width]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(groups, 1) for x in (key, value))
+    scores = query.double() @ key.transpose(2, 3) / 8
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    return (scores.softmax(3) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_token_attends_to_many_keys_with_plain_products(groups: int, padded: bool) -> None:
+    query, key, value = operands(1, 300, groups)
+    assert key.numel() >= attention.MANY_KEYS
+    allowed = None
+    if padded:
+        allowed = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+        allowed[1, ..., :120] = False
+    found, weights = attention.attend(layer(groups), query, key, value, allowed, scaling=1 / 8)
+    assert weights is not None  # which the fused kernel does not make
+    expected = reference(query, key, value, allowed)
+    assert found.shape == expected.shape
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - expected).abs().max()) < 2.0**-7 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "dtype"),
+    [(1, 200, torch.bfloat16), (2, 300, torch.bfloat16), (1, 300, torch.float32)],
+)
+def test_all_else_is_sdpa(queries: int, keys: int, dtype: torch.dtype) -> None:
+    parts = [x.to(dtype) for x in operands(queries, keys)]
+    allowed = torch.ones(2, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+    found, weights = attention.attend(layer(), *parts, allowed, scaling=1 / 8)
+    assert weights is None
+    assert torch.equal(found, sdpa_attention_forward(layer(), *parts, allowed, scaling=1 / 8)[0])
+
+
+@pytest.mark.parametrize("model", ["mini_llava", "mini_moe_llava"])
+@torch.no_grad()
+def test_models_decode_with_it(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MANY_KEYS", 0)
+    torch.manual_seed(0)
+    built = Llava(architecture(model)).eval()
+    text = built.config.text_config
+    assert text._attn_implementation == attention.NAME
+    ids = torch.randint(5, 50, (2, 13))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+
+    def logits(dtype: torch.dtype, implementation: str) -> Tensor:
+        built.to(dtype)
+        text._attn_implementation = implementation
+        read = built(input_ids=ids[:, :12], attention_mask=mask[:, :12], use_cache=True)
+        cache = read.past_key_values
+        return built(input_ids=ids[:, 12:], attention_mask=mask, past_key_values=cache).logits
+
+    exact = logits(torch.float32, "sdpa")
+    errors = [
+        float((logits(torch.bfloat16, name).float() - exact).square().mean())
+        for name in (attention.NAME, "sdpa")
+    ]
+    assert 0 < errors[0] < 2 * errors[1]

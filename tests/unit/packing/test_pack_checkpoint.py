@@ -1,0 +1,116 @@
+"""Packed checkpoints: identical logits after a round trip, one sentence for what is broken."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as Llava
+
+from qvlm.cell import inputs as prepare
+from qvlm.errors import UserError
+from qvlm.models.architectures import architecture
+from qvlm.models.meta import skeleton
+from qvlm.packing import weight_bytes
+from qvlm.packing.checkpoint import load_packed, save_packed
+from qvlm.packing.kernels import stock as kernels
+from qvlm.packing.model import pack_model, packed_layers
+from qvlm.packing.plan import plan
+from qvlm.planning.footprint import configuration
+from tests.unit.packing.test_pack_model import logits, rounded
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A packed checkpoint of several shards."""
+    model = rounded()
+    pack_model(model)
+    save_packed(model, tmp_path, shard_size="20KB")
+    return tmp_path
+
+
+def test_a_fresh_process_loads_while_there_is_no_memory(folder: Path) -> None:
+    kernels._int4_layout_is_known.cache_clear()
+    assert packed_layers(load_packed(Llava, folder))
+
+
+def test_round_trip_gives_identical_logits(folder: Path, tmp_path: Path) -> None:
+    model = rounded()
+    pack_model(model)
+    expected = logits(model)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    loaded = load_packed(Llava, folder)
+    assert torch.equal(logits(loaded), expected)
+    assert packed_layers(loaded).keys() == packed_layers(model).keys()
+    save_packed(loaded, tmp_path / "again")
+    assert torch.equal(logits(load_packed(Llava, tmp_path / "again")), expected)
+
+
+def test_what_is_broken_is_said(folder: Path) -> None:
+    shard = next(path for path in folder.glob("*.safetensors") if "codes" in str(load_file(path)))
+    whole = shard.read_bytes()
+    tensors = load_file(shard)
+    name = next(key for key in tensors if key.endswith("codes"))
+    rest = {key: value for key, value in tensors.items() if key != name}
+
+    save_file(rest, shard, {"format": "pt"})
+    with pytest.raises(UserError, match="missing keys"):
+        load_packed(Llava, folder)
+    save_file({**rest, name: tensors[name][:1].clone()}, shard, {"format": "pt"})
+    with pytest.raises(UserError):
+        load_packed(Llava, folder)
+    shard.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="does not load"):
+        load_packed(Llava, folder)
+    shard.write_bytes(whole)
+    load_packed(Llava, folder)
+
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["version"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="version 99: accepted are 1 and 2"):
+        load_packed(Llava, folder)
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no packed checkpoint"):
+        load_packed(Llava, folder)
+
+
+LOAD = """
+import sys
+import torch
+from qvlm.models.llava import Llava
+from qvlm.packing import load_packed, weight_bytes
+
+def resident(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+before = resident("VmRSS")
+model = load_packed(Llava, sys.argv[1])
+for tensor in (*model.parameters(), *model.buffers()):
+    tensor.amax()  # what lies in a file is not resident before it is touched
+print((resident("VmHWM") - before) / weight_bytes(model))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
+def test_loading_takes_little_more_than_the_packed_model(tmp_path: Path) -> None:
+    """Two layers of LLaVA-7B; in floating point they would be four times as large."""
+    built = architecture("llava_7b")
+    built.text_config.num_hidden_layers, built.text_config.vocab_size = 2, 512
+    built.vision_config.num_hidden_layers, built.image_token_id = 3, 511
+    model = skeleton(built, torch.bfloat16)
+    plan(model, prepare.quantization_config(configuration("llava_7b", "w4a4")), False)
+    model = model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.detach().zero_()
+    assert weight_bytes(model) > 2**27
+    save_packed(model, tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert 0.9 < float(run.stdout) < 1.15

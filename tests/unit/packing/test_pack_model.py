@@ -1,0 +1,64 @@
+"""Whole packed models: every layer replaced, the same logits, and less memory."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qvlm.errors import UserError
+from qvlm.methods import RTN
+from qvlm.packing.model import kernels_used, pack_model, packed_layers, weight_bytes
+from qvlm.quantization.calibration import Walk
+from qvlm.quantization.linear import QuantLinear
+from qvlm.quantization.spec import QuantizationConfig, QuantSpec
+from tests.helpers.toy import toy_batch, toy_batches, toy_llava
+
+
+def rounded(bits: int = 4, text: str = "llama") -> nn.Module:
+    model = toy_llava(text)
+    quantization = QuantizationConfig(
+        QuantSpec(bits, "per_group", 32),
+        QuantSpec(bits, "per_channel_group", 16),
+        QuantSpec(bits, "per_token"),
+    )
+    RTN().quantize(Walk(model, toy_batches(), quantization))
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(**toy_batch(seed=5)).logits
+
+
+@pytest.mark.parametrize("text", ["llama", "routed", "mixtral"])
+def test_every_quantized_linear_is_packed(text: str) -> None:
+    model = rounded(4, text)
+    names = {name for name, part in model.named_modules() if isinstance(part, QuantLinear)}
+    before = weight_bytes(model)
+    assert pack_model(model) == len(names)
+    assert set(packed_layers(model)) == names
+    assert not any(isinstance(part, QuantLinear) for part in model.modules())
+    assert weight_bytes(model) < before / 2
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_logits_are_those_of_the_simulation(bits: int) -> None:
+    model = rounded(bits)
+    expected = logits(model)
+    pack_model(model, "reference")
+    # Steps near the middle of two codes may tip over after a rounding before them: no exact bound.
+    assert float((logits(model) - expected).abs().max()) < 0.02 * float(expected.abs().max())
+    assert set(kernels_used(model)) == {"reference"}
+
+
+def test_a_forced_kernel_runs_where_it_can() -> None:
+    model = rounded()
+    pack_model(model, "int_mm")
+    logits(model)
+    assert set(kernels_used(model)) == {"int_mm"}
+
+
+def test_nothing_to_pack_is_said() -> None:
+    with pytest.raises(UserError, match="no quantized linear"):
+        pack_model(toy_llava())
+    with pytest.raises(UserError, match="accepted is auto"):
+        pack_model(rounded(8), "int4_weight_only")

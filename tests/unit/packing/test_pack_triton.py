@@ -1,0 +1,150 @@
+"""When Triton serves packed layers, and its kernels: under the interpreter and compiled for a GPU.
+
+The interpreter must be on before Triton is imported, so its checks run in a process of their own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvlm.errors import UserError
+from qvlm.packing import layer as layers
+from qvlm.packing.formats import unit
+from qvlm.packing.layer import PackedLinear
+from tests.unit.packing.test_pack_layer import quantized
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+@needs_triton
+def test_kernels_compute_the_reference_under_the_interpreter() -> None:
+    checks = Path(__file__).parents[2] / "helpers" / "triton_interpreted.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(checks)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "bits", "inputs", "rows"),
+    [
+        (80, 4, "static", 16),
+        (90, 4, "clusters", 64),
+        (80, 8, "token", 64),
+        (90, 8, "folded", 128),
+        (90, 6, "token", 64),
+    ],
+)
+def test_kernels_compile_for_gpus(
+    capability: int,
+    bits: int,
+    inputs: str,
+    rows: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To machine code, without a GPU: int8 tensor cores, exact division, outputs rounded once."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from qvlm.packing.kernels import triton_kernels
+
+    per_unit, unit_bytes = unit(bits)
+    constants: dict[str, object] = {
+        "TOKEN": inputs == "token",
+        "FOLDS": inputs == "folded",
+        "CLUSTERS": inputs == "clusters",
+        "BIAS": True,
+    }
+    constants |= {"INPUT_BITS": bits, "BITS": bits, "PER_UNIT": per_unit}
+    constants |= {"UNIT_BYTES": unit_bytes, "BLOCK_UNITS": 64, "BLOCK_OUT": 32}
+    pointers = {"x_at": "*bf16", "codes_at": "*u8", "weight_zero_at": "*u8", "y_at": "*bf16"}
+    kernel = triton_kernels._product
+    for block_rows in (rows, 1):
+        fixed = constants | {"BLOCK_ROWS": block_rows}
+        signature = {
+            argument: pointers.get(argument, "*fp32" if argument.endswith("_at") else "i32")
+            for argument in kernel.arg_names
+        } | dict.fromkeys(fixed, "constexpr")
+        source = ASTSource(kernel, signature, fixed)
+        code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        assert "div.rn.f32" in code and "cvt.rn.bf16" in code
+        assert (".s32.s8.s8" in code) == (block_rows > 1)
+
+
+@needs_triton
+def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qvlm.packing.kernels import triton_kernels
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    found = triton_kernels.obstacle.__wrapped__(torch.device("cuda", 0))
+    assert found == "the GPU's compute capability is (7, 5), below (8, 0)"
+
+
+def test_triton_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.find_spec("qvlm.packing.kernels.triton_kernels")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.obstacle(torch.device("cuda", 0)) == "Triton is not installed"
+
+
+def test_a_cpu_never_chooses_triton() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for bits in (4, 8):
+            packed = PackedLinear.from_quantized(quantized((16, 64), (bits, bits))[0])
+            assert "triton" not in packed.serving()
+            assert {packed.choose(rows) for rows in (1, 4, 64)}.isdisjoint({"triton"})
+    with pytest.raises(UserError, match=r"triton.*some.layer.*not on a GPU.*accepted are auto"):
+        packed.kernel = "triton"
+
+
+def test_layers_that_triton_cannot_take_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_device_obstacle", lambda device: None)
+    served, _ = quantized((16, 64), inputs="per_token")
+    assert PackedLinear.from_quantized(served, "triton").choose(1) == "triton"
+    for refused, reason in (
+        (quantized((16, 64), weight="normal_float"), "not uniform"),
+        (quantized((16, 66), group_size=3), "inside a byte"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            PackedLinear.from_quantized(refused[0], "triton")
+    clusters: dict[str, Any] = {"inputs": "per_channel_group"}
+    assert "triton" in PackedLinear.from_quantized(quantized((16, 64), **clusters)[0]).serving()
+    scattered = quantized((16, 64), **clusters, ordered=False)[0]
+    with pytest.raises(UserError, match="differ in the scale of their inputs"):
+        PackedLinear.from_quantized(scattered, "triton")
+
+
+def test_a_gpu_without_triton_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = PackedLinear.from_quantized(quantized((16, 64))[0])
+    monkeypatch.setattr(layers, "_device_obstacle", lambda device: "Triton is not installed")
+    packed.codes = _OnGpu(packed.codes)
+    with pytest.warns(RuntimeWarning, match="stock operators: Triton is not installed") as caught:
+        assert {packed.choose(rows) for rows in (1, 1, 64)} == {"reference"}
+    assert len(caught) == 1
+
+
+class _OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 0)

@@ -1,0 +1,312 @@
+"""Records are whole or absent, notice damage, and are named by what their numbers depend on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qvlm.errors import RunError, UserError
+from qvlm.records import provenance
+from qvlm.records.record import (
+    ABANDONED_SECONDS,
+    FORGOTTEN_SECONDS,
+    Record,
+    answers_folder,
+    find_records,
+    identify,
+    plain,
+    remove_leftovers,
+    require_writable,
+    write_record,
+)
+
+FILES = ["config.yaml", "metrics.json", "predictions.parquet", "bits.json", "run.json"]
+PREDICTIONS = pd.DataFrame(
+    {"question_id": [0, 1], "prediction": pd.array([1, None], dtype="Int64"), "text": ["B", "é"]}
+)
+
+
+def write(path: Path, accuracy: float = 50.0) -> Record:
+    return write_record(
+        path,
+        config={"seed": 0, "results_dir": Path("results")},
+        run={"model": "mini", "method": "RTN", "bits": "W4A4", "hash": "abc"},
+        metrics={"classes": {"Avg": {"n": np.int64(2), "accuracy": accuracy}}},
+        predictions=PREDICTIONS,
+        layers=[{"layer": "a", "w_bits": 4, "a_bits": 4, "weight_levels": 16, "input_levels": 9}],
+    )
+
+
+def test_a_record_reads_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "mini-rtn-w4a4-abc"
+    record = write(path)
+    assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
+    assert os.listdir(path.parent) == [path.name]
+    assert (record.model, record.method, record.bits, record.name) == (
+        *("mini", "RTN", "W4A4"),
+        path.name,
+    )
+    assert record.config == {"seed": 0, "results_dir": "results"}
+    assert record.metrics["classes"]["Avg"] == {"n": 2, "accuracy": 50.0}
+    assert record.layers[0]["weight_levels"] == 16
+    pd.testing.assert_frame_equal(record.predictions, PREDICTIONS)
+    assert [found.path for found in find_records(path.parent)] == [path]
+
+
+def test_a_record_replaces_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "cell"
+    write(path, accuracy=1.0)
+    (path / "stray.txt").write_text("from before")
+    assert write(path, accuracy=2.0).metrics["classes"]["Avg"]["accuracy"] == 2.0
+    assert os.listdir(tmp_path) == ["cell"]
+    assert sorted(os.listdir(path)) == sorted(FILES)
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_a_failure_at_any_moment_leaves_no_half_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Every call that touches the disk is failed in turn; then nothing, or the old, is there."""
+    path = tmp_path / "cell"
+    write(path, accuracy=1.0)
+    calls = 0
+    open_, rename, fsync = os.open, Path.rename, os.fsync
+
+    def failing(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > moment:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", failing(fsync))
+    monkeypatch.setattr(Path, "rename", failing(rename))
+    finished = False
+    try:
+        write(path, accuracy=2.0)
+        finished = True
+    except KeyboardInterrupt:
+        monkeypatch.undo()
+    records = find_records(tmp_path)
+    assert os.open is open_
+    assert all(record.metrics["classes"]["Avg"]["accuracy"] in (1.0, 2.0) for record in records)
+    assert not finished or records[0].metrics["classes"]["Avg"]["accuracy"] == 2.0
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_record(tmp_path: Path) -> None:
+    """SIGKILL between the files and the rename: no handler runs, a hidden folder stays."""
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+from pathlib import Path
+from tests.unit.records import test_records
+Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+test_records.write(Path({str(tmp_path)!r}) / "cell")
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert sorted(file.name for file in leftover.iterdir()) == sorted(FILES)
+    assert find_records(tmp_path) == []
+
+    remove_leftovers(tmp_path)  # it may be another run that is just writing
+    assert leftover.exists()
+    old = time.time() - ABANDONED_SECONDS - 1
+    os.utime(leftover, (old, old))
+    assert find_records(tmp_path) == []
+    write(tmp_path / "cell")
+    assert os.listdir(tmp_path) == ["cell"]
+
+
+def test_answers_of_a_killed_cell_wait_for_it_a_month(tmp_path: Path) -> None:
+    path = tmp_path / "cell"
+    answers = answers_folder(path, "abc", {"device": "cpu"})
+    assert answers != answers_folder(path, "abd", {"device": "cpu"})
+    assert answers != answers_folder(path, "abc", {"device": "cuda"})
+    answers.mkdir()
+    old = time.time() - ABANDONED_SECONDS - 1
+    os.utime(answers, (old, old))
+    write(path)
+    assert answers.exists()
+    assert [record.name for record in find_records(tmp_path)] == ["cell"]
+    os.utime(answers, (old - FORGOTTEN_SECONDS, old - FORGOTTEN_SECONDS))
+    write(path)
+    assert os.listdir(tmp_path) == ["cell"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
+def test_damage_is_noticed(tmp_path: Path, name: str, damage: str) -> None:
+    path = tmp_path / "cell"
+    write(path)
+    file = path / name
+    data = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    else:
+        file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    for read in (lambda: Record.load(path), lambda: find_records(tmp_path)):
+        with pytest.raises(RunError) as refusal:
+            read()
+        assert str(path) in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_other_things_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    write(tmp_path / "cell")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".hidden").mkdir()
+    remove_leftovers(tmp_path)
+    assert len(find_records(tmp_path)) == 1
+    assert len(list(tmp_path.iterdir())) == 3
+    assert find_records(tmp_path / "nowhere") == []
+
+
+def test_values_become_plain() -> None:
+    value = {
+        "nan": float("nan"),
+        "inf": np.float32("inf"),
+        "array": np.arange(2),
+        "flag": np.bool_(True),
+        "set": {2, 1},
+        3: (1, None),
+    }
+    result = plain(value)
+    assert result == {
+        "nan": None,
+        "inf": None,
+        "array": [0, 1],
+        "flag": True,
+        "set": [1, 2],
+        "3": [1, None],
+    }
+    json.dumps(result, allow_nan=False)
+    with pytest.raises(TypeError, match="object"):
+        plain({"a": object()})
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/runs", "file/runs", "file"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="results_dir"):
+        require_writable(tmp_path / place)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_that_can_be_made_is_accepted_and_not_made(tmp_path: Path) -> None:
+    require_writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_identity_does_not_depend_on_order() -> None:
+    assert identify({"a": 1, "b": {"c": 2, "d": 3}}, "x", {}) == identify(
+        {"b": {"d": 3, "c": 2}, "a": 1}, "x", {}
+    )
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of our source that a test may edit."""
+    copy = tmp_path / "qvlm"
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    shutil.copytree(provenance.PACKAGE, copy, ignore=ignored)
+    monkeypatch.setattr(provenance, "PACKAGE", copy)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("file", "changes_rtn", "changes_fp"),
+    [
+        ("methods/rtn.py", True, False),
+        ("methods/full_precision.py", False, True),
+        ("quantization/quantizer.py", True, True),
+        ("quantization/linear.py", True, True),
+        ("models/llava.py", True, True),
+        ("evaluation/task.py", True, True),
+        ("evaluation/scienceqa.yaml", True, True),
+        ("data/scienceqa.py", True, True),
+        ("data/prompts.py", True, True),
+        ("cell/pipeline.py", True, True),
+        ("cli.py", False, False),
+        ("records/record.py", False, False),
+        ("records/tracking.py", False, False),
+        ("tables/table2.py", False, False),
+        ("__init__.py", False, False),
+    ],
+)
+def test_the_code_version_changes_with_the_code_that_counts(
+    package: Path, file: str, changes_rtn: bool, changes_fp: bool
+) -> None:
+    def versions() -> tuple[str, str]:
+        methods = package / "methods"
+        return (
+            provenance.code_version(methods / "rtn.py"),
+            provenance.code_version(methods / "full_precision.py"),
+        )
+
+    before = versions()
+    assert versions() == before
+    assert (package / file).is_file()
+    with (package / file).open("a") as source:
+        source.write("\n# changed\n")
+    after = versions()
+    assert (after[0] != before[0], after[1] != before[1]) == (changes_rtn, changes_fp)
+
+
+def test_a_method_from_elsewhere_counts_with_what_it_imports(tmp_path: Path) -> None:
+    method, helper = tmp_path / "mine.py", tmp_path / "helper.py"
+    method.write_text("import helper\nfrom qvlm.methods.base import MethodReport\n")
+    helper.write_text("x = 1\n")
+    (tmp_path / "other.py").write_text("unrelated = True\n")
+    files = provenance.sources([method])
+    assert {"mine.py", "helper.py", "qvlm/methods/base.py"} <= set(files)
+    assert "other.py" not in files
+    before = provenance.code_version(method)
+    helper.write_text("x = 2\n")
+    assert provenance.code_version(method) != before
+
+
+def test_the_content_hash_sees_names_and_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    (folder / "README.md").write_text("card")
+    first = provenance.content_hash(folder, (".safetensors",))
+    (folder / "README.md").write_text("another card")
+    assert provenance.content_hash(folder, (".safetensors",)) == first
+    (folder / "model.safetensors").write_bytes(b"two")
+    os.utime(folder / "model.safetensors", (1, 1))
+    second = provenance.content_hash(folder, (".safetensors",))
+    assert second != first
+    (folder / "model.safetensors").rename(folder / "renamed.safetensors")
+    assert provenance.content_hash(folder, (".safetensors",)) != second
+    with pytest.raises(UserError, match="no folder"):
+        provenance.content_hash(tmp_path / "nowhere", (".json",))
+
+
+def test_the_surroundings_name_versions_and_not_the_machine() -> None:
+    import platform
+
+    found = provenance.surroundings()
+    assert found["versions"]["torch"]
+    assert set(found["git"]) == {"revision", "dirty"}
+    assert found["hardware"]["cores"] >= 1
+    node = platform.node()
+    assert len(node) < 4 or node not in json.dumps(found["hardware"])

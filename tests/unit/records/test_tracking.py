@@ -1,0 +1,283 @@
+"""What W&B is given is read back from its own files; what goes wrong there costs a warning."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+from PIL import Image
+from wandb.proto.wandb_internal_pb2 import Record as Entry
+
+from qvlm.config.schema import TrackingConfig
+from qvlm.data.scienceqa import FEATURES
+from qvlm.records.record import Record
+from qvlm.records.tracking import example_rows, log_table, track
+from qvlm.tables.table2 import main
+from tests.unit.tables.test_table2 import make_record
+
+COUNT = 60
+
+
+@pytest.fixture(autouse=True)
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No account, no settings, an empty home folder."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    return home
+
+
+def entries(path: Path) -> Iterator[Entry]:
+    """The records of a .wandb file: a LevelDB log of 32 KiB blocks behind a header of 7 bytes."""
+    data, at, part = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        room = 2**15 - at % 2**15
+        if room < 7:  # the rest of a block is too small for a header
+            at += room
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # full, last
+            yield Entry.FromString(part)
+            part = b""
+
+
+class Run:
+    """An offline run, from disk."""
+
+    def __init__(self, folder: Path) -> None:
+        (file,) = folder.glob("*.wandb")
+        self.summary: dict[str, Any] = {}
+        self.tables: dict[str, Any] = {}
+        self.artifacts: dict[str, Any] = {}
+        read = list(entries(file))
+        assert read[-1].WhichOneof("record_type") == "exit"  # nothing is still being written
+        for entry in read:
+            kind = entry.WhichOneof("record_type")
+            if kind == "run":
+                self.about = entry.run
+                self.config = {u.key: json.loads(u.value_json) for u in entry.run.config.update}
+            elif kind == "summary":
+                for update in entry.summary.update:
+                    key = update.key or ".".join(update.nested_key)
+                    self.summary[key] = json.loads(update.value_json)
+            elif kind == "artifact":
+                kind, name = entry.artifact.type, entry.artifact.name.split("-")[-1]
+                (self.tables if kind == "run_table" else self.artifacts)[name] = entry.artifact
+
+    def table(self, name: str) -> pd.DataFrame:
+        (content,) = (
+            Path(c.local_path) for c in self.tables[name].manifest.contents if ".table" in c.path
+        )
+        table = json.loads(content.read_text())
+        return pd.DataFrame(table["data"], columns=table["columns"])
+
+
+def runs_in(folder: Path) -> list[Run]:
+    return [Run(path) for path in sorted(folder.glob("offline-run-*"))]
+
+
+def make_questions(record: Record) -> datasets.Dataset:
+    """The questions of a record; each image has a colour of its own."""
+    rows = [
+        {
+            **dict.fromkeys(FEATURES, "x"),
+            "image": Image.new("RGB", (8, 8), (row, 0, 0)) if pictured else None,
+            "question": f"Question {row}?",
+            "choices": ["red", "green", "blue"],
+            "answer": answer,
+            "hint": "Look." if row % 2 else "",
+        }
+        for row, (pictured, answer) in enumerate(
+            zip(record.predictions["has_image"], record.predictions["answer"], strict=True)
+        )
+    ]
+    return datasets.Dataset.from_list(rows, features=FEATURES)
+
+
+def test_a_cell_is_read_back_from_disk(
+    tmp_path: Path, bare: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = make_record(tmp_path / "runs", "AWQ", n=COUNT)
+    folder = tmp_path / "results" / "wandb"
+    tracking = TrackingConfig(dir=str(folder), examples=8)
+    environment = dict(os.environ)
+    track(record, make_questions(record), tracking, "table2")
+    assert capfd.readouterr() == ("", "")
+    kept = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    assert kept == environment
+    (run,) = runs_in(folder)
+
+    assert run.about.display_name == record.name
+    assert run.about.project == "qvlm"
+    assert run.about.run_group == "table2"
+    assert set(run.about.tags) == {"mini_llava", "AWQ", "W4A4"}
+    assert run.about.host == ""
+    assert run.config["quantizer"] == record.config["quantizer"]
+    assert run.config["run"]["hardware"]["cpu"] == "Some CPU"
+    assert run.config["run"]["git"]["revision"] == "0123456789abcdef"
+
+    for name, row in record.metrics["classes"].items():
+        for key, value in row.items():
+            assert run.summary[f"{key}/{name}"] == pytest.approx(value)
+    assert run.summary["seconds/evaluate"] == 1.5
+    assert run.summary["peak_mib/quantize"] == 700
+    assert run.summary["search/seconds"] == 2.0
+    assert run.summary["search/candidates"] == 7
+    assert run.summary["bits/layers"] == len(record.layers)
+    assert run.summary["bits/most_weight_levels"] == 16
+    assert run.summary["bits/most_input_levels"] == 15
+    assert run.summary["bits/exceeding"] == 0
+
+    classes = run.table("classes").set_index("class")
+    assert list(classes.index) == list(record.metrics["classes"])
+    assert classes.loc["Avg", "accuracy"] == record.metrics["classes"]["Avg"]["accuracy"]
+
+    examples = run.table("examples")
+    predictions = record.predictions.set_index("question_id")
+    images = {c.path: c.local_path for c in run.tables["examples"].manifest.contents}
+    assert len(examples) == 8
+    assert examples["image"].notna().sum() == 4
+    for _, row in examples.iterrows():
+        said = predictions.loc[row["question_id"]]
+        number = int(row["question_id"].removeprefix("test-"))
+        assert row["question"].endswith(f"Question {number}?")
+        assert row["question"].startswith("Look.") == bool(number % 2)
+        assert row["choices"] == "(A) red (B) green (C) blue"
+        assert row["answer"] == "ABC"[said["answer"]]
+        expected = None if pd.isna(said["prediction"]) else "ABC"[said["prediction"]]
+        assert row["prediction"] == expected
+        assert row["correct"] == said["correct"]
+        assert row["text"] == said["text"]
+        assert (row["image"] is not None) == said["has_image"]
+        if row["image"] is not None:
+            path = images[row["image"]["path"]]
+            assert Path(path).is_relative_to(folder)
+            assert Image.open(path).getpixel((0, 0))[:3] == (number, 0, 0)
+    assert [path for path in bare.rglob("*") if path.is_file()] == []
+
+
+def test_full_precision_has_no_bits(tmp_path: Path) -> None:
+    record = make_record(tmp_path / "runs", bits="FP", n=3)
+    tracking = TrackingConfig(dir=str(tmp_path / "elsewhere"), examples=0)
+    track(record, make_questions(record), tracking, "cells")
+    (run,) = runs_in(tmp_path / "elsewhere" / "wandb")
+    assert not any(key.startswith("bits/") for key in run.summary)
+    assert set(run.tables) == {"classes"}
+    classes = run.table("classes").set_index("class")
+    empty = [name for name, row in record.metrics["classes"].items() if not row["n"]]
+    assert empty
+    assert all(pd.isna(classes.loc[name, "accuracy"]) for name in empty)
+    assert not any(key.endswith(f"accuracy/{empty[0]}") for key in run.summary)
+
+
+def test_the_sweep_ends_with_its_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    record = make_record(tmp_path / "runs")
+    command = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--tracking"]
+    assert main([*command, "off"]) == 0
+    folder = Path(record.config["tracking"]["dir"])
+    assert not folder.exists()
+    assert main([*command, "offline"]) == 0
+    assert capfd.readouterr().err == ""
+    (run,) = runs_in(folder)
+    assert run.about.run_group == "table2"
+    assert run.about.job_type == "table"
+    logged = run.artifacts["table2"]
+    files = {content.path: Path(content.local_path) for content in logged.manifest.contents}
+    assert sorted(files) == ["table2.csv", "table2.md"]
+    for name, file in files.items():
+        assert file.read_bytes() == (tmp_path / name).read_bytes()
+    frame = pd.read_csv(tmp_path / "table2.csv")
+    long = run.table("table2")
+    assert list(long.columns) == list(frame.columns)
+    assert long["accuracy"].tolist() == frame["accuracy"].tolist()
+    assert [value for value in long["paper_accuracy"] if value is not None] == []
+
+
+def test_off_never_imports_wandb(tmp_path: Path) -> None:
+    record = make_record(tmp_path / "runs", n=3)
+    script = """
+import sys
+from pathlib import Path
+from qvlm.config.schema import TrackingConfig
+from qvlm.records.record import Record
+from qvlm.records.tracking import log_table, track
+tracking = TrackingConfig(mode="off", dir=sys.argv[2])
+track(Record.load(sys.argv[1]), [], tracking, "g")
+log_table(Path("t.csv"), Path("t.md"), tracking, "g")
+sys.exit(any(name.partition(".")[0] == "wandb" for name in sys.modules))
+"""
+    arguments = [sys.executable, "-c", script, str(record.path), str(tmp_path / "w")]
+    done = subprocess.run(arguments, check=False)
+    assert done.returncode == 0
+    assert not (tmp_path / "w").exists()
+
+
+def test_online_without_a_key_becomes_offline(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = make_record(tmp_path / "runs", n=COUNT)
+    written = {file.name: file.read_bytes() for file in record.path.iterdir()}
+    folder = tmp_path / "wandb"
+    tracking = TrackingConfig(mode="online", dir=str(folder), examples=2)
+    track(record, make_questions(record), tracking, "g")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("warning: tracking=online is not possible (")
+    assert "API key" in err
+    assert f"wandb sync {folder}/offline-run-" in err
+    assert err.count("\n") == 1
+    (run,) = runs_in(folder)
+    assert run.summary["n/Avg"] == COUNT
+    assert {file.name: file.read_bytes() for file in record.path.iterdir()} == written
+
+
+def test_a_failure_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = make_record(tmp_path / "runs", n=3)
+    (tmp_path / "file").write_text("")
+    track(record, make_questions(record), TrackingConfig(dir=str(tmp_path / "file")), "g")
+    err = capfd.readouterr().err
+    assert err.startswith(f"warning: Weights & Biases did not log {record.name} (")
+    assert err.count("\n") == 1
+    assert Record.load(record.path).metrics == record.metrics
+
+
+def test_the_users_own_folders_are_left_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "mine"))
+    (tmp_path / "t.csv").write_text("a,b\n1,\n")
+    (tmp_path / "t.md").write_text("t")
+    tracking = TrackingConfig(dir=str(tmp_path / "wandb"))
+    log_table(tmp_path / "t.csv", tmp_path / "t.md", tracking, "g")
+    assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "mine")
+    assert any((tmp_path / "mine").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("has_image", "count", "expected"),
+    [
+        ([True, False] * 8, 4, [0, 1, 8, 9]),
+        ([False] * 8, 4, [0, 2, 4, 6]),
+        ([True] * 8, 4, [0, 2, 4, 6]),
+        ([True] + [False] * 6, 4, [0, 1, 3, 5]),
+        ([True, False], 8, [0, 1]),
+        ([], 8, []),
+        ([True, False], 0, []),
+    ],
+)
+def test_examples_are_spread(has_image: list[bool], count: int, expected: list[int]) -> None:
+    assert example_rows(has_image, count) == expected
