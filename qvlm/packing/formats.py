@@ -99,7 +99,7 @@ class Constants:
         The quantizer does not say how many constants share a scale, so usual sizes are tried. If
         none gives its decoded constants back to the bit, they are kept in float32.
         """
-        constants, decoded = quantizer.constants, quantizer.decoded_constants
+        constants, decoded = quantizer.constants, quantizer.dequantized_absmax
         mean = constants.mean().view(1)
         for size in () if torch.equal(constants, decoded) else _CONSTANT_BLOCKS:
             offsets = F.pad(constants - mean, (0, -len(constants) % size)).view(-1, size)
@@ -112,16 +112,16 @@ class Constants:
                 exact = levels[moved] * per_constant + mean == decoded
                 near = torch.where(exact, moved, near)
             found = cls(near.to(torch.uint8), largest, mean, size)
-            if torch.equal(found.decode(), decoded):
+            if torch.equal(found.dequantize(), decoded):
                 return found
         return cls(None, decoded, torch.zeros_like(mean), 1)
 
-    def decode(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The constants [blocks], float32."""
-        return decode_constants(self.codes, self.largest, self.mean, self.block_size)
+        return dequantize_absmax(self.codes, self.largest, self.mean, self.block_size)
 
 
-def decode_constants(codes: Tensor | None, largest: Tensor, mean: Tensor, size: int) -> Tensor:
+def dequantize_absmax(codes: Tensor | None, largest: Tensor, mean: Tensor, size: int) -> Tensor:
     """The constants [blocks] float32 of `Constants`' four fields."""
     if codes is None:
         return largest

@@ -26,7 +26,7 @@ from qvlm.config.schema import KERNELS as KERNELS
 from qvlm.errors import RunError, UserError
 from qvlm.packing.formats import (
     Constants,
-    decode_constants,
+    dequantize_absmax,
     pack,
     packed_width,
     unit,
@@ -151,9 +151,9 @@ class PackedLinear(nn.Module):
         """
         name = layer.layer_name or "a linear"
         quantizer, weight = layer.weight_quantizer, layer.quantized_weight()
-        codes = quantizer.encode(weight)
+        codes = quantizer.quantize(weight)
         # Equal as numbers: a code of zero may stand for a negative zero.
-        if not bool((quantizer.decode(codes) == weight).all()):
+        if not bool((quantizer.dequantize(codes) == weight).all()):
             raise RunError(f"the weight of {name} is not on the grid of its quantizer")
         order = quantizer.order if isinstance(quantizer, UniformQuantizer) else None
         form, numbers = _weight_numbers(layer, codes if order is None else codes[:, order])
@@ -274,9 +274,9 @@ class PackedLinear(nn.Module):
             return self.order
         return torch.arange(self.in_features, device=self.codes.device)
 
-    def integers(self) -> Tensor:
+    def weight_codes(self) -> Tensor:
         """The codes of the weight, [out, in] uint8."""
-        return self._in_place(self._integers())
+        return self._in_place(self._weight_codes())
 
     def input_steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q - z of an input [rows, in], [rows, in] float32; and its scale and z, to broadcast.
@@ -351,7 +351,7 @@ class PackedLinear(nn.Module):
             return x
         return torch.empty_like(x).index_copy_(x.ndim - 1, self.order.long(), x)
 
-    def _integers(self) -> Tensor:
+    def _weight_codes(self) -> Tensor:
         if self.int4_layout:
             return kernels.from_int4_layout(self.codes)
         return unpack(self.codes, self.form.weight_bits, self.in_features)
@@ -401,7 +401,7 @@ class PackedLinear(nn.Module):
             size = self._int4_group()
             assert size is not None
             if not self.int4_layout:
-                self.codes, self.int4_layout = kernels.to_int4_layout(self._integers()), True
+                self.codes, self.int4_layout = kernels.to_int4_layout(self._weight_codes()), True
             repeats = self.in_features // size // weight_scale.shape[1]
             y = kernels.int4_weight_only(
                 steps if shared else steps * scale,
@@ -416,7 +416,7 @@ class PackedLinear(nn.Module):
             steps,
             zero_point,
             self.form.input_bits,
-            self._integers(),
+            self._weight_codes(),
             weight_zero_point,
             self.form.weight_bits,
             cells,
@@ -443,7 +443,7 @@ class PackedLinear(nn.Module):
 
     def _constants(self) -> Tensor:
         """The constants of NormalFloat blocks, [blocks] float32."""
-        return decode_constants(
+        return dequantize_absmax(
             self.constant_codes if self.form.constants[0] else None,
             self.scale.view(torch.float32),
             self.mean.view(torch.float32),
@@ -718,7 +718,10 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
     if kernel == "int4_weight_only":
         weight_scale, _ = layer.weight_scales()
         eight = kernels.dequantize(
-            layer.integers(), weight_scale, torch.full_like(weight_scale, 8), layer.form.group_size
+            layer.weight_codes(),
+            weight_scale,
+            torch.full_like(weight_scale, 8),
+            layer.form.group_size,
         )
         split = x_hat @ eight.double().abs().T
         rest = x_hat.sum(1, keepdim=True) * 8 * weight_scale.double().amax(1)

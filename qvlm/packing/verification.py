@@ -70,7 +70,7 @@ def measure_packed_bits(
 def _weight_codes(layer: PackedLinear) -> int:
     """The most distinct codes of one scale."""
     form = layer.form
-    codes = layer.integers()[:_MAX_ROWS, layer.channels()].long()
+    codes = layer.weight_codes()[:_MAX_ROWS, layer.channels()].long()
     width = form.group_size if form.weight == "uniform" else codes.shape[1]
     group = torch.arange(codes.shape[1], device=codes.device) // width
     row = torch.arange(len(codes), device=codes.device)[:, None]

@@ -110,9 +110,9 @@ class QuantLinear(nn.Module):
         assert self.weight is not None
         return self.weight
 
-    def integers(self) -> Tensor:
+    def weight_codes(self) -> Tensor:
         """The codes of the weight, [out, in] uint8."""
-        return self.weight_quantizer.encode(self.quantized_weight().detach())
+        return self.weight_quantizer.quantize(self.quantized_weight().detach())
 
     def unfolded_weight(self) -> Tensor:
         """The weight [out, in] that acts on x_hat in its own units."""
@@ -137,7 +137,7 @@ class QuantLinear(nn.Module):
         Operands are q - z times their scale, not rounded to float32 before they are multiplied.
         """
         self.exact = True
-        self.weight = self.weight_quantizer.decode(self.integers(), torch.float64)
+        self.weight = self.weight_quantizer.dequantize(self.weight_codes(), torch.float64)
         if self.bias is not None:
             self.bias = self.bias.double()
 
@@ -151,8 +151,8 @@ class QuantLinear(nn.Module):
             steps = folding.centered(x)
             return steps.double() if self.exact else steps
         if self.exact:
-            static = self.input_quantizer.at(x)
-            return static.decode(static.encode(x), torch.float64)
+            static = self.input_quantizer.for_tokens(x)
+            return static.dequantize(static.quantize(x), torch.float64)
         return self.input_quantizer(x)
 
     def _check_finite(self, x: Tensor) -> None:

@@ -68,23 +68,23 @@ class NormalFloatQuantizer(Quantizer):
         levels: [2^bits], ascending.
         block_size: neighbours in the flattened weight that share a constant.
         constants: max |w| of each block before it is quantized, [blocks]; codes depend on it.
-        decoded_constants: what is left of it after double quantization, [blocks]; values do. A
+        dequantized_absmax: what is left of it after double quantization, [blocks]; values do. A
             constant that is small beside its neighbours may change its sign (so it does in
             bitsandbytes).
     """
 
     levels: Tensor
     constants: Tensor
-    decoded_constants: Tensor
+    dequantized_absmax: Tensor
 
     def __init__(
-        self, bits: int, block_size: int, constants: Tensor, decoded_constants: Tensor
+        self, bits: int, block_size: int, constants: Tensor, dequantized_absmax: Tensor
     ) -> None:
         super().__init__(bits)
         self.block_size = block_size
         self.register_buffer("levels", normal_float_levels(bits).to(constants.device))
         self.register_buffer("constants", constants)
-        self.register_buffer("decoded_constants", decoded_constants)
+        self.register_buffer("dequantized_absmax", dequantized_absmax)
 
     @classmethod
     def fit(
@@ -115,7 +115,7 @@ class NormalFloatQuantizer(Quantizer):
             decoded = _double_quantized(constants, constant_block_size)
         return cls(bits, block_size, constants, decoded)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         """Codes of `x`, which is as large as the fitted weight.
 
         The nearest level of x / c; half way between two, the lower. Values that `decode` gave get
@@ -130,15 +130,15 @@ class NormalFloatQuantizer(Quantizer):
             # The last, smaller block is divided where full ones take a reciprocal.
             by_constant[-1] = scaled[-1] / self.constants[-1].clamp_min(_SMALLEST_CONSTANT)
         codes = self._nearest(by_constant)
-        decoded = self.decoded_constants[:, None]
+        decoded = self.dequantized_absmax[:, None]
         known = self._nearest(scaled / decoded)
         kept = (self.levels[known] * decoded == scaled) & (decoded.abs() >= _SMALLEST_CONSTANT)
         codes = torch.where(kept, known, codes)
         return codes.flatten()[: len(flat)].view(x.shape).to(torch.uint8)
 
-    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         blocks = _blocks(codes.flatten(), self.block_size)
-        values = self.levels.to(dtype)[blocks.long()] * self.decoded_constants[:, None]
+        values = self.levels.to(dtype)[blocks.long()] * self.dequantized_absmax[:, None]
         return values.flatten()[: codes.numel()].view(codes.shape)
 
     def group_index(self, x: Tensor) -> Tensor:

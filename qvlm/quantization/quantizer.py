@@ -34,8 +34,8 @@ _LARGEST = torch.finfo(torch.float32).max * (1 - 1e-6)
 class Quantizer(nn.Module, ABC):
     """What a quantized linear needs of a quantizer; uniform grids and codebooks alike.
 
-    A subclass sets `bits` and writes `encode`, `decode` and `group_index`; `forward` is
-    `decode(encode(x))` with a straight-through gradient.
+    A subclass sets `bits` and writes `quantize`, `dequantize` and `group_index`; `forward` is
+    `dequantize(quantize(x))` with a straight-through gradient.
 
     Attributes:
         bits: every scale has at most 2^bits values.
@@ -50,24 +50,24 @@ class Quantizer(nn.Module, ABC):
         self.bits = bits
 
     @abstractmethod
-    def encode(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         """Integer codes 0 .. 2^bits - 1 (uint8), same shape as `x`."""
 
     @abstractmethod
-    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values that codes stand for: of float32, or, not rounded to it, of float64."""
 
     @abstractmethod
     def group_index(self, x: Tensor) -> Tensor:
         """Which scale each element of `x` uses: integers that broadcast to its shape."""
 
-    def at(self, x: Tensor) -> "Quantizer":
+    def for_tokens(self, x: Tensor) -> "Quantizer":
         """The quantizer with stored scales that quantizes exactly this `x`; itself if static."""
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantizes and dequantizes; the gradient is that of the identity."""
-        x_hat = self.decode(self.encode(x.detach()))
+        x_hat = self.dequantize(self.quantize(x.detach()))
         return _Identity.apply(x, x_hat) if x.requires_grad and torch.is_grad_enabled() else x_hat
 
 
@@ -148,15 +148,15 @@ class UniformQuantizer(Quantizer):
         scale, zero_point = affine_grid(lo, hi, bits)
         return cls(bits, scale, zero_point, **layout)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         steps = _steps(self._grouped(x.float()), self.scale, self.lowest, self.highest)
         return self._ungrouped(steps.add_(self.zero_point)).to(torch.uint8)
 
-    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._ungrouped((self._grouped(codes.to(dtype)) - self.zero_point) * self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`decode(encode(x))` in few passes, straight-through inside the range."""
+        """`dequantize(quantize(x))` in few passes, straight-through inside the range."""
         x = self._grouped(x.float())
         return self._ungrouped(_fake_quantize(x, self.scale, self.lowest, self.highest, True))
 
@@ -187,9 +187,9 @@ class UniformQuantizer(Quantizer):
         if ratio == 1:
             return self
         lo, hi = self.span()
-        return self.regrid(*affine_grid(lo * ratio, hi * ratio, self.bits))
+        return self.with_scales(*affine_grid(lo * ratio, hi * ratio, self.bits))
 
-    def regrid(self, scale: Tensor, zero_point: Tensor) -> "UniformQuantizer":
+    def with_scales(self, scale: Tensor, zero_point: Tensor) -> "UniformQuantizer":
         """A quantizer of other grids, which the same elements share."""
         layout = self.group_size, self.clusters, self.folds, self.order
         return UniformQuantizer(self.bits, scale, zero_point, *layout)
@@ -227,16 +227,18 @@ class TokenQuantizer(Quantizer):
         _check_ratio(ratio)
         self.ratio = ratio
 
-    def at(self, x: Tensor) -> UniformQuantizer:
+    def for_tokens(self, x: Tensor) -> UniformQuantizer:
         """The stored-scale quantizer of exactly these tokens: scales [..., 1] for x [..., in]."""
         return UniformQuantizer(self.bits, *self._grid(x.detach().float()))
 
-    def encode(self, x: Tensor) -> Tensor:
-        return self.at(x).encode(x)
+    def quantize(self, x: Tensor) -> Tensor:
+        return self.for_tokens(x).quantize(x)
 
-    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Raises TypeError: the scales went with the tokens; decode with `at(x)`."""
-        raise TypeError("a per-token quantizer stores no scales: decode with at(x).decode(codes)")
+        raise TypeError(
+            "a per-token quantizer stores no scales; use for_tokens(x).dequantize(codes)"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()

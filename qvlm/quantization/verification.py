@@ -186,7 +186,7 @@ def _levels(values: Tensor, quantizer: Quantizer | None, bits: int, folded: bool
     scales = torch.zeros((), dtype=torch.long, device=values.device)
     small = True
     if quantizer is not None:
-        stored = quantizer.at(values) is quantizer
+        stored = quantizer.for_tokens(values) is quantizer
         if not stored or _reproduced(values, quantizer, bits, folded):
             scales, small = quantizer.group_index(values), not stored
     scales = scales.expand(values.shape).flatten(0, -2)
@@ -199,8 +199,8 @@ def _reproduced(values: Tensor, quantizer: Quantizer, bits: int, folded: bool) -
     """Whether a quantizer with stored scales maps `values` to themselves through 2^bits codes."""
     if folded and isinstance(quantizer, UniformQuantizer) and quantizer.folds:
         values = values * quantizer.scale
-    codes = quantizer.encode(values)
-    return len(codes.unique()) <= 2**bits and torch.equal(quantizer.decode(codes), values)
+    codes = quantizer.quantize(values)
+    return len(codes.unique()) <= 2**bits and torch.equal(quantizer.dequantize(codes), values)
 
 
 def _most_levels(values: Tensor, scales: Tensor, small: int) -> int:

@@ -334,7 +334,7 @@ def test_a_packed_layer_is_simulated_to_the_bit(weights: str, inputs: str) -> No
     layer = QuantLinear.from_linear(linear, fitted, quantizer, layer_name="it")
     again = PackedLinear.from_quantized(layer).simulated()
     assert torch.equal(again(x), layer(x))
-    assert torch.equal(again.integers(), layer.integers())
+    assert torch.equal(again.weight_codes(), layer.weight_codes())
 
 
 # --- memory

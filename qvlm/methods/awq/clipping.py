@@ -59,7 +59,7 @@ def clipped_quantizer(
         scale = torch.where(better, candidate.scale, scale)
         zero_point = torch.where(better, candidate.zero_point, zero_point)
     if spec.granularity == "per_group":
-        chosen = default.regrid(scale, zero_point)
+        chosen = default.with_scales(scale, zero_point)
         output_errors = [
             (seen.float() @ (quantizer(weight) - weight).T).square().sum(0)
             for quantizer in (chosen, default)
@@ -67,7 +67,7 @@ def clipped_quantizer(
         better = (output_errors[0] <= output_errors[1])[:, None, None]
         scale = torch.where(better, scale, default.scale)
         zero_point = torch.where(better, zero_point, default.zero_point)
-    return default.regrid(scale, zero_point)
+    return default.with_scales(scale, zero_point)
 
 
 def _shrunk(ratio: float) -> Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor]]:

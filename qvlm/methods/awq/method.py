@@ -274,7 +274,7 @@ def _divided(quantizer: UniformQuantizer, scale: Tensor) -> UniformQuantizer:
         scale = scale.view(-1, quantizer.group_size)
     scales = (quantizer.scale / scale).clamp_min(SMALLEST_SCALE)
     zero_points = quantizer.zero_point.expand(scales.shape).contiguous()
-    return quantizer.regrid(scales, zero_points)
+    return quantizer.with_scales(scales, zero_points)
 
 
 def _input_scale(inputs: Quantizer | None) -> Tensor:

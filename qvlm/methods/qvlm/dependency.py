@@ -64,7 +64,7 @@ def assignment(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Ten
     Raises:
         UserError: if the quantizer is not uniform.
     """
-    grid = quantizer.at(x)
+    grid = quantizer.for_tokens(x)
     if not isinstance(grid, UniformQuantizer) or grid.group_size is not None:
         raise UserError("the dependency of layers is defined for uniform activation quantizers")
     levels = torch.arange(2**grid.bits, dtype=x.dtype, device=x.device)

@@ -431,7 +431,7 @@ def test_the_bits_are_proven(family: str, language: str, weight: str, scaling: s
     for name in expected:
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear)
-        assert torch.equal(layer.weight_quantizer.decode(layer.integers()), layer.weight)
+        assert torch.equal(layer.weight_quantizer.dequantize(layer.weight_codes()), layer.weight)
 
 
 class Halfway(AWQ):

@@ -105,7 +105,7 @@ def test_assignment_is_equation_5(granularity: str, scale_free: bool) -> None:
     x = torch.randn(9, 6).double() * torch.logspace(-1, 1, 6).double()
     bits = 3
     quantizer = activation_quantizer(x.float(), QuantSpec(bits, granularity))
-    fixed = quantizer.at(x)
+    fixed = quantizer.for_tokens(x)
     assert isinstance(fixed, UniformQuantizer)
     scale, zero = numpy_of(fixed.scale), numpy_of(fixed.zero_point)
     # In units of the scale, x / s on a grid of distance 1: that is what being free of it means.
@@ -132,7 +132,7 @@ def test_only_the_scale_free_assignment_keeps_when_the_unit_changes() -> None:
 def test_a_sharp_assignment_is_the_rounding() -> None:
     quantizer = grid(4, 1000.0, 5)
     x = (torch.arange(200) * 77.7 - 5500.0)[:, None]
-    assert torch.equal(assignment(x, quantizer).argmax(-1), quantizer.encode(x).long())
+    assert torch.equal(assignment(x, quantizer).argmax(-1), quantizer.quantize(x).long())
     off = (x / 1000 - (x / 1000).round()).abs() < 0.4
     assert assignment(x, quantizer).amax(-1)[off].min() > 0.999
 
@@ -240,7 +240,7 @@ def test_joints_are_their_definitions(widths: tuple[int, int]) -> None:
     for width, bits in zip(widths, (3, 2), strict=True):
         x = torch.randn(7, width)
         quantizer = activation_quantizer(x, QuantSpec(bits, "per_token"))
-        fixed = quantizer.at(x)
+        fixed = quantizer.for_tokens(x)
         assert isinstance(fixed, UniformQuantizer)
         scale, zero = numpy_of(fixed.scale), numpy_of(fixed.zero_point)
         pair.append(Activation(x, quantizer))

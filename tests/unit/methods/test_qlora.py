@@ -99,10 +99,12 @@ def test_sizes_and_double_quantization_reach_the_quantizers() -> None:
 
     default, exact = run(), run(double_quantization=False)
     assert (default.block_size, len(default.constants)) == (64, 16)
-    assert not torch.equal(default.decoded_constants, default.constants)
-    assert torch.equal(exact.decoded_constants, exact.constants)
+    assert not torch.equal(default.dequantized_absmax, default.constants)
+    assert torch.equal(exact.dequantized_absmax, exact.constants)
     assert len(run(block_size=32).constants) == 32
-    assert not torch.equal(run(constant_block_size=2).decoded_constants, default.decoded_constants)
+    assert not torch.equal(
+        run(constant_block_size=2).dequantized_absmax, default.dequantized_absmax
+    )
 
 
 def test_twice_gives_the_same_integers_and_the_report_fits_into_json() -> None:

@@ -54,7 +54,7 @@ def run(
 
 def integers(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: module.integers()
+        name: module.weight_codes()
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear)
     }
@@ -142,7 +142,7 @@ def test_the_bits_are_proven(text: str, options: dict[str, Any]) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear) and layer.layer_name == name
         assert layer.float_weight is None
-        assert torch.equal(layer.weight_quantizer.decode(layer.integers()), layer.weight)
+        assert torch.equal(layer.weight_quantizer.dequantize(layer.weight_codes()), layer.weight)
     assert not any("Remembering" in type(module).__name__ for module in model.modules())
     json.dumps(asdict(report))
 

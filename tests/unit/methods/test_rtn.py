@@ -58,7 +58,7 @@ def test_integers_are_those_of_numpy(bits: int) -> None:
         layer = quantized.get_submodule(name)
         assert isinstance(layer, QuantLinear) and layer.layer_name == name
         expected = np.stack([numpy_codes(row, bits) for row in weight])
-        off += int((layer.integers().numpy() != expected).sum())
+        off += int((layer.weight_codes().numpy() != expected).sum())
         total += expected.size
     assert off <= total * 1e-4  # a value half-way between two codes in float32
 

@@ -215,7 +215,7 @@ def test_the_search_is_brute_force(
     for linear, layer in brute.chosen.items():
         ours = block.module.get_submodule(linear)
         assert isinstance(ours, QuantLinear) and isinstance(layer, QuantLinear)
-        assert torch.equal(ours.integers(), layer.integers())
+        assert torch.equal(ours.weight_codes(), layer.weight_codes())
         assert ours.layer_name == f"{name}.{linear}"
     assert len({p for _, best, _ in expected for p in best}) > 1  # the grid is a real choice
 
@@ -360,7 +360,7 @@ def test_a_searched_block_can_stay_trainable() -> None:
         frozen, kept = (block.module.get_submodule(name) for block in blocks)
         assert isinstance(frozen, QuantLinear) and isinstance(kept, QuantLinear)
         assert frozen.float_weight is None and kept.float_weight is not None
-        assert torch.equal(frozen.integers(), kept.integers())
+        assert torch.equal(frozen.weight_codes(), kept.weight_codes())
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ class Linearised(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.grid is None:
-            grid = self.quantizer.at(x)
+            grid = self.quantizer.for_tokens(x)
             assert isinstance(grid, UniformQuantizer)
             steps = (x.detach().float() / grid.scale).round()
             self.inside = (steps >= grid.lowest) & (steps <= grid.highest)
@@ -184,17 +184,17 @@ class Linearised(Quantizer):
             return grid(x)
         return x * self.inside + self.rest
 
-    def at(self, x: Tensor) -> UniformQuantizer:
+    def for_tokens(self, x: Tensor) -> UniformQuantizer:
         """The grid of the first call; for the same tokens, flattened."""
         assert self.grid is not None
         ends = self.grid.scale.reshape(-1, 1), self.grid.zero_point.reshape(-1, 1)
         return UniformQuantizer(self.bits, *ends)
 
-    def encode(self, x: Tensor) -> Tensor:
-        return self.quantizer.encode(x)
+    def quantize(self, x: Tensor) -> Tensor:
+        return self.quantizer.quantize(x)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        return self.quantizer.decode(codes)
+    def dequantize(self, codes: Tensor) -> Tensor:
+        return self.quantizer.dequantize(codes)
 
     def group_index(self, x: Tensor) -> Tensor:
         return self.quantizer.group_index(x)
@@ -524,7 +524,7 @@ def test_freezing_rounds_what_was_tuned() -> None:
         assert torch.equal(model(**toy_batch(seed=5)).logits, before)
     layer = model.get_submodule(f"{TOWER}.0.mlp.fc1")
     assert layer.float_weight is None
-    assert torch.equal(layer.weight_quantizer.decode(layer.integers()), layer.weight)
+    assert torch.equal(layer.weight_quantizer.dequantize(layer.weight_codes()), layer.weight)
 
 
 # --- what is refused ------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_constants_come_back_to_the_bit(bits: int, size: int | None) -> None:
     quantizer = NormalFloatQuantizer.fit(weight, bits, 64, size)
     constants = Constants.of(quantizer)
     assert (constants.codes is None) == (size is None)
-    assert torch.equal(constants.decode(), quantizer.decoded_constants)
+    assert torch.equal(constants.dequantize(), quantizer.dequantized_absmax)
 
 
 def test_unusual_constant_blocks_stay_float() -> None:
@@ -67,4 +67,4 @@ def test_unusual_constant_blocks_stay_float() -> None:
     quantizer = NormalFloatQuantizer.fit(weight, 4, 64, 100)
     constants = Constants.of(quantizer)
     assert constants.codes is None
-    assert torch.equal(constants.decode(), quantizer.decoded_constants)
+    assert torch.equal(constants.dequantize(), quantizer.dequantized_absmax)

@@ -68,10 +68,10 @@ def in_float64(layer: QuantLinear) -> QuantLinear:
 def check(layer: QuantLinear, x: Tensor) -> PackedLinear:
     """Every kernel that takes the layer gives what it simulates; sums of integers, to the bit."""
     packed = PackedLinear.from_quantized(layer)
-    assert torch.equal(packed.integers(), layer.integers())
+    assert torch.equal(packed.weight_codes(), layer.weight_codes())
     assert torch.equal(packed.dequantized(), layer.weight)
     steps, _, zero_point = packed.input_steps(x)
-    codes = layer.input_quantizer.at(x).encode(x)
+    codes = layer.input_quantizer.for_tokens(x).quantize(x)
     assert torch.equal((steps + zero_point).to(torch.uint8), codes)
     expected, rounded_once = layer(x).double(), in_float64(layer)(x)
     for kernel in packed.serving():
@@ -86,7 +86,7 @@ def check(layer: QuantLinear, x: Tensor) -> PackedLinear:
         bound = accumulation_bound(packed, x, kernel)
         assert bool((error <= bound).all()), (kernel, float((error / bound).max()))
         assert packed.used[kernel] == 1
-    assert torch.equal(packed.integers(), layer.integers())
+    assert torch.equal(packed.weight_codes(), layer.weight_codes())
     return packed
 
 
@@ -152,7 +152,7 @@ def test_sums_of_integers_are_exact(data: st.DataObject) -> None:
     # Cells are of channels as they are stored.
     order = packed.channels()
     steps, _, zero_point = packed.input_steps(x)
-    steps, codes = steps[:, order], packed.integers()[:, order]
+    steps, codes = steps[:, order], packed.weight_codes()[:, order]
     if zero_point.shape == (96,):
         zero_point = zero_point[order]
     _, weight_zero_point = packed.weight_scales()
@@ -217,7 +217,7 @@ def test_clusters_are_stored_one_after_the_other() -> None:
     assert torch.equal(scale, layer.input_quantizer.scale)
     simulated = packed.simulated()
     assert torch.equal(simulated.weight, layer.weight)
-    assert torch.equal(simulated.integers(), layer.integers())
+    assert torch.equal(simulated.weight_codes(), layer.weight_codes())
     assert torch.equal(simulated(x), layer(x))
     apart = PackedLinear.from_quantized(
         quantized((48, 96), (4, 4), inputs="per_channel_group", ordered=False)[0]
@@ -238,18 +238,18 @@ def test_casting_the_module_changes_nothing() -> None:
 def test_float64_rounds_the_output_only(weight: str, inputs: str) -> None:
     layer, x = quantized((48, 96), (4, 4), weight, inputs)
     exact = in_float64(layer)
-    assert torch.equal(exact.integers(), layer.integers())
-    grid = layer.input_quantizer.at(x)
-    steps = grid.encode(x).double() - grid.zero_point
+    assert torch.equal(exact.weight_codes(), layer.weight_codes())
+    grid = layer.input_quantizer.for_tokens(x)
+    steps = grid.quantize(x).double() - grid.zero_point
     x_hat = steps if layer.input_quantizer.folds else steps * grid.scale
     weights = layer.weight_quantizer
     if isinstance(weights, NormalFloatQuantizer):
-        constants = weights.decoded_constants.double().repeat_interleave(32).view(48, 96)
-        w_hat = weights.levels.double()[layer.integers().long()] * constants
+        constants = weights.dequantized_absmax.double().repeat_interleave(32).view(48, 96)
+        w_hat = weights.levels.double()[layer.weight_codes().long()] * constants
     else:
         index = weights.group_index(layer.weight).expand(48, 96)
         scale, zero = (part.flatten()[index] for part in (weights.scale, weights.zero_point))
-        w_hat = (layer.integers().double() - zero) * scale
+        w_hat = (layer.weight_codes().double() - zero) * scale
     expected = (x_hat @ w_hat.T + layer.bias).float()
     assert int((exact(x) != expected).sum()) <= 1
     assert not torch.equal(layer(x), expected)  # which float32 does not reach

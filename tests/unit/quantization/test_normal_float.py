@@ -47,10 +47,10 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
 def check_against_reference(x: Tensor) -> None:
     quantizer = NormalFloatQuantizer.fit(x, 4)
     codes, values = reference(x)
-    assert torch.equal(quantizer.encode(x), codes)
+    assert torch.equal(quantizer.quantize(x), codes)
     if bool(torch.isfinite(values).all()):
         assert torch.equal(quantizer(x), values)
-        assert torch.equal(quantizer.decode(codes), values)
+        assert torch.equal(quantizer.dequantize(codes), values)
     else:  # the sum of its constants overflowed
         assert bool(torch.isfinite(quantizer(x)).all())
 
@@ -92,14 +92,14 @@ def test_any_weight_has_a_sound_codebook(
 ) -> None:
     x = torch.from_numpy(values)
     quantizer = NormalFloatQuantizer.fit(x, bits, block, constants)
-    codes, x_hat = quantizer.encode(x), quantizer(x)
+    codes, x_hat = quantizer.quantize(x), quantizer(x)
     assert codes.shape == x.shape and codes.dtype == torch.uint8 and int(codes.max()) < 2**bits
     assert x_hat.shape == x.shape and x_hat.dtype == torch.float32
     assert bool(torch.isfinite(x_hat).all())
     index = quantizer.group_index(x)
     assert torch.equal(index.flatten(), torch.arange(x.numel()) // block)
     assert all(len(x_hat[index == group].unique()) <= 2**bits for group in index.unique().tolist())
-    normal = (quantizer.decoded_constants.abs() >= 1e-38)[index]
+    normal = (quantizer.dequantized_absmax.abs() >= 1e-38)[index]
     again = quantizer(x_hat)
     assert torch.equal(again[normal], x_hat[normal])
 
@@ -133,8 +133,8 @@ def test_codes_are_nearest_levels_of_the_block_maximum(bits: int) -> None:
     levels = normal_float_levels(bits)
     distance = (x[..., None] / constants[..., None] - levels).abs()
     best = distance.amin(2)
-    assert bool(((x / constants - levels[quantizer.encode(x).long()]).abs() <= best + 1e-6).all())
-    torch.testing.assert_close(quantizer(x), levels[quantizer.encode(x).long()] * constants)
+    assert bool(((x / constants - levels[quantizer.quantize(x).long()]).abs() <= best + 1e-6).all())
+    torch.testing.assert_close(quantizer(x), levels[quantizer.quantize(x).long()] * constants)
 
 
 def test_more_bits_lose_less_and_double_quantization_loses_little() -> None:
@@ -152,7 +152,7 @@ def test_a_linear_gives_back_its_integers() -> None:
     linear.weight.data *= torch.logspace(-2, 1, 40)[:, None]
     quantizer = NormalFloatQuantizer.fit(linear.weight, 4)
     layer = QuantLinear.from_linear(linear, quantizer, TokenQuantizer(4))
-    assert torch.equal(quantizer.decode(layer.integers()), layer.weight)
+    assert torch.equal(quantizer.dequantize(layer.weight_codes()), layer.weight)
     assert torch.equal(layer.weight.flatten(), reference(linear.weight.detach())[1].flatten())
 
 

@@ -215,11 +215,11 @@ def test_a_codebook_is_proven_by_its_own_codes() -> None:
             self.levels = torch.tensor([-1.0, -0.2, 0.1, 1.0])
             self.scale = weight.view(-1, 8).abs().amax(1, keepdim=True)
 
-        def encode(self, x: Tensor) -> Tensor:
+        def quantize(self, x: Tensor) -> Tensor:
             distance = (x.reshape(-1, 8, 1) / self.scale[..., None] - self.levels).abs()
             return distance.argmin(-1).to(torch.uint8).view(x.shape)
 
-        def decode(self, codes: Tensor) -> Tensor:
+        def dequantize(self, codes: Tensor) -> Tensor:
             values = self.levels[codes.long()].reshape(-1, 8) * self.scale
             return values.view(codes.shape)
 

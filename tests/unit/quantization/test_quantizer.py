@@ -46,7 +46,7 @@ def distinct_per_scale(x_hat: Tensor, index: Tensor) -> int:
 
 
 def check_grid(quantizer: Quantizer, x: Tensor) -> None:
-    grid = quantizer.at(x)
+    grid = quantizer.for_tokens(x)
     assert isinstance(grid, UniformQuantizer)
     assert grid.scale.dtype == torch.float32
     assert bool((grid.scale > 0).all()) and bool(torch.isfinite(grid.scale).all())
@@ -56,9 +56,9 @@ def check_grid(quantizer: Quantizer, x: Tensor) -> None:
     x_hat = quantizer(x)
     assert x_hat.shape == x.shape and x_hat.dtype == torch.float32
     assert bool(torch.isfinite(x_hat).all())
-    assert torch.equal(x_hat, grid.decode(quantizer.encode(x)))
+    assert torch.equal(x_hat, grid.dequantize(quantizer.quantize(x)))
     assert distinct_per_scale(x_hat, quantizer.group_index(x)) <= 2**grid.bits
-    assert torch.equal(grid.encode(x_hat), grid.encode(x))
+    assert torch.equal(grid.quantize(x_hat), grid.quantize(x))
     assert torch.equal(quantizer(torch.zeros_like(x)), torch.zeros(x.shape))
 
 
@@ -99,7 +99,7 @@ def test_formula_against_numpy(bits: int) -> None:
     zero_point = np.arange(8, dtype=np.float32) % 2**bits
     q = np.clip(np.rint(x / scale) + zero_point, 0, 2**bits - 1)
     quantizer = UniformQuantizer(bits, torch.from_numpy(scale), torch.from_numpy(zero_point))
-    np.testing.assert_array_equal(quantizer.encode(torch.from_numpy(x)).numpy(), q)
+    np.testing.assert_array_equal(quantizer.quantize(torch.from_numpy(x)).numpy(), q)
     expected = (q - zero_point) * scale
     np.testing.assert_array_equal(quantizer(torch.from_numpy(x)).numpy(), expected)
     np.testing.assert_array_equal(quantizer.centered(torch.from_numpy(x)).numpy(), q - zero_point)
@@ -158,8 +158,8 @@ def test_groups_of_weights_follow_clusters_of_inputs() -> None:
     moved = weight_quantizer(weight[:, order], spec)
     assert moved.order is None and torch.equal(moved.scale, quantizer.scale)
     assert torch.equal(quantizer(weight)[:, order], moved(weight[:, order]))
-    assert torch.equal(quantizer.encode(weight)[:, order], moved.encode(weight[:, order]))
-    assert torch.equal(quantizer.decode(quantizer.encode(weight)), quantizer(weight))
+    assert torch.equal(quantizer.quantize(weight)[:, order], moved.quantize(weight[:, order]))
+    assert torch.equal(quantizer.dequantize(quantizer.quantize(weight)), quantizer(weight))
     assert torch.equal(quantizer.group_index(weight)[:, order], moved.group_index(weight))
     tighter = quantizer.shrink(0.5)
     assert torch.equal(tighter(weight)[:, order], moved.shrink(0.5)(weight[:, order]))
@@ -189,9 +189,9 @@ def test_per_token_scales_do_not_depend_on_other_tokens() -> None:
     quantizer = TokenQuantizer(4, ratio=0.9)
     alone = torch.stack([torch.stack([quantizer(token) for token in row]) for row in x])
     assert torch.equal(quantizer(x), alone)
-    assert torch.equal(quantizer(x), quantizer.at(x)(x))
-    with pytest.raises(TypeError, match=r"at\(x\)"):
-        quantizer.decode(quantizer.encode(x))
+    assert torch.equal(quantizer(x), quantizer.for_tokens(x)(x))
+    with pytest.raises(TypeError, match=r"for_tokens\(x\)"):
+        quantizer.dequantize(quantizer.quantize(x))
 
 
 def test_per_token_ratio_clips_each_token() -> None:
@@ -223,7 +223,7 @@ def test_gradient_is_one_inside_the_range_and_zero_outside(granularity: str) -> 
     x = (torch.randn(30, 2) * 2).requires_grad_()
     upstream = torch.randn(30, 2)
     (quantizer(x) * upstream).sum().backward()
-    grid = quantizer.at(x)
+    grid = quantizer.for_tokens(x)
     steps = torch.round(x.detach() / grid.scale) + grid.zero_point
     inside = (steps >= 0) & (steps <= 7)
     assert torch.equal(x.grad, upstream * inside)
@@ -233,10 +233,10 @@ def test_gradient_is_one_inside_the_range_and_zero_outside(granularity: str) -> 
 
 def test_a_codebook_gets_a_straight_through_gradient_for_free() -> None:
     class Sign(Quantizer):
-        def encode(self, x: Tensor) -> Tensor:
+        def quantize(self, x: Tensor) -> Tensor:
             return (x > 0).to(torch.uint8)
 
-        def decode(self, codes: Tensor) -> Tensor:
+        def dequantize(self, codes: Tensor) -> Tensor:
             return codes.float() * 2 - 1
 
         def group_index(self, x: Tensor) -> Tensor:
@@ -305,9 +305,9 @@ def test_forward_is_what_integers_compute(granularity: str) -> None:
     """y = s_w (s_x or 1) sum_k (q - z)(Q - Z) + b, with the sum over int64."""
     layer = quantized(granularity, QuantSpec(5, "per_channel"))
     x = torch.randn(7, 16) * torch.logspace(-2, 2, 16)
-    inputs, weights = layer.input_quantizer.at(x), layer.weight_quantizer
-    q = inputs.encode(x).numpy().astype(np.int64) - inputs.zero_point.numpy().astype(np.int64)
-    w = layer.integers().numpy().astype(np.int64) - weights.zero_point.numpy().astype(np.int64)
+    inputs, weights = layer.input_quantizer.for_tokens(x), layer.weight_quantizer
+    q = inputs.quantize(x).numpy().astype(np.int64) - inputs.zero_point.numpy().astype(np.int64)
+    w = layer.weight_codes().numpy().astype(np.int64) - weights.zero_point.numpy().astype(np.int64)
     product = (q @ w.T) * weights.scale.numpy().astype(np.float64).T
     if granularity != "per_channel":
         product = product * inputs.scale.numpy().astype(np.float64)
@@ -337,9 +337,9 @@ def test_integers_of_the_stored_weight_are_those_of_the_float_weight(
     layer = quantized(granularity, weight)
     torch.manual_seed(0)
     original = folded_weight(nn.Linear(16, 6).weight, layer.input_quantizer)
-    assert torch.equal(layer.integers(), layer.weight_quantizer.encode(original))
-    assert int(layer.integers().max()) < 2**weight.bits
-    assert torch.equal(layer.weight_quantizer.decode(layer.integers()), layer.weight)
+    assert torch.equal(layer.weight_codes(), layer.weight_quantizer.quantize(original))
+    assert int(layer.weight_codes().max()) < 2**weight.bits
+    assert torch.equal(layer.weight_quantizer.dequantize(layer.weight_codes()), layer.weight)
 
 
 def test_output_keeps_the_dtype_of_the_input() -> None:
@@ -381,11 +381,11 @@ def test_a_kept_float_weight_trains_through_the_quantizers() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    trained, integers = layer(x).detach(), layer.integers()
+    trained, integers = layer(x).detach(), layer.weight_codes()
     layer.freeze()
     assert not list(layer.parameters()) and torch.equal(layer(x), trained)
-    assert torch.equal(layer.integers(), integers)
-    assert not torch.equal(integers, frozen.integers())
+    assert torch.equal(layer.weight_codes(), integers)
+    assert not torch.equal(integers, frozen.weight_codes())
 
 
 def test_the_weight_gradient_is_that_of_the_dequantized_weight_inside_the_range() -> None:
