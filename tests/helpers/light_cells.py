@@ -10,7 +10,7 @@ from pathlib import Path
 from qvlm.errors import RunError
 from qvlm.records.locks import Held, Lock
 from qvlm.sweep.launchers import Cell, Launcher, Outcome
-from tests.unit.config.test_config import load
+from tests.helpers.configs import load
 
 
 @dataclass

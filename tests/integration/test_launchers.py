@@ -18,8 +18,8 @@ from qvlm.records.locks import Held, Lock, Watch
 from qvlm.records.record import find_records
 from qvlm.sweep import launchers
 from qvlm.sweep.launchers import Here, Joblib, Ray, Slurm, build
+from tests.helpers.configs import load
 from tests.helpers.light_cells import run, workers
-from tests.unit.config.test_config import load
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,68 +16,19 @@ import torch
 from qvlm.cell import inputs as prepare
 from qvlm.cell import pipeline
 from qvlm.cell.pipeline import run_cell
-from qvlm.config.schema import RunConfig
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.methods.base import MethodReport
 from qvlm.quantization import Walk, expected_layers
 from qvlm.records.record import Record, find_records
 from qvlm.runtime.stages import Stages
-from tests.unit.config.test_config import load
-from tests.unit.evaluation.test_evaluation import make_dataset, make_model, make_problems
+from tests.helpers.cells import SPLITS, Tracked
+from tests.helpers.configs import load
+from tests.helpers.problems import make_model
+
+pytestmark = pytest.mark.usefixtures("tracked")
 
 QUANTIZED_STAGES = ["load", "calibrate", "quantize", "prove", "evaluate"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaVA on disk."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    loaded = make_model()
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-    loaded.image_processor.save_pretrained(folder)
-    return folder
-
-
-SPLITS = {"test": make_dataset(make_problems(12, seed=1)), "train": make_dataset(make_problems(20))}
-
-
-class Tracked(list[tuple[Any, ...]]):
-    """The calls of the tracker."""
-
-
-@pytest.fixture(autouse=True)
-def tracked(monkeypatch: pytest.MonkeyPatch) -> Tracked:
-    """Replaces data and tracking."""
-    calls = Tracked()
-
-    def load_split(source: str, split: str, limit: int | None, seed: int) -> datasets.Dataset:
-        assert (source, seed) == ("miniature", 0)
-        return SPLITS[split] if limit is None else SPLITS[split].select(range(limit))
-
-    monkeypatch.setattr(prepare, "load_scienceqa", load_split)
-    monkeypatch.setattr(pipeline, "track", lambda *arguments: calls.append(arguments))
-    return calls
-
-
-@pytest.fixture
-def cell(checkpoint: Path, tmp_path: Path) -> Any:
-    """Makes the configuration of a cell of the toy."""
-
-    def make(*overrides: str) -> RunConfig:
-        return load(
-            "model.name=toy",
-            f"model.path={checkpoint}",
-            "model.weight_group_size=16",
-            f"results_dir={tmp_path}/results",
-            "calibration.samples=6",
-            "evaluation.max_new_tokens=4",
-            "device=cpu",
-            *overrides,
-        )
-
-    return make
 
 
 def test_a_cell_becomes_a_record(cell: Any, tracked: Tracked, tmp_path: Path) -> None:

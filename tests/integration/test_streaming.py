@@ -42,8 +42,8 @@ from qvlm.quantization import (
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuantizer
 from qvlm.runtime.stages import Stages
+from tests.helpers.configs import load
 from tests.helpers.standins import write
-from tests.unit.config.test_config import load
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments"
 SPEC = importlib.util.spec_from_file_location("streaming_experiment", FOLDER / "streaming.py")

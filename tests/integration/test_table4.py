@@ -11,9 +11,9 @@ from qvlm.cell.pipeline import run_cell
 from qvlm.records.record import Record
 from qvlm.tables import table4
 from qvlm.tables.cost import COLUMNS
-from tests.integration.test_pipeline import SPLITS, Tracked, cell, checkpoint, tracked
+from tests.helpers.cells import SPLITS
 
-__all__ = ["Tracked", "cell", "checkpoint", "tracked"]
+pytestmark = pytest.mark.usefixtures("tracked")
 
 
 def test_the_table(

@@ -22,8 +22,8 @@ from qvlm.quantization import (
     expected_layers,
     measure_bits,
 )
+from tests.helpers.memory import LiveBytes
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
-from tests.unit.quantization.test_calibration import LiveBytes
 
 GRID = (1.0, 0.97)
 SHORT: dict[str, Any] = {"percentiles": GRID, "search_tokens": 1, "mining_tokens": 64}

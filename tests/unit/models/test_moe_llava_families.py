@@ -24,9 +24,9 @@ from qvlm.models import LoadedModel, load_model
 from qvlm.models.checkpoints.tokenizer import load_tokenizer
 from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
 from qvlm.records.record import Record
+from tests.helpers.checkpoints import PROBLEM, change, read, refused
+from tests.helpers.configs import load
 from tests.helpers.standins import PHI_ADDED, PHI_END, QWEN_END, StandIn, byte_ranks, merge, write
-from tests.unit.config.test_config import load
-from tests.unit.models.test_original_checkpoints import PROBLEM, change, read, refused
 
 Tensors = dict[str, Tensor]
 LAYERS, HEADS = 4, 4

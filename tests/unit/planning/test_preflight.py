@@ -23,8 +23,8 @@ from qvlm.planning import preflight as report
 from qvlm.planning import sources
 from qvlm.planning.estimates import find_shape, memory, seconds
 from qvlm.records.record import write_record
+from tests.helpers.configs import load
 from tests.helpers.standins import write
-from tests.unit.config.test_config import load
 
 GIB = 2**30
 PAPER = ["-m", "experiment=table2", "scale=paper", "preflight=true"]

@@ -14,8 +14,9 @@ from qvlm.models import LoadedModel, load_model, placement
 from qvlm.models.placement import room, spread
 from qvlm.packing import weight_bytes
 from qvlm.records.record import Record
-from tests.integration.test_pipeline import cell, checkpoint, tracked  # noqa: F401 - fixtures
-from tests.unit.config.test_config import load
+from tests.helpers.configs import load
+
+pytestmark = pytest.mark.usefixtures("tracked")
 
 MODELS = ["mini_llava", "mini_moe_llava"]
 
@@ -54,7 +55,7 @@ def test_layers_stay_in_one_piece(tmp_path: Path) -> None:
     assert all(part.rpartition(".")[2].isdigit() for part in split)
 
 
-def test_a_packed_model_in_two_places(cell: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_packed_model_in_two_places(cell: Any, tmp_path: Path) -> None:
     config = cell(f"save_packed={tmp_path}/packed")
     run_cell(config)
     folder = cell(f"model.packed={tmp_path}/packed")
@@ -66,7 +67,7 @@ def test_a_packed_model_in_two_places(cell: Any, tmp_path: Path) -> None:  # noq
 @pytest.mark.parametrize("method", ["rtn", "awq"])
 def test_a_cell_with_hooks_everywhere_is_the_same_cell(
     method: str,
-    cell: Any,  # noqa: F811
+    cell: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
