@@ -4,8 +4,8 @@
 
 - `requirements/wheels.txt`: every package but PyTorch and Triton that has a wheel, with hashes;
 - `requirements/sources.txt`: the few that publish their source only, with hashes;
-- `constraints.txt`: every version, those of PyTorch, Triton and the optional extras included, without
-  hashes. `make install` takes PyTorch's version from it, and `pip install -c` takes an extra's.
+- `constraints.txt`: every version, those of PyTorch, Triton and the optional extras included,
+  without hashes. `make install` takes PyTorch's version from it, `pip install -c` an extra's.
 
 The libraries on which a CUDA build of PyTorch depends are in none of them: each build requires its
 own versions, and requires most of them exactly.
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging import tags
+from packaging.markers import Marker
 from packaging.utils import parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,13 +37,10 @@ WHEELS = Path("requirements/wheels.txt")
 SOURCES = Path("requirements/sources.txt")
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-# The names that uv has for the platforms, with the oldest systems that PyTorch's wheels run on.
-PLATFORMS = {
-    "Linux x86-64": "x86_64-manylinux_2_28",
-    "Linux aarch64": "aarch64-manylinux_2_28",
-    "macOS 14 arm64": "aarch64-apple-darwin",
-}
+PLATFORMS = {"Linux x86-64": "x86_64", "Linux aarch64": "aarch64", "macOS arm64": "macos"}
+# The oldest systems that the wheels of PyTorch run on.
 MACOS = (14, 0)
+GLIBC = (2, 28)
 
 _CUDA_LIBRARY = re.compile(r"(nvidia|cuda)-")
 _PYTORCH = ("torch", "triton")
@@ -68,8 +66,7 @@ def clean_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("PIP_", "UV_")) or _CONNECTION.match(name)
     }
-    macos = ".".join(map(str, MACOS))
-    return kept | {"PIP_CONFIG_FILE": os.devnull, "MACOSX_DEPLOYMENT_TARGET": macos}
+    return kept | {"PIP_CONFIG_FILE": os.devnull}
 
 
 def _run(command: Sequence[str | Path], failure: str) -> str:
@@ -113,7 +110,7 @@ def _write(path: Path, purpose: str, pins: Iterable[tuple[str, str]]) -> None:
     path.write_text(f"{_HEADER}\n# {purpose}\n{body}")
 
 
-def lock(folder: Path, upgrade: bool, torch: str | None) -> None:
+def lock(folder: Path, upgrade: bool, torch: str | None) -> list[dict[str, Any]]:
     """Writes the three files.
 
     Args:
@@ -121,6 +118,9 @@ def lock(folder: Path, upgrade: bool, torch: str | None) -> None:
         upgrade: Whether every package but PyTorch is renewed.
         torch: Version of PyTorch to pin, or None to keep the one that is pinned. It is renewed only
             by name because every recorded result depends on it.
+
+    Returns:
+        The packages that `make install` installs on any machine, as PEP 751 describes them.
     """
     constraints, wheels, sources = folder / CONSTRAINTS, folder / WHEELS, folder / SOURCES
     everywhere = ("--universal", "--python-version", PYTHONS[0], "--fork-strategy", "fewest")
@@ -154,6 +154,7 @@ def lock(folder: Path, upgrade: bool, torch: str | None) -> None:
     _write(wheels, "What `make install` installs from wheels, but for PyTorch.", installed)
     built = [pin for pin in with_hash if pin[0] in without_wheel]
     _write(sources, "What `make install` builds, because no wheel is published.", built)
+    return packages
 
 
 def pinned(constraints: Path) -> dict[str, str]:
@@ -166,8 +167,11 @@ def pinned(constraints: Path) -> dict[str, str]:
     return versions
 
 
-def check_fresh(temporary: Path) -> None:
+def check_fresh(temporary: Path) -> list[dict[str, Any]]:
     """Compares the files with what `make lock KEEP=1` would write.
+
+    Returns:
+        The packages that `make install` installs on any machine, as PEP 751 describes them.
 
     Raises:
         PinsError: if pyproject.toml names what is not pinned, or the pins were edited by hand.
@@ -175,68 +179,85 @@ def check_fresh(temporary: Path) -> None:
     for path in (CONSTRAINTS, WHEELS, SOURCES):
         (temporary / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, temporary / path)
-    lock(temporary, upgrade=False, torch=None)
+    packages = lock(temporary, upgrade=False, torch=None)
     for path in (CONSTRAINTS, WHEELS, SOURCES):
         if (temporary / path).read_text() != (ROOT / path).read_text():
             raise PinsError(f"{path} does not agree with pyproject.toml. Run: make lock KEEP=1")
+    return packages
 
 
-def _best_wheel(wheels: Iterable[dict[str, Any]], python: str, platform: str) -> dict[str, Any]:
-    """The wheel of a package that pip would choose on a machine."""
+def _accepted(python: str, platform: str) -> dict[tags.Tag, int]:
+    """The tags of the wheels that install on a machine, each with its rank, the best first."""
     version = tuple(map(int, python.split(".")))
-    machine, system = platform.split("-", 1)
-    if system == "apple-darwin":
+    if platform == "macos":
         platforms = list(tags.mac_platforms(MACOS, "arm64"))
     else:
-        platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(28, 4, -1)]
+        platforms = [f"manylinux_2_{minor}_{platform}" for minor in range(GLIBC[1], 4, -1)]
         older = ("manylinux2014", "manylinux2010", "manylinux1", "linux")
-        platforms += [f"{name}_{machine}" for name in older]
-    accepted = [
+        platforms += [f"{name}_{platform}" for name in older]
+    ordered = [
         *tags.cpython_tags(version, platforms=platforms),
         *tags.compatible_tags(version, f"cp{version[0]}{version[1]}", platforms),
     ]
-    rank = {tag: place for place, tag in enumerate(accepted)}
-
-    def place(wheel: dict[str, Any]) -> int:
-        named = parse_wheel_filename(wheel["url"].rsplit("/", 1)[1])[3]
-        return min((rank.get(tag, len(rank)) for tag in named), default=len(rank))
-
-    return min(wheels, key=place)
+    return {tag: rank for rank, tag in enumerate(ordered)}
 
 
-def resolve(temporary: Path, python: str, platform: str) -> str:
-    """Resolves the pins for a Python and a platform; source only where no wheel is published.
+def _environment(python: str, platform: str) -> dict[str, str]:
+    """The values of environment markers on a machine."""
+    macos = platform == "macos"
+    return {
+        "implementation_name": "cpython",
+        "implementation_version": f"{python}.0",
+        "os_name": "posix",
+        "platform_machine": "arm64" if macos else platform,
+        "platform_python_implementation": "CPython",
+        "platform_system": "Darwin" if macos else "Linux",
+        "python_full_version": f"{python}.0",
+        "python_version": python,
+        "sys_platform": "darwin" if macos else "linux",
+    }
+
+
+def select(packages: Iterable[dict[str, Any]], python: str, platform: str) -> list[dict[str, Any]]:
+    """What a resolution for all machines installs on one of them.
+
+    Args:
+        packages: The packages of a lock file, as PEP 751 describes them.
+        python: Version of Python, such as "3.11".
+        platform: A value of `PLATFORMS`.
 
     Returns:
-        One line: versions of PyTorch and Triton, number of packages, GB to download.
+        A dictionary per package: its name, its version, and the size of its file in bytes.
 
     Raises:
-        PinsError: if the pins contradict what a package requires, or a wheel is missing.
+        PinsError: if a package has wheels, and none of them is for this machine.
     """
-    options: list[str | Path] = ["--python-version", python, "--python-platform", platform]
-    options += ["--extra", "dev", "-c", CONSTRAINTS, "--only-binary", ":all:"]
-    for name in pinned(ROOT / SOURCES):
-        options += ["--no-binary", name]
-    packages = _resolution(temporary, *options)
-    versions = {package["name"]: package["version"] for package in packages}
-    pins: dict[str, set[str]] = {}
-    for name, part in blocks((ROOT / CONSTRAINTS).read_text()):
-        pin = _PIN.match(part)
-        assert pin is not None
-        pins.setdefault(name, set()).add(pin["version"])
-    for name, version in versions.items():
-        if version not in pins.get(name, {version} if _CUDA_LIBRARY.match(name) else set()):
-            raise PinsError(f"{name} {version} is needed and not pinned. Run: make lock KEEP=1")
-    total = sum(
-        _best_wheel(package["wheels"], python, platform)["size"]
-        if package.get("wheels")
-        else package["sdist"]["size"]
-        for package in packages
-    )
-    triton = versions.get("triton", "none")
+    environment, accepted = _environment(python, platform), _accepted(python, platform)
+    selected = []
+    for package in packages:
+        marker = package.get("marker")
+        if marker is not None and not Marker(marker).evaluate(environment):
+            continue
+        ranked = [
+            (min(accepted[tag] for tag in named & accepted.keys()), wheel["size"])
+            for wheel in package.get("wheels", [])
+            if (named := parse_wheel_filename(wheel["url"].rsplit("/", 1)[1])[3]) & accepted.keys()
+        ]
+        name, version = package["name"], package["version"]
+        if package.get("wheels") and not ranked:
+            raise PinsError(f"{name} {version} has no wheel for Python {python} on {platform}.")
+        size = min(ranked)[1] if ranked else package["sdist"]["size"]
+        selected.append({"name": name, "version": version, "size": size})
+    return selected
+
+
+def summary(selected: Sequence[dict[str, Any]]) -> str:
+    """Versions of PyTorch and Triton, number of packages and GB to download, on one line."""
+    versions = {package["name"]: package["version"] for package in selected}
+    total = sum(package["size"] for package in selected) / 1e9
     return (
-        f"torch {versions['torch']}  triton {triton:6} {len(versions):4} packages"
-        f" {total / 1e9:6.2f} GB"
+        f"torch {versions['torch']}  triton {versions.get('triton', 'none'):5}"
+        f"  {len(selected)} packages  {total:.2f} GB"
     )
 
 
@@ -287,12 +308,11 @@ def check() -> None:
     """
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
-        check_fresh(temporary)
+        packages = check_fresh(temporary)
         print("pins agree with pyproject.toml", flush=True)
         for title, platform in PLATFORMS.items():
             for python in PYTHONS:
-                found = resolve(temporary, python, platform)
-                print(f"{title:15} Python {python}  {found}", flush=True)
+                print(f"{title:13}  Python {python}  {summary(select(packages, python, platform))}")
         version = check_pip(temporary)
         print(f"pip {version} resolves the same pins here, and refuses an altered hash")
 
