@@ -27,6 +27,8 @@ from qvlm.quantization.quantizer import UniformQuantizer
 from qvlm.quantization.ranges import activation_quantizer, minmax, weight_quantizer
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 
+pytestmark = pytest.mark.instruction_set
+
 FAMILIES = ("llama", "routed", "mixtral", "moe_stablelm")
 DECODER = "model.language_model.layers"
 

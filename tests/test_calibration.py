@@ -19,6 +19,8 @@ from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 
+pytestmark = pytest.mark.instruction_set
+
 CONFIG = QuantizationConfig(
     weight=QuantSpec(4, "per_channel"),
     language=QuantSpec(4, "per_channel_group", 16),

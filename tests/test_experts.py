@@ -15,6 +15,8 @@ from qvlm.errors import UserError
 from qvlm.quantization.experts import Experts, fused_experts, unfuse_experts
 from qvlm.quantization.layout import quantizable
 
+pytestmark = pytest.mark.instruction_set
+
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 32,

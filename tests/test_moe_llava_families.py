@@ -28,6 +28,8 @@ from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
 from qvlm.quantization.folding import find_folds
 from qvlm.records import Record
 
+pytestmark = pytest.mark.instruction_set
+
 Tensors = dict[str, Tensor]
 LAYERS, HEADS = 4, 4
 

@@ -21,6 +21,8 @@ from qvlm.packing.checkpoint import load_packed, save_packed
 from qvlm.packing.model import pack_model, packed_layers
 from qvlm.packing.plan import plan
 
+pytestmark = pytest.mark.instruction_set
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -21,6 +21,8 @@ from qvlm.quantization.quantizer import TokenQuantizer
 from qvlm.quantization.ranges import activation_quantizer, weight_quantizer
 from qvlm.quantization.spec import ACTIVATION_GRANULARITIES, QuantSpec
 
+pytestmark = pytest.mark.instruction_set
+
 WEIGHTS = ("per_tensor", "per_channel", "per_group", "normal_float")
 
 

@@ -12,6 +12,8 @@ from qvlm.quantization.calibration import Walk
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 
+pytestmark = pytest.mark.instruction_set
+
 
 def rounded(bits: int = 4, text: str = "llama") -> nn.Module:
     model = toy_llava(text)

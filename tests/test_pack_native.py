@@ -18,6 +18,8 @@ from qvlm.packing import native
 from qvlm.packing.formats import pack
 from qvlm.packing.layer import Form, PackedLinear
 
+pytestmark = pytest.mark.instruction_set
+
 
 def packed_layer(form: Form, codes: Tensor, **numbers: Tensor) -> PackedLinear:
     """A packed layer of codes [out, in] uint8 and the other buffers that its form names.

@@ -26,6 +26,8 @@ from qvlm.quantization import Walk, expected_layers
 from qvlm.records import Record, find_records
 from qvlm.stages import Stages
 
+pytestmark = pytest.mark.instruction_set
+
 QUANTIZED_STAGES = ["load", "calibrate", "quantize", "prove", "evaluate"]
 
 

@@ -19,6 +19,8 @@ from qvlm.errors import UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.records import find_records
 
+pytestmark = pytest.mark.instruction_set
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--main_process_port=0"]
 LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no"]

@@ -18,6 +18,8 @@ from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuanti
 from qvlm.quantization.ranges import weight_quantizer
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 
+pytestmark = pytest.mark.instruction_set
+
 W4A4 = QuantizationConfig(
     QuantSpec(4, "per_channel"), QuantSpec(4, "per_channel_group", 16), QuantSpec(4, "per_token")
 )

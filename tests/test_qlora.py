@@ -18,6 +18,8 @@ from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.proof import check_bits, expected_layers, measure_bits
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 
+pytestmark = pytest.mark.instruction_set
+
 
 def config(bits: int, language: str = "per_channel_group") -> QuantizationConfig:
     return QuantizationConfig(

@@ -25,6 +25,8 @@ from qvlm.quantization import (
     measure_bits,
 )
 
+pytestmark = pytest.mark.instruction_set
+
 GRID = (1.0, 0.97)
 SHORT: dict[str, Any] = {"percentiles": GRID, "search_tokens": 1, "mining_tokens": 64}
 DECODER = "model.language_model.layers"

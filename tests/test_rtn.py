@@ -17,6 +17,8 @@ from qvlm.quantization.proof import expected_layers
 from qvlm.quantization.quantizer import UniformQuantizer
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 
+pytestmark = pytest.mark.instruction_set
+
 
 def config(bits: int, language: str = "per_channel_group") -> QuantizationConfig:
     return QuantizationConfig(

@@ -45,6 +45,8 @@ from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuanti
 from qvlm.stages import Stages
 from qvlm.streaming import stream_cell
 
+pytestmark = pytest.mark.instruction_set
+
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
 SPEC = importlib.util.spec_from_file_location("streaming_experiment", FOLDER / "streaming.py")
 assert SPEC is not None

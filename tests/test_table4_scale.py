@@ -21,6 +21,8 @@ from qvlm.fit import FULL, VARIANTS, Variant  # noqa: E402
 from qvlm.models.known import architecture  # noqa: E402
 from qvlm.packing import packed_layers, weight_bytes  # noqa: E402
 
+pytestmark = pytest.mark.instruction_set
+
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("model", ["mini_llava", "mini_moe_llava"])

@@ -16,6 +16,8 @@ from qvlm.quantization.proof import check_bits, expected_layers, measure_bits
 from qvlm.quantization.quantizer import TokenQuantizer
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 
+pytestmark = pytest.mark.instruction_set
+
 SHARED = QuantizationConfig(
     weight=QuantSpec(4, "per_group", 16),
     language=QuantSpec(4, "per_channel_group", 16),
