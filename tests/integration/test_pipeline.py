@@ -28,6 +28,8 @@ from tests.helpers.problems import make_model
 
 pytestmark = pytest.mark.usefixtures("tracked")
 
+pytestmark = pytest.mark.instruction_set
+
 QUANTIZED_STAGES = ["load", "calibrate", "quantize", "prove", "evaluate"]
 
 

@@ -45,6 +45,8 @@ from qvlm.runtime.stages import Stages
 from tests.helpers.configs import load
 from tests.helpers.standins import write
 
+pytestmark = pytest.mark.instruction_set
+
 FOLDER = Path(__file__).resolve().parents[2] / "experiments"
 SPEC = importlib.util.spec_from_file_location("streaming_experiment", FOLDER / "streaming.py")
 assert SPEC is not None

@@ -18,6 +18,10 @@ bf16, for models in that type and codes of up to `LOOKED_UP` bits, which is seve
 The file is compiled with the machine's C compiler when it is first asked for, which takes seconds,
 and kept in the user's cache folder. Without a compiler, or on another CPU, `obstacle` says so and
 stock operators serve. Left out: NormalFloat in blocks that cross rows.
+
+The environment variable `QVLM_WITHOUT=native` makes `obstacle` refuse on every machine, so that a
+developer can run, on a CPU that has these instructions, what a CPU without them runs.
+`make test-narrow` sets it. It must be set before the first packed layer is made.
 """
 
 import ctypes
@@ -32,7 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qvlm.errors import RunError
+from qvlm.errors import RunError, UserError
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = [
@@ -43,6 +47,7 @@ FLAGS = [
 FEW_ROWS = 8
 CHUNK = 64  # of native.c
 LOOKED_UP = 4
+WITHOUT = "QVLM_WITHOUT"
 
 _pointer = ctypes.c_void_p
 _number = ctypes.c_int64
@@ -219,7 +224,16 @@ def dequantize(weight: Weight, rows: slice, dtype: torch.dtype = torch.float32) 
 
 @cache
 def obstacle() -> str | None:
-    """Why `native.c` cannot run here, or None."""
+    """The reason why `native.c` cannot run here, or None.
+
+    Raises:
+        UserError: If the environment variable `QVLM_WITHOUT` is neither empty nor "native".
+    """
+    without = os.environ.get(WITHOUT, "")
+    if without not in ("", "native"):
+        raise UserError(f"{WITHOUT}={without!r} is not a product to do without. Choose: native.")
+    if without:
+        return f"{WITHOUT}=native is set"
     try:
         library = _library()
     except (OSError, subprocess.SubprocessError) as error:

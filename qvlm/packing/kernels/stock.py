@@ -117,13 +117,10 @@ def int_products(
     if wide_input:
         # t = (q - 128) + (127 - z) + 1: the constants' products come from two further rows.
         static = zero_point.ndim == 0 or zero_point.shape[0] != rows or zero_point.shape[-1] != 1
-        constant = 127 - zero_point if static else torch.zeros_like(zero_point[:1])
+        constant = 127 - zero_point if static else steps.new_zeros(())
+        width = steps.shape[1]
         left = torch.cat(
-            [
-                steps + zero_point - 128,
-                torch.ones_like(steps[:1]),
-                constant.expand(1, steps.shape[1]),
-            ]
+            [steps + zero_point - 128, steps.new_ones(1, width), constant.expand(1, width)]
         )
     left = left.to(torch.int8)
     for cell in cells:
@@ -146,7 +143,23 @@ def _int_mm(left: Tensor, right: Tensor) -> Tensor:
     """int8 [rows, n] times int8 [out, n], transposed: [rows, out] int32."""
     if left.shape[1] == 1:  # PyTorch 2.13 returns garbage for sums of a single product on a CPU
         left, right = F.pad(left, (0, 1)), F.pad(right, (0, 1))
-    return torch._int_mm(left.contiguous(), right.contiguous().T)
+    left, right = left.contiguous(), right.contiguous().T
+    if left.device.type == "cpu" and not _onednn_is_exact():
+        return (left.double() @ right.double()).int()  # float64 holds all sums of int32
+    return torch._int_mm(left, right)
+
+
+@cache
+def _onednn_is_exact() -> bool:
+    """Whether `torch._int_mm` gives exact sums on this CPU.
+
+    PyTorch takes oneDNN if the CPU has AVX-512 VNNI. Where `ONEDNN_MAX_CPU_ISA` forbids oneDNN
+    these instructions, it adds pairs of products in 16 bits, which saturate.
+    """
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    return all(
+        bool((torch._int_mm(largest[:rows], largest) == 64 * 127**2).all()) for rows in (1, 64)
+    )
 
 
 def int4_group_size(out_features: int, in_features: int, group_size: int) -> int | None:

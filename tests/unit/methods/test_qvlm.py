@@ -25,6 +25,8 @@ from qvlm.quantization import (
 from tests.helpers.memory import LiveBytes
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
+pytestmark = pytest.mark.instruction_set
+
 GRID = (1.0, 0.97)
 SHORT: dict[str, Any] = {"percentiles": GRID, "search_tokens": 1, "mining_tokens": 64}
 DECODER = "model.language_model.layers"

@@ -22,6 +22,8 @@ from qvlm.packing.plan import plan
 from qvlm.planning.footprint import configuration
 from tests.unit.packing.test_pack_model import logits, rounded
 
+pytestmark = pytest.mark.instruction_set
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -10,6 +10,8 @@ from qvlm.errors import UserError
 from qvlm.packing.formats import Constants, pack, packed_width, unpack
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 
+pytestmark = pytest.mark.instruction_set
+
 
 @settings(deadline=None)
 @given(st.integers(2, 8), st.integers(1, 5), st.integers(0, 67), st.integers(0, 2**31))

@@ -12,6 +12,8 @@ from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
+pytestmark = pytest.mark.instruction_set
+
 
 def rounded(bits: int = 4, text: str = "llama") -> nn.Module:
     model = toy_llava(text)

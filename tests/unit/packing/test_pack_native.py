@@ -1,20 +1,42 @@
-"""Products in C: exact sums in every shape of tile, and a sentence where they cannot be had."""
+"""Every product of a packed layer is exact where it claims so; the obstacles of the C products.
+
+Nothing here needs an instruction set: what the C products must give, the stock products must give
+too, and a test checks all that serve on the machine it runs on.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from qvlm.errors import UserError
+from qvlm.packing import layer as layers
 from qvlm.packing.formats import pack
 from qvlm.packing.kernels import native
+from qvlm.packing.layer import Form, PackedLinear
+from tests.unit.packing.test_pack_layer import quantized
 
-needs_native = pytest.mark.skipif(
-    native.obstacle() is not None, reason=f"native.c does not run: {native.obstacle()}"
-)
+pytestmark = pytest.mark.instruction_set
 
 
-@needs_native
+def packed_layer(form: Form, codes: Tensor, **numbers: Tensor) -> PackedLinear:
+    """A packed layer of codes [out, in] uint8 and the other buffers that its form names.
+
+    Float32 numbers are stored as their bits; a NormalFloat mean is zero.
+    """
+    packed = PackedLinear(form)
+    numbers["codes"] = pack(codes, form.weight_bits)
+    if form.weight == "normal_float":
+        numbers["mean"] = torch.zeros(1)
+    for name, value in numbers.items():
+        bits = value.view(torch.int32) if value.dtype == torch.float32 else value
+        assert getattr(packed, name).shape == bits.shape, name
+        setattr(packed, name, bits)
+    return packed
+
+
 @pytest.mark.parametrize("bits", [(4, 4), (6, 6), (8, 8), (4, 8), (3, 2)])
 @pytest.mark.parametrize(
     ("rows", "out", "width", "group"),
@@ -39,11 +61,13 @@ def test_sums_are_exact(
     group: int,
     grid: str,
     dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Sums of t v s by `native` and `int_mm`; a folded scale of channels is no factor."""
     weight_bits, input_bits = bits
     generator = torch.Generator().manual_seed(0)
 
-    def integers(high: int, *shape: int) -> torch.Tensor:
+    def integers(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator)
 
     codes = integers(2**weight_bits, out, width).to(torch.uint8)
@@ -60,61 +84,121 @@ def test_sums_are_exact(
     rounded = (stored.float() / input_scale).round() + zero_point
     steps = rounded.clamp(0, 2**input_bits - 1) - zero_point
     x = stored if order is None else torch.empty_like(stored).index_copy_(1, order, stored)
-    weight = native.Weight(pack(codes, weight_bits), width, weight_bits, group)
-    found = native.integer_product(
-        weight.uniform(scale, zero),
-        x,
-        input_scale,
-        zero_point,
-        input_bits,
-        None if order is None else order.int(),
+
+    form = Form(
+        in_features=width,
+        out_features=out,
+        bias=False,
+        weight="uniform",
+        weight_bits=weight_bits,
+        group_size=group,
+        scale_shape=(out, groups),
+        inputs="token" if grid == "token" else "static",
+        input_bits=input_bits,
+        input_shape=shape if grid == "channel" else (),
+        folds=grid == "channel",
+        ordered=order is not None,
     )
+    numbers = {"scale": scale, "zero_point": zero}
+    if order is not None:
+        numbers["order"] = order.int()
+    packed = packed_layer(form, codes, **numbers)
+    # Any grid of the input, not only one that a range of its values gives.
+    monkeypatch.setattr(packed, "_input_grid", lambda x: (input_scale, zero_point))
+
     v = codes.double() - zero.double().repeat_interleave(group, 1)[:, :width]
     v *= scale.double().repeat_interleave(group, 1)[:, :width]
-    expected = steps.double() @ v.T
-    # With four bits behind the point, float32 holds sums up to 2^20, and float64 all.
-    if dtype == torch.float32 or expected.abs().max() < 2**20:
-        assert torch.equal(found.double(), expected)
-    assert found.dtype == (torch.float64 if dtype == torch.float32 else torch.float32)
-    magnitude = steps.double().abs() @ v.abs().T
-    assert bool(((found - expected).abs() <= width * 2.0**-24 * magnitude).all())
+    factor = torch.ones(()) if grid == "channel" else input_scale
+    expected = (steps.double() @ v.T) * factor
+    magnitude = (steps.double().abs() @ v.abs().T) * factor
+    serving = [kernel for kernel in ("native", "int_mm") if kernel in packed.serving()]
+    assert "int_mm" in serving and ("native" in serving) == (native.obstacle() is None)
+    for kernel in serving:
+        found = packed._product(kernel, x)
+        # With four bits behind the point, float32 holds sums up to 2^20, and float64 all.
+        if dtype == torch.float32 or (expected / factor).abs().max() < 2**20:
+            assert torch.equal(found.double(), expected), kernel
+        assert found.dtype == (torch.float64 if dtype == torch.float32 else torch.float32)
+        error = (found - expected).abs()
+        assert bool((error <= width * 2.0**-24 * magnitude).all()), kernel
 
 
-@needs_native
-def test_no_rows_give_no_rows() -> None:
-    weight = native.Weight(torch.zeros(3, 4, dtype=torch.uint8), 8, 4, 8)
-    weight.uniform(torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.uint8))
-    one = torch.ones(())
-    assert native.integer_product(weight, torch.zeros(0, 8), one, one, 4).shape == (0, 3)
-    assert native.float_product(weight, torch.zeros(0, 8)).shape == (0, 3)
+def four_bits(weight: str, out: int, width: int, group: int, input_shape: tuple[int, ...]) -> Form:
+    """The form of a layer of 4-bit weights and 8-bit static inputs."""
+    groups = width // group
+    return Form(
+        in_features=width,
+        out_features=out,
+        bias=False,
+        weight=weight,
+        weight_bits=4,
+        group_size=group,
+        scale_shape=(out, groups) if weight == "uniform" else (),
+        constants=() if weight == "uniform" else (0, out * groups),
+        inputs="static",
+        input_bits=8,
+        input_shape=input_shape,
+    )
 
 
-@needs_native
+@pytest.mark.parametrize("weight", ["uniform", "normal_float"])
+def test_no_rows_give_no_rows(weight: str) -> None:
+    numbers = {"scale": torch.ones(3), "input_scale": torch.ones(())}
+    if weight == "uniform":
+        numbers |= {"scale": torch.ones(3, 1), "zero_point": torch.zeros(3, 1, dtype=torch.uint8)}
+    numbers["input_zero_point"] = torch.tensor(128, dtype=torch.uint8)
+    codes = torch.zeros(3, 8, dtype=torch.uint8)
+    packed = packed_layer(four_bits(weight, 3, 8, 8, ()), codes, **numbers)
+    for kernel in packed.serving():
+        packed.kernel = kernel
+        assert packed(torch.zeros(0, 8)).shape == (0, 3), kernel
+
+
+@pytest.mark.parametrize("weight", ["uniform", "normal_float"])
 @pytest.mark.parametrize("rows", [1, 2, 7])
 @pytest.mark.parametrize("out", [1, 4, 7])
-def test_pairs_of_codes_are_looked_up(rows: int, out: int) -> None:
+def test_sums_of_bf16_are_exact(
+    weight: str, rows: int, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where bf16 holds both operands, `native` gives their exact sums and `bf16` rounds these."""
     width, group, generator = 192, 64, torch.Generator().manual_seed(0)
     codes = torch.randint(16, (out, width), generator=generator).to(torch.uint8)
     x = torch.randint(-15, 16, (rows, width), generator=generator).float()
     zero = torch.randint(16, (out, 3), generator=generator).to(torch.uint8)
     scale = 2.0 ** -torch.randint(5, (out, 3), generator=generator).float()
-    weight = native.Weight(pack(codes, 4), width, 4, group).uniform(scale, zero)
-    assert weight.is_paired()
-    v = (codes.view(out, 3, group).float() - zero[..., None]) * scale[..., None]
-    assert torch.equal(native.rounded_product(weight, x), x @ v.flatten(1).T)
-    levels = torch.randperm(16, generator=generator) / 8 - 1
-    weight = native.Weight(pack(codes, 4), width, 4, group)
-    weight.normal_float(levels, scale.flatten(), None, levels, 0, 1)
-    w_hat = (levels[codes.long()].view(out, 3, group) * scale[..., None]).flatten(1)
-    assert torch.equal(native.rounded_product(weight, x), x @ w_hat.T)
-    found = native.dequantize(weight, slice(0, out), torch.bfloat16)
-    assert torch.equal(found, w_hat.bfloat16())
+    # Channels of a group differ in scale, so that the weight is made float.
+    numbers = {
+        "scale": scale,
+        "zero_point": zero,
+        "input_scale": 2.0 ** -(torch.arange(width) % 2).float(),
+        "input_zero_point": torch.full((width,), 128, dtype=torch.uint8),
+    }
+    values = codes.view(out, 3, group).float() - zero[..., None]
+    if weight == "normal_float":
+        levels = torch.randperm(16, generator=generator) / 8 - 1
+        monkeypatch.setattr(layers, "_levels", lambda bits: levels)
+        values = levels[codes.long()].view(out, 3, group)
+        numbers["scale"] = scale.flatten()
+        del numbers["zero_point"]
+    w_hat = (values * scale[..., None]).flatten(1)
+    expected = x @ w_hat.T
+
+    packed = packed_layer(four_bits(weight, out, width, group, (width,)), codes, **numbers)
+    assert not packed._is_integer()
+    assert torch.equal(packed._dequantized(slice(0, out), torch.bfloat16), w_hat.bfloat16())
+    x = x.bfloat16()
+    assert torch.equal(packed._product("reference", x), expected)
+    assert torch.allclose(packed._product("bf16", x), expected, rtol=2.0**-8, atol=0)
+    if "native" in packed.serving():
+        assert packed._native_weight().is_paired()
+        assert torch.equal(packed._product("native", x), expected)
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Nothing is compiled or asked yet."""
+    """Nothing is compiled, asked or switched off yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(native.WITHOUT, raising=False)
     caches = (native.obstacle, native._library)
     for cache in caches:
         cache.cache_clear()
@@ -135,12 +219,29 @@ def test_what_is_in_the_way_is_said(fresh: pytest.MonkeyPatch) -> None:
     assert native.obstacle() == "there is no C compiler"
 
 
-@needs_native
-def test_it_is_compiled_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert native.obstacle() is None
-    (compiled,) = tmp_path.glob("qvlm/*")
+def test_developers_can_do_without(fresh: pytest.MonkeyPatch) -> None:
+    layer, x = quantized((5, 64))
+    fresh.setenv(native.WITHOUT, "native")
+    assert native.obstacle() == "QVLM_WITHOUT=native is set"
+    packed = PackedLinear.from_quantized(layer)
+    packed(x)
+    assert "native" not in packed.serving() and "native" not in packed.used
+    with pytest.raises(UserError, match=r"some\.layer \(QVLM_WITHOUT=native is set\)"):
+        packed.kernel = "native"
     native.obstacle.cache_clear()
-    native._library.cache_clear()
-    fresh.setattr(native.subprocess, "run", None)  # nothing is to be run again
-    assert native.obstacle() is None
+    fresh.setenv(native.WITHOUT, "int_mm")
+    with pytest.raises(UserError, match="QVLM_WITHOUT='int_mm' is not .*: native"):
+        native.obstacle()
+
+
+def test_it_is_compiled_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a compiler that writes an empty file and counts its calls."""
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    # The last two arguments are `-o FILE`.
+    compiler.write_text(f'#!/bin/sh\necho >> {calls}\nfor at; do :; done\n: > "$at"\n')
+    compiler.chmod(0o755)
+    fresh.setenv("CC", str(compiler))
+    compiled = native._compiled()
+    assert native._compiled() == compiled
     assert list(tmp_path.glob("qvlm/*")) == [compiled]
+    assert len(calls.read_text().splitlines()) == 2  # it compiles and links

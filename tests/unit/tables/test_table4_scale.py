@@ -12,6 +12,8 @@ from qvlm.planning import footprint as fit
 from qvlm.planning.footprint import FULL, VARIANTS, Variant
 from qvlm.tables import table4_scale as scale
 
+pytestmark = pytest.mark.instruction_set
+
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("model", ["mini_llava", "mini_moe_llava"])
