@@ -16,7 +16,7 @@ from qvlm.packing.model import (
     packed_layers,
     weight_bytes,
 )
-from qvlm.packing.stream import PackedStream
+from qvlm.packing.partial import PartialCheckpoint
 from qvlm.packing.verification import measure_packed_bits
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "ORIGIN",
     "Form",
     "PackedLinear",
-    "PackedStream",
+    "PartialCheckpoint",
     "accumulation_bound",
     "force_kernel",
     "is_packed",

@@ -1,7 +1,7 @@
 """What a linear becomes when it is packed, known before there is a weight to pack.
 
-`plan` puts empty packed layers into a model on the meta device: its bytes are then those of the
-packed model. `blind` quantizes a linear for real, with random inputs in the place of calibration:
+`put_empty_layers` puts empty packed layers into a model on the meta device: its bytes are then those of the
+packed model. `quantize_uncalibrated` quantizes a linear for real, with random inputs in the place of calibration:
 good for time and memory, which do not depend on the values, and for nothing else.
 """
 
@@ -64,7 +64,9 @@ def form(linear: nn.Linear, weight: QuantSpec, inputs: QuantSpec, normal_float: 
     )
 
 
-def plan(model: nn.Module, quantization: QuantizationConfig, normal_float: bool = False) -> None:
+def put_empty_layers(
+    model: nn.Module, quantization: QuantizationConfig, normal_float: bool = False
+) -> None:
     """Replaces every linear of a model on the meta device that would be packed."""
     for kind, block in block_layers(model, quantization.vision_tower).values():
         for name, linear in quantizable(block).items():
@@ -73,7 +75,7 @@ def plan(model: nn.Module, quantization: QuantizationConfig, normal_float: bool 
 
 
 @torch.no_grad()
-def blind(
+def quantize_uncalibrated(
     linear: nn.Linear, weight: QuantSpec, inputs: QuantSpec, normal_float: bool
 ) -> QuantLinear:
     """A linear quantized with min-max ranges, as if its inputs were normally distributed.

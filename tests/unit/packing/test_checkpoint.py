@@ -18,9 +18,9 @@ from qvlm.packing import weight_bytes
 from qvlm.packing.checkpoint import load_packed, save_packed
 from qvlm.packing.kernels import stock as kernels
 from qvlm.packing.model import pack_model, packed_layers
-from qvlm.packing.plan import plan
+from qvlm.packing.uncalibrated import put_empty_layers
 from qvlm.planning.footprint import configuration
-from tests.unit.packing.test_pack_model import logits, rounded
+from tests.unit.packing.test_model import logits, rounded
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_loading_takes_little_more_than_the_packed_model(tmp_path: Path) -> None
     built.text_config.num_hidden_layers, built.text_config.vocab_size = 2, 512
     built.vision_config.num_hidden_layers, built.image_token_id = 3, 511
     model = skeleton(built, torch.bfloat16)
-    plan(model, prepare.quantization_config(configuration("llava_7b", "w4a4")), False)
+    put_empty_layers(model, prepare.quantization_config(configuration("llava_7b", "w4a4")), False)
     model = model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().zero_()

@@ -33,7 +33,7 @@ PARTIAL = ".partial"
 _UNDER_WAY = ".tmp"
 
 
-class PackedStream:
+class PartialCheckpoint:
     """Where the packed blocks of a model go.
 
     Args:

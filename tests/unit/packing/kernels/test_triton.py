@@ -18,7 +18,7 @@ from qvlm.errors import UserError
 from qvlm.packing import layer as layers
 from qvlm.packing.formats import unit
 from qvlm.packing.layer import PackedLinear
-from tests.unit.packing.test_pack_layer import quantized
+from tests.unit.packing.test_layer import quantized
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -27,7 +27,7 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 def test_kernels_compute_the_reference_under_the_interpreter() -> None:
-    checks = Path(__file__).parents[2] / "helpers" / "triton_interpreted.py"
+    checks = Path(__file__).parents[3] / "helpers" / "triton_interpreted.py"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(checks)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
