@@ -8,7 +8,10 @@ from qvlm.packing.checkpoint import (
     save_packed,
     write_origin,
 )
-from qvlm.packing.layer import KERNELS, Form, PackedLinear, accumulation_bound
+from qvlm.packing.form import Form
+from qvlm.packing.kernels import KERNELS, Kernel, kernel_named
+from qvlm.packing.kernels.bounds import accumulation_bound
+from qvlm.packing.layer import PackedLinear
 from qvlm.packing.model import (
     force_kernel,
     kernels_used,
@@ -23,11 +26,13 @@ __all__ = [
     "KERNELS",
     "ORIGIN",
     "Form",
+    "Kernel",
     "PackedLinear",
     "PartialCheckpoint",
     "accumulation_bound",
     "force_kernel",
     "is_packed",
+    "kernel_named",
     "kernels_used",
     "load_packed",
     "measure_packed_bits",

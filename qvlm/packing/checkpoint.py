@@ -26,7 +26,8 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qvlm.errors import UserError
-from qvlm.packing.layer import Form, PackedLinear
+from qvlm.packing.form import Form
+from qvlm.packing.layer import PackedLinear
 from qvlm.packing.model import packed_layers
 
 METHOD = "qvlm_packed"

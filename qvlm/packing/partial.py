@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from qvlm.errors import UserError
 from qvlm.packing.checkpoint import ORIGIN, describe
-from qvlm.packing.layer import Form, PackedLinear
+from qvlm.packing.form import Form
+from qvlm.packing.layer import PackedLinear
 from qvlm.quantization.block import Call
 from qvlm.quantization.linear import QuantLinear
 

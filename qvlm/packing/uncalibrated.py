@@ -1,8 +1,9 @@
-"""What a linear becomes when it is packed, known before there is a weight to pack.
+"""What a model becomes when it is packed, without a calibration of it.
 
-`put_empty_layers` puts empty packed layers into a model on the meta device: its bytes are then those of the
-packed model. `quantize_uncalibrated` quantizes a linear for real, with random inputs in the place of calibration:
-good for time and memory, which do not depend on the values, and for nothing else.
+`put_empty_layers` puts packed layers without numbers into a model on the meta device, whose bytes
+are then those of the packed model. `quantize_uncalibrated` quantizes a linear with random inputs in
+place of calibration data. Time and memory do not depend on values, so both serve to measure these,
+and for nothing else.
 """
 
 from dataclasses import replace
@@ -10,27 +11,33 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from qvlm.packing.layer import Form, PackedLinear
+from qvlm.packing.form import Form
+from qvlm.packing.layer import PackedLinear
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.ranges import activation_quantizer, check_group_size, weight_quantizer
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 from qvlm.quantization.targets import block_layers, quantizable
 
-# QLoRA's sizes: weights that share a constant, and constants that share a scale.
-NORMAL_FLOAT_BLOCK = 64
-CONSTANT_BLOCK = 256
+# QLoRA's sizes: weights that share an absmax, and absmax values that share a nested absmax.
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
 _SAMPLES = 64
 
 
-def form(linear: nn.Linear, weight: QuantSpec, inputs: QuantSpec, normal_float: bool) -> Form:
-    """The packed form of a linear.
+def packed_form(
+    linear: nn.Linear, weight: QuantSpec, inputs: QuantSpec, normal_float: bool
+) -> Form:
+    """Returns the form that a linear has once it is packed.
 
     Args:
-        normal_float: weights as in QLoRA, of the bits of `weight`; else uniform.
+        linear: Linear whose sizes count.
+        weight, inputs: How weight and input are quantized.
+        normal_float: Whether the weight is NormalFloat as in QLoRA, with the bits of `weight`,
+            instead of uniform.
 
     Raises:
-        UserError: if the groups do not divide its inputs.
+        UserError: If the group size does not divide the number of inputs.
     """
     out, width = linear.weight.shape
     token = inputs.granularity == "per_token"
@@ -40,7 +47,7 @@ def form(linear: nn.Linear, weight: QuantSpec, inputs: QuantSpec, normal_float: 
         bias=linear.bias is not None,
         weight="normal_float",
         weight_bits=weight.bits,
-        group_size=NORMAL_FLOAT_BLOCK,
+        group_size=BLOCK_SIZE,
         scale_shape=(),
         inputs="token" if token else "static",
         input_bits=inputs.bits,
@@ -48,9 +55,9 @@ def form(linear: nn.Linear, weight: QuantSpec, inputs: QuantSpec, normal_float: 
         folds=inputs.granularity == "per_channel",
     )
     if normal_float:
-        blocks = -(-linear.weight.numel() // NORMAL_FLOAT_BLOCK)
-        constants = (blocks, -(-blocks // CONSTANT_BLOCK))
-        return replace(common, constants=constants, constant_block_size=CONSTANT_BLOCK)
+        blocks = -(-linear.weight.numel() // BLOCK_SIZE)
+        constants = (blocks, -(-blocks // NESTED_BLOCK_SIZE))
+        return replace(common, constants=constants, constant_block_size=NESTED_BLOCK_SIZE)
     check_group_size(width, weight)
     group = weight.group_size if weight.granularity == "per_group" else width
     rows = 1 if weight.granularity == "per_tensor" else out
@@ -67,29 +74,38 @@ def form(linear: nn.Linear, weight: QuantSpec, inputs: QuantSpec, normal_float: 
 def put_empty_layers(
     model: nn.Module, quantization: QuantizationConfig, normal_float: bool = False
 ) -> None:
-    """Replaces every linear of a model on the meta device that would be packed."""
+    """Replaces every linear that would be packed with a packed layer on the meta device.
+
+    Args:
+        model: Model on the meta device.
+        quantization: How weights and activations are quantized.
+        normal_float: Whether weights are NormalFloat, see `packed_form`.
+    """
     for kind, block in block_layers(model, quantization.vision_tower).values():
         for name, linear in quantizable(block).items():
-            planned = form(linear, quantization.weight, quantization.activation(kind), normal_float)
-            block.set_submodule(name, PackedLinear(planned).to("meta"))
+            inputs = quantization.activation(kind)
+            form = packed_form(linear, quantization.weight, inputs, normal_float)
+            block.set_submodule(name, PackedLinear(form).to("meta"))
 
 
 @torch.no_grad()
 def quantize_uncalibrated(
     linear: nn.Linear, weight: QuantSpec, inputs: QuantSpec, normal_float: bool
 ) -> QuantLinear:
-    """A linear quantized with min-max ranges, as if its inputs were normally distributed.
+    """Quantizes a linear with min-max ranges, as if its inputs were normally distributed.
+
+    Args:
+        linear: Linear to quantize.
+        weight, inputs, normal_float: As for `packed_form`.
 
     Raises:
-        UserError: if the groups do not divide its inputs.
+        UserError: If the group size does not divide the number of inputs.
     """
     samples = torch.randn(_SAMPLES, linear.in_features, device=linear.weight.device)
     input_quantizer = activation_quantizer(samples, replace(inputs, ranges="minmax"))
     folded = folded_weight(linear.weight, input_quantizer)
     if normal_float:
-        quantizer = NormalFloatQuantizer.fit(
-            folded, weight.bits, NORMAL_FLOAT_BLOCK, CONSTANT_BLOCK
-        )
+        quantizer = NormalFloatQuantizer.fit(folded, weight.bits, BLOCK_SIZE, NESTED_BLOCK_SIZE)
         return QuantLinear.from_linear(linear, quantizer, input_quantizer)
     uniform = weight_quantizer(folded, replace(weight, ranges="minmax"), inputs=input_quantizer)
     return QuantLinear.from_linear(linear, uniform, input_quantizer)

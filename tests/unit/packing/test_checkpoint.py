@@ -16,7 +16,7 @@ from qvlm.models.architectures import architecture
 from qvlm.models.meta import skeleton
 from qvlm.packing import weight_bytes
 from qvlm.packing.checkpoint import load_packed, save_packed
-from qvlm.packing.kernels import stock as kernels
+from qvlm.packing.kernels.int4_weight_only import layout_is_known
 from qvlm.packing.model import pack_model, packed_layers
 from qvlm.packing.uncalibrated import put_empty_layers
 from qvlm.planning.footprint import configuration
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_fresh_process_loads_while_there_is_no_memory(folder: Path) -> None:
-    kernels._int4_layout_is_known.cache_clear()
+    layout_is_known.cache_clear()
     assert packed_layers(load_packed(Llava, folder))
 
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qvlm.errors import RunError, UserError
-from qvlm.packing.kernels import native
-from qvlm.packing.kernels import stock as kernels
-from qvlm.packing.layer import PackedLinear, accumulation_bound
+from qvlm.packing.kernels import kernel_named, names
+from qvlm.packing.kernels import native_library as native
+from qvlm.packing.kernels.bounds import accumulation_bound
+from qvlm.packing.kernels.int_mm import int_products, scale_runs
+from qvlm.packing.layer import PackedLinear
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import TokenQuantizer
@@ -77,7 +79,7 @@ def check(layer: QuantLinear, x: Tensor) -> PackedLinear:
     for kernel in packed.serving():
         packed.kernel = kernel
         found = packed(x)
-        if kernel == "int_mm" or (kernel == "native" and packed._is_integer()):
+        if kernel == "int_mm" or (kernel == "native" and packed.has_integer_product()):
             # Of float64's sums one in a hundred million lies where float32 rounds either way.
             differing = found != rounded_once
             assert int(differing.sum()) <= 1, kernel
@@ -127,7 +129,7 @@ def test_models_in_bf16_round_within_bounds(data: st.DataObject) -> None:
     packed = PackedLinear.from_quantized(layer, "native")
     x = torch.randn(data.draw(st.sampled_from([1, 3, 8, 31])), width).bfloat16()
     # Before the output is rounded to the model's type.
-    found = packed._product("native", x) + packed.bias.view(torch.float32)
+    found = kernel_named("native").product(packed, x) + packed.bias.view(torch.float32)
     error = (found.double() - layer(x.float()).double()).abs()
     assert bool((error <= accumulation_bound(packed, x, "native")).all())
 
@@ -149,23 +151,23 @@ def test_sums_of_integers_are_exact(data: st.DataObject) -> None:
     layer, _ = quantized((9, 96), bits, "per_group", inputs, 32, seed=seed, ordered=ordered)
     packed = PackedLinear.from_quantized(layer)
     x = torch.randn(data.draw(st.sampled_from([1, 6])), 96) * 2
-    # Cells are of channels as they are stored.
+    # Scale runs are of channels as they are stored.
     order = packed.channels()
     steps, _, zero_point = packed.input_steps(x)
     steps, codes = steps[:, order], packed.weight_codes()[:, order]
     if zero_point.shape == (96,):
         zero_point = zero_point[order]
     _, weight_zero_point = packed.weight_scales()
-    found = kernels.int_products(
-        steps, zero_point, bits[1], codes, weight_zero_point, bits[0], packed.cells()
+    found = int_products(
+        steps, zero_point, bits[1], codes, weight_zero_point, bits[0], scale_runs(packed)
     )
     if ordered or inputs != "per_channel_group":
-        assert len(packed.cells()) == 3
+        assert len(scale_runs(packed)) == 3
     v = codes.long() - weight_zero_point.long().repeat_interleave(32, 1)
-    for cell, product in zip(packed.cells(), found, strict=True):
-        expected = steps[:, cell.channels].long() @ v[:, cell.channels].T
+    for run, product in zip(scale_runs(packed), found, strict=True):
+        expected = steps[:, run.channels].long() @ v[:, run.channels].T
         assert torch.equal(product.long(), expected)
-    assert sum(cell.width for cell in packed.cells()) == 96
+    assert sum(run.width for run in scale_runs(packed)) == 96
 
 
 def test_kernel_is_chosen_from_device_rows_bits_and_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +213,7 @@ def test_nothing_is_kept_in_floating_point() -> None:
 def test_clusters_are_stored_one_after_the_other() -> None:
     layer, x = quantized((48, 96), (4, 4), inputs="per_channel_group")
     packed = PackedLinear.from_quantized(layer)
-    assert packed.form.ordered and packed._is_integer()
+    assert packed.form.ordered and packed.has_integer_product()
     assert torch.equal(packed.channels(), layer.weight_quantizer.order)
     _, scale, _ = packed.input_steps(x)
     assert torch.equal(scale, layer.input_quantizer.scale)
@@ -222,7 +224,7 @@ def test_clusters_are_stored_one_after_the_other() -> None:
     apart = PackedLinear.from_quantized(
         quantized((48, 96), (4, 4), inputs="per_channel_group", ordered=False)[0]
     )
-    assert not apart.form.ordered and not apart._is_integer()
+    assert not apart.form.ordered and not apart.has_integer_product()
 
 
 def test_casting_the_module_changes_nothing() -> None:
@@ -265,9 +267,9 @@ def test_shapes_and_dtypes_of_inputs_are_kept() -> None:
 
 def test_bad_kernels_inputs_and_weights_are_named() -> None:
     layer, x = quantized((5, 64), (8, 8))
-    with pytest.raises(UserError, match="accepted are auto, reference"):
+    with pytest.raises(UserError, match=f"Choose one of: {', '.join(names())}"):
         PackedLinear.from_quantized(layer, "fast")
-    with pytest.raises(UserError, match="int4_weight_only.*some.layer"):
+    with pytest.raises(UserError, match="int4_weight_only.*some.layer: its weight has 8 bits"):
         PackedLinear.from_quantized(layer, "int4_weight_only")
     x[3, 5] = float("inf")
     with pytest.raises(RunError, match="some.layer"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qvlm.packing.formats import pack
-from qvlm.packing.kernels import native
+from qvlm.packing.kernels import native_library as native
 
 needs_native = pytest.mark.skipif(
     native.obstacle() is not None, reason=f"native.c does not run: {native.obstacle()}"
