@@ -1,4 +1,11 @@
-"""Packed layers: codes in as many bits as they need, and products that take them as they are."""
+"""Packed models: layers that store codes in as many bits as they have, and multiply these codes.
+
+Start with `layer.py` (one packed linear) and `form.py` (what it stores, in the formats of
+`formats.py` and `absmax.py`). `kernels/` holds the products that a layer chooses from. `model.py`
+packs a whole model, `verification.py` proves its bits, `checkpoint.py` saves and loads it,
+`partial.py` writes a checkpoint block by block, and `uncalibrated.py` packs without calibration
+for measurements. Files here may import `quantization`, `errors` and the writer of files.
+"""
 
 from qvlm.packing.checkpoint import (
     ORIGIN,

@@ -236,7 +236,7 @@ def test_what_another_cell_began_is_not_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="begun by another cell"):
         write_stream(streamed(folder))
     (tmp_path / "packed.partial" / PROGRESS).write_bytes(b"")
-    with pytest.raises(UserError, match="is damaged; delete"):
+    with pytest.raises(UserError, match="is damaged. Delete"):
         write_stream(streamed(folder))
     write_stream(streamed(folder, "force=true"))
     assert folder.is_dir()

@@ -1,23 +1,22 @@
-"""Products with packed weights in C (`native.c`), for CPUs with AVX-512: VNNI, VBMI and BF16.
+"""The C library of the kernel `native`: compiles `native.c`, and calls its products on tensors.
 
-The weight is read as checkpoints hold it, and unpacked in registers. In the notation of
-`kernels.py`:
+The library needs a CPU with AVX-512 VNNI, VBMI and BF16. It reads the weight as checkpoints hold it
+and unpacks codes in registers. In the notation of `base.py`:
 
-`integer_product` puts inputs on their grid, and sums t v exactly in int32 over each run of channels
-that share a weight scale and that of the input. Few rows read the weight once (`integer_rows`);
-many repay unpacking it into tiles (`integer_tiles`). What is added over runs is float32 in a model
-in bf16, and float64 in others: their output is then rounded once, to what `compute_in_float64` of a
-simulated layer gives.
+- `integer_product` quantizes the input, and sums t v exactly in int32 over each run of channels
+  that share all scales. For few rows it reads the weight as it is stored (`integer_rows` of
+  native.c); for many rows it unpacks the weight into tiles (`integer_tiles`). Sums of runs are
+  added in float32 for an input in bf16, and in float64 for any other. The output in float64 is then
+  rounded once, to what `compute_in_float64` of a simulated layer gives.
+- `float_product` multiplies a float input with the dequantized weight, which it makes in registers.
+  It serves few rows of inputs whose channels differ in scale, and NormalFloat.
+- `rounded_product` does the same in bf16, for models in bf16 and codes of up to `LOOKED_UP` bits,
+  and is several times faster.
+- `dequantize` writes the dequantized weight to memory, for products by other means.
 
-`float_product` multiplies float inputs with the float weight of the simulation, made in registers:
-few rows of inputs whose channels differ in scale, and NormalFloat. `rounded_product` does so in
-bf16, for models in that type and codes of up to `LOOKED_UP` bits, which is several times faster.
-
-`dequantize` makes that weight, for whoever wants to multiply it otherwise.
-
-The file is compiled with the machine's C compiler when it is first asked for, which takes seconds,
-and kept in the user's cache folder. Without a compiler, or on another CPU, `obstacle` says so and
-stock operators serve. Left out: NormalFloat in blocks that cross rows.
+The machine's C compiler compiles the file when it is first needed, which takes seconds, and the
+library is kept in the user's cache folder. Without a compiler, or on another CPU, `obstacle` gives
+the reason, and other kernels serve. Left out: NormalFloat in blocks that cross rows.
 """
 
 import ctypes
@@ -39,9 +38,11 @@ FLAGS = [
     *("-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-mfma"),
     *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "vbmi", "bf16")),
 ]
-# Rows up to which the weight is read once per ROWS of native.c, and not unpacked into tiles.
+# Rows up to which the weight is read once per ROWS rows (see native.c) and not unpacked into tiles.
 FEW_ROWS = 8
-CHUNK = 64  # of native.c
+# Codes that native.c unpacks at once.
+CHUNK = 64
+# Largest bit width of codes whose values are looked up.
 LOOKED_UP = 4
 
 _pointer = ctypes.c_void_p
@@ -49,7 +50,7 @@ _number = ctypes.c_int64
 
 
 class _Weight(ctypes.Structure):
-    """`Weight` of native.c."""
+    """`Weight` of native.c: the same fields in the same order."""
 
     _fields_ = (
         ("codes", _pointer),
@@ -60,21 +61,25 @@ class _Weight(ctypes.Structure):
         ("factor", _pointer),
         *(
             (name, _pointer)
-            for name in ("levels", "constant_codes", "constant_levels", "constants")
+            for name in ("levels", "absmax_codes", "absmax_levels", "nested_absmax")
         ),
         ("mean", ctypes.c_float),
-        ("constant_block", _number),
+        ("nested_block", _number),
     )
 
 
 class Weight:
-    """A packed weight as `native.c` reads it: no copy, so it holds on to its tensors.
+    """A packed weight as `native.c` reads it.
+
+    The library reads the memory of the tensors, so this object keeps references to them. One of
+    `uniform` and `normal_float` adds the scales.
 
     Args:
-        codes: [out, bytes] uint8 as `formats` says.
-        width: channels.
-        bits: of a code.
-        group: neighbouring channels that share a scale; divides `width` for NormalFloat.
+        codes: Packed codes, [out, bytes] uint8, as `formats` describes them.
+        width: Number of input channels.
+        bits: Bit width of the codes.
+        group: Number of neighboring channels that share a scale. It divides `width` for
+            NormalFloat.
     """
 
     def __init__(self, codes: Tensor, width: int, bits: int, group: int) -> None:
@@ -90,9 +95,13 @@ class Weight:
         )
 
     def uniform(self, scale: Tensor, zero_point: Tensor, factor: Tensor | None = None) -> "Weight":
-        """With scales [out or 1, groups] float32 and zero points of that shape, uint8.
+        """Makes the weight uniform.
 
-        Integer products multiply the sum of a group by its `factor` [groups] float32 too.
+        Args:
+            scale: Scales, [out or 1, groups] float32 or their bits.
+            zero_point: Zero points of the same shape, uint8.
+            factor: Input scale of each group, [groups] float32, which integer products multiply the
+                sum of the group with; None for ones.
         """
         self.at.scale, self.at.zero = self._hold(scale), self._hold(zero_point)
         self.at.stride = scale.shape[1] if scale.shape[0] > 1 else 0
@@ -103,22 +112,28 @@ class Weight:
     def normal_float(
         self,
         levels: Tensor,
-        constants: Tensor,
-        constant_codes: Tensor | None,
-        constant_levels: Tensor,
+        nested: Tensor,
+        absmax_codes: Tensor | None,
+        absmax_levels: Tensor,
         mean: float,
-        constant_block: int,
+        nested_block: int,
     ) -> "Weight":
-        """With levels [2^bits] and the fields of `formats.Constants`."""
-        self.at.levels, self.at.constants = self._hold(levels), self._hold(constants)
-        if constant_codes is not None:
-            self.at.constant_codes = self._hold(constant_codes)
-            self.at.constant_levels = self._hold(constant_levels)
-        self.at.mean, self.at.constant_block = mean, constant_block
+        """Makes the weight NormalFloat.
+
+        Args:
+            levels: Values of the codes, [2^bits] float32.
+            absmax_levels: Values of the absmax codes, [256] float32.
+            nested, absmax_codes, mean, nested_block: Fields of `absmax.PackedAbsmax`.
+        """
+        self.at.levels, self.at.nested_absmax = self._hold(levels), self._hold(nested)
+        if absmax_codes is not None:
+            self.at.absmax_codes = self._hold(absmax_codes)
+            self.at.absmax_levels = self._hold(absmax_levels)
+        self.at.mean, self.at.nested_block = mean, nested_block
         return self
 
     def is_paired(self) -> bool:
-        """Whether a byte holds two codes, and a group whole chunks."""
+        """Whether each byte holds two codes and each group consists of whole chunks."""
         return self.at.bits == 4 and self.at.group % CHUNK == 0 and self.width % CHUNK == 0
 
     def _hold(self, x: Tensor) -> int:
@@ -127,12 +142,18 @@ class Weight:
 
 
 def takes(width: int, bits: int, group: int) -> bool:
-    """Whether every group of channels begins at the start of a byte."""
+    """Whether every group of channels begins at a byte of its own.
+
+    Args:
+        width: Number of channels.
+        bits: Bit width of the codes.
+        group: Number of channels in a group.
+    """
     return group >= width or group * bits % 8 == 0
 
 
 class _Input(ctypes.Structure):
-    """`Input` of native.c."""
+    """`Input` of native.c: the same fields in the same order."""
 
     _fields_ = (
         ("x", _pointer),
@@ -150,17 +171,24 @@ def integer_product(
     input_bits: int,
     order: Tensor | None = None,
 ) -> Tensor:
-    """The sums of t v s, [rows, out], where t = q - z of inputs of up to 8 bits.
+    """Quantizes an input and sums t v s over its channels.
 
-    In float32 for inputs in bf16, in float64 for others. Inputs are put on their grid here, as
-    `UniformQuantizer` does it, to the bit.
+    The input is quantized as `UniformQuantizer` does it, to the bit.
 
     Args:
-        weight: uniform.
-        x: finite, [rows, in].
-        scale, zero_point: of the input, float32, both of one shape: one number, [rows, 1], or [in]
-            in the order of the weight's channels.
-        order: which channel of `x` each channel of the weight is, [in] int32.
+        weight: Uniform weight.
+        x: Finite input, [rows, in].
+        scale, zero_point: Grid of the input, float32, both of one shape: one number, [rows, 1], or
+            [in] in the order of the weight's channels.
+        input_bits: Bit width of the input's codes, 2 to 8.
+        order: Channel of `x` that each channel of the weight is, [in] int32; None if they are the
+            same.
+
+    Returns:
+        Sums of t v s, [rows, out]: float32 for an input in bf16, float64 for any other.
+
+    Raises:
+        RunError: If there is not enough memory.
     """
     rows, width = x.shape
     half = x.dtype == torch.bfloat16
@@ -184,21 +212,36 @@ def integer_product(
     )
     product = _library().integer_rows if rows <= FEW_ROWS else _library().integer_tiles
     if product(_at(weight), ctypes.addressof(inputs), _of(y)):
-        raise RunError("no memory is left for a packed product")
+        raise RunError("There is not enough memory for a packed product.")
     return y
 
 
 def float_product(weight: Weight, x: Tensor) -> Tensor:
-    """x [rows, in] float32 times the float weight, transposed: [rows, out] float32."""
+    """Multiplies an input with the dequantized weight, transposed, in float32.
+
+    Args:
+        weight: Uniform or NormalFloat weight.
+        x: Input, [rows, in].
+
+    Returns:
+        Output in float32, [rows, out].
+    """
     x, y = x.float().contiguous(), torch.empty(len(x), weight.out)
     _library().float_rows(_at(weight), len(x), _of(x), _of(y))
     return y
 
 
 def rounded_product(weight: Weight, x: Tensor) -> Tensor:
-    """x [rows, in] rounded to bf16 times the weight, transposed: [rows, out] float32.
+    """Multiplies an input that is rounded to bf16 with the weight, transposed.
 
-    NormalFloat levels are rounded to bf16, scales are not. Codes have at most `LOOKED_UP` bits.
+    NormalFloat levels are rounded to bf16 too, and scales are not.
+
+    Args:
+        weight: Uniform or NormalFloat weight with codes of at most `LOOKED_UP` bits.
+        x: Input, [rows, in].
+
+    Returns:
+        Output in float32, [rows, out].
     """
     x, y = x.to(torch.bfloat16).contiguous(), torch.empty(len(x), weight.out)
     product = _library().rounded_rows
@@ -210,7 +253,16 @@ def rounded_product(weight: Weight, x: Tensor) -> Tensor:
 
 
 def dequantize(weight: Weight, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of the float weight of the simulation, in float32 to the bit; or rounded to bf16."""
+    """Dequantizes rows of a weight.
+
+    Args:
+        weight: Uniform or NormalFloat weight.
+        rows: Rows, with a start and a stop.
+        dtype: Float32, which gives the simulation's weight to the bit, or bf16, which rounds it.
+
+    Returns:
+        Weight of type `dtype`, [rows, in].
+    """
     y = torch.empty(rows.stop - rows.start, weight.width, dtype=dtype)
     half = dtype == torch.bfloat16
     _library().dequantize(_at(weight), rows.start, rows.stop, half, _of(y))
@@ -219,7 +271,7 @@ def dequantize(weight: Weight, rows: slice, dtype: torch.dtype = torch.float32) 
 
 @cache
 def obstacle() -> str | None:
-    """Why `native.c` cannot run here, or None."""
+    """Returns why `native.c` cannot run on this machine, or None."""
     try:
         library = _library()
     except (OSError, subprocess.SubprocessError) as error:
@@ -229,13 +281,13 @@ def obstacle() -> str | None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The compiled file.
+    """Loads the compiled library.
 
-    It is not linked to an OpenMP library: its threads are to be those of the one that PyTorch has
-    loaded for all to see, so that `torch.set_num_threads` holds and no second pool competes.
+    It is not linked to an OpenMP library but uses the one that PyTorch has loaded. So
+    `torch.set_num_threads` holds for it, and no second pool of threads competes.
 
     Raises:
-        OSError: if there is no compiler, it fails, or what it made does not load.
+        OSError: If there is no compiler, the compiler fails, or its output does not load.
     """
     library = ctypes.CDLL(str(_compiled()))
     arguments = {
@@ -254,7 +306,11 @@ def _library() -> ctypes.CDLL:
 
 
 def _compiled() -> Path:
-    """Where the library is; compiles it if this source never was."""
+    """Returns the path of the library, and compiles it unless this source was compiled before.
+
+    Raises:
+        OSError: If there is no compiler, or it fails.
+    """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError("there is no C compiler")

@@ -71,11 +71,11 @@ def test_what_is_broken_is_said(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["version"] = 99
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="version 99: accepted are 1 and 2"):
+    with pytest.raises(UserError, match="Version 99 .* version 1 or 2"):
         load_packed(Llava, folder)
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="no packed checkpoint"):
+    with pytest.raises(UserError, match="is not a packed checkpoint"):
         load_packed(Llava, folder)
 
 
