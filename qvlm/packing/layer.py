@@ -22,7 +22,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.packing.absmax import dequantize_absmax
 from qvlm.packing.form import Form, buffers, pack_numbers
 from qvlm.packing.formats import pack, unpack
-from qvlm.packing.kernels import AUTO, KERNELS, Kernel, kernel_named, names
+from qvlm.packing.kernels import AUTO, Kernel, kernel_named, preferred, serving
 from qvlm.packing.kernels.reference import float_weight
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
@@ -106,9 +106,6 @@ class PackedLinear(nn.Module):
 
     @kernel.setter
     def kernel(self, kernel: str) -> None:
-        if kernel not in names():
-            choices = ", ".join(names())
-            raise UserError(f"kernel={kernel!r} is not a packed product. Choose one of: {choices}.")
         if kernel != AUTO and (obstacle := kernel_named(kernel).obstacle(self)) is not None:
             choices = ", ".join((AUTO, *self.serving()))
             raise UserError(
@@ -119,7 +116,7 @@ class PackedLinear(nn.Module):
 
     def serving(self) -> list[str]:
         """Returns the names of the kernels that can serve this layer on its device."""
-        return [kernel.name for kernel in KERNELS if kernel.obstacle(self) is None]
+        return [kernel.name for kernel in serving(self)]
 
     def choose(self, rows: int, dtype: torch.dtype = torch.float32) -> str:
         """Returns the name of the kernel for an input.
@@ -131,7 +128,7 @@ class PackedLinear(nn.Module):
         """
         if self.kernel != AUTO:
             return self.kernel
-        return next(kernel.name for kernel in KERNELS if kernel.is_preferred(self, rows, dtype))
+        return preferred(self, rows, dtype).name
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:

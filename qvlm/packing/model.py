@@ -21,8 +21,8 @@ def pack_model(model: nn.Module, kernel: str = AUTO) -> int:
         Number of layers that were packed.
 
     Raises:
-        UserError: If the model has no quantized linear, a layer has no packed form, or the kernel
-            serves none of the layers.
+        UserError: If the model has no quantized linear, a layer has no packed form, there is no
+            such kernel, or it serves none of the layers.
     """
     layers = [name for name, part in model.named_modules() if isinstance(part, QuantLinear)]
     if not layers:
@@ -44,12 +44,12 @@ def force_kernel(model: nn.Module, kernel: str) -> None:
     These stay at "auto". `kernels_used` tells which kernels ran.
 
     Raises:
-        UserError: If the kernel serves none of the layers.
+        UserError: If there is no such kernel, or it serves none of the layers.
     """
     if kernel == AUTO:
         return
-    layers = packed_layers(model).values()
-    served = [layer for layer in layers if kernel_named(kernel).obstacle(layer) is None]
+    forced, layers = kernel_named(kernel), packed_layers(model).values()
+    served = [layer for layer in layers if forced.obstacle(layer) is None]
     if not served:
         choices = ", ".join((AUTO, *sorted({name for layer in layers for name in layer.serving()})))
         raise UserError(

@@ -7,6 +7,13 @@ what kernels share, and `bounds.py` derives their error bounds. Kernels import `
 `absmax` of packing. They are called by the layer and never import it.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qvlm.errors import UserError
 from qvlm.packing.kernels.base import Kernel
 from qvlm.packing.kernels.bf16 import BF16
 from qvlm.packing.kernels.int4_weight_only import INT4_WEIGHT_ONLY
@@ -15,26 +22,46 @@ from qvlm.packing.kernels.native import NATIVE
 from qvlm.packing.kernels.reference import REFERENCE
 from qvlm.packing.kernels.triton import TRITON
 
-# All kernels, in the order in which `kernel=auto` asks them whether they are preferred. The last
-# one serves every layer.
+if TYPE_CHECKING:
+    from qvlm.packing.layer import PackedLinear
+
+# All kernels, in the order in which `kernel=auto` asks whether they are preferred. The last one
+# serves every layer.
 KERNELS: tuple[Kernel, ...] = (NATIVE, TRITON, INT4_WEIGHT_ONLY, INT_MM, BF16, REFERENCE)
 AUTO = "auto"
-
-_BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 
 def names() -> tuple[str, ...]:
     """Returns the values that the option `kernel` accepts: "auto" and the name of every kernel."""
-    return (AUTO, *_BY_NAME)
+    return (AUTO, *(kernel.name for kernel in KERNELS))
 
 
 def kernel_named(name: str) -> Kernel:
     """Returns the kernel of a name other than "auto".
 
     Raises:
-        KeyError: If there is no such kernel.
+        UserError: If there is no such kernel.
     """
-    return _BY_NAME[name]
+    for kernel in KERNELS:
+        if kernel.name == name:
+            return kernel
+    raise UserError(f"kernel={name!r} is not a kernel. Choose one of: {', '.join(names())}.")
 
 
-__all__ = ["AUTO", "KERNELS", "Kernel", "kernel_named", "names"]
+def serving(layer: PackedLinear) -> list[Kernel]:
+    """Returns the kernels that can serve a layer on its device, in the order of `KERNELS`."""
+    return [kernel for kernel in KERNELS if kernel.obstacle(layer) is None]
+
+
+def preferred(layer: PackedLinear, rows: int, dtype: torch.dtype) -> Kernel:
+    """Returns the kernel that `kernel=auto` takes for an input.
+
+    Args:
+        layer: Layer to serve.
+        rows: Number of rows of the input.
+        dtype: Type of the input.
+    """
+    return next(kernel for kernel in KERNELS if kernel.is_preferred(layer, rows, dtype))
+
+
+__all__ = ["AUTO", "KERNELS", "Kernel", "kernel_named", "names", "preferred", "serving"]

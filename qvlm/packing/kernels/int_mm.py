@@ -158,13 +158,10 @@ def int_products(
     if wide_input:
         # t = (q - 128) + (127 - z) + 1. Two additional rows give the products with the constants.
         static = zero_point.ndim == 0 or zero_point.shape[0] != rows or zero_point.shape[-1] != 1
-        constant = 127 - zero_point if static else torch.zeros_like(zero_point[:1])
+        constant = 127 - zero_point if static else steps.new_zeros(())
+        width = steps.shape[1]
         left = torch.cat(
-            [
-                steps + zero_point - 128,
-                torch.ones_like(steps[:1]),
-                constant.expand(1, steps.shape[1]),
-            ]
+            [steps + zero_point - 128, steps.new_ones(1, width), constant.expand(1, width)]
         )
     left = left.to(torch.int8)
     for run in runs:

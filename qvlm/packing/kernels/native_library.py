@@ -246,7 +246,7 @@ def rounded_product(weight: Weight, x: Tensor) -> Tensor:
     x, y = x.to(torch.bfloat16).contiguous(), torch.empty(len(x), weight.out)
     product = _library().rounded_rows
     if weight.is_paired():
-        x = x.view(len(x), -1, CHUNK // 2, 2).transpose(2, 3).contiguous()
+        x = x.view(len(x), weight.width // CHUNK, CHUNK // 2, 2).transpose(2, 3).contiguous()
         product = _library().paired_rows
     product(_at(weight), len(x), _of(x), _of(y))
     return y

@@ -62,3 +62,5 @@ def test_nothing_to_pack_is_said() -> None:
         pack_model(toy_llava())
     with pytest.raises(UserError, match="serves no layer of this model"):
         pack_model(rounded(8), "int4_weight_only")
+    with pytest.raises(UserError, match="'fast' is not a kernel. Choose one of: auto, native"):
+        pack_model(rounded(8), "fast")
