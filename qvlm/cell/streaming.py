@@ -23,7 +23,7 @@ from qvlm.config.schema import RunConfig
 from qvlm.methods.base import Method, MethodReport
 from qvlm.models.load import LoadedModel, save_encoding
 from qvlm.models.meta import fill
-from qvlm.packing import PackedStream, read_origin
+from qvlm.packing import PartialCheckpoint, read_origin
 from qvlm.quantization import Block, QuantizationConfig, batch_by_length, expected_layers
 from qvlm.quantization.block import advance
 from qvlm.quantization.targets import block_layers, quantizable
@@ -45,7 +45,7 @@ class StreamedWalk(ShownWalk):
         loaded: LoadedModel,
         batches: Sequence[Mapping[str, Tensor]],
         quantization: QuantizationConfig,
-        stream: PackedStream,
+        stream: PartialCheckpoint,
     ) -> None:
         super().__init__(loaded.model, batches, quantization)
         assert loaded.tensors is not None
@@ -128,7 +128,7 @@ def _quantize(
     with stages.stage("quantize"):
         expected = expected_layers(loaded.model, quantization.vision_tower)
         names = list(block_layers(loaded.model, quantization.vision_tower))
-        stream = PackedStream(folder, identity, names, device, config.force)
+        stream = PartialCheckpoint(folder, identity, names, device, config.force)
         walk = StreamedWalk(loaded, batches, quantization, stream)
         report = method.quantize(walk)
         if walk.finished:  # what an earlier process found is not known here

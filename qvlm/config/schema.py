@@ -24,7 +24,6 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 HERE = {"_target_": "qvlm.sweep.launchers.Here"}
 FULL_PRECISION = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
 MAP = "map"  # the device that is all devices
-KERNELS = ("auto", "reference", "bf16", "native", "int_mm", "int4_weight_only", "triton")
 
 
 def _one_of(key: str, value: object, accepted: Collection[str]) -> None:
@@ -235,7 +234,8 @@ class RunConfig:
         execution: "simulated" multiplies rounded numbers in floating point; "exact" does so in
             float64 during the evaluation, so that only outputs are rounded; "packed" keeps codes
             and multiplies them with the products of `qvlm.packing`.
-        kernel: the packed product, see `qvlm.packing.KERNELS`; "auto" is chosen by each layer.
+        kernel: Packed product to force, a name from `qvlm.packing.kernels.KERNELS`; "auto" lets
+            each layer choose.
         save_packed: a folder to write the packed model to; its execution is packed.
         stream: have only one decoder layer in memory while quantizing, and write it to
             `save_packed` before the next is read; for models larger than memory.
@@ -279,7 +279,10 @@ class RunConfig:
         if self.threads is not None:
             _within("threads", self.threads, 1)
         _one_of("execution", self.execution, ("simulated", "exact", "packed"))
-        _one_of("kernel", self.kernel, KERNELS)
+        if self.kernel != "auto":
+            from qvlm.packing.kernels import names  # imports PyTorch
+
+            _one_of("kernel", self.kernel, names())
         if self.max_memory and self.device != MAP:
             raise UserError("max_memory: it limits device=map; accepted without that is []")
         if self.kernel != "auto" and not self.packed:

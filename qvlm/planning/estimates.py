@@ -31,7 +31,7 @@ from qvlm.models.checkpoints.weights import Weights
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.meta import LAYERS, skeleton
 from qvlm.packing.model import weight_bytes
-from qvlm.packing.plan import plan
+from qvlm.packing.uncalibrated import put_empty_layers
 from qvlm.planning.footprint import TEXT_TOKENS
 from qvlm.planning.sources import local_copy
 from qvlm.quantization import QuantLinear, TokenQuantizer, expected_layers
@@ -129,7 +129,7 @@ def memory(config: RunConfig, shape: Shape) -> float:
         return MARGIN * (shape.parameters * size + generation)
     if config.model.packed is not None:
         packed = skeleton(shape.architecture, getattr(torch, config.model.dtype))
-        plan(packed, prepare.quantization_config(config), normal_float=False)
+        put_empty_layers(packed, prepare.quantization_config(config), normal_float=False)
         return MARGIN * (weight_bytes(packed) + generation)
     quantized = shape.quantized(config.quantizer.vision_tower)
     weights = quantized * 4 + (shape.parameters - quantized) * size

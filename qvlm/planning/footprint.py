@@ -46,7 +46,7 @@ from qvlm.models.load import embedded
 from qvlm.models.meta import skeleton
 from qvlm.models.mixture import MixtureOfExperts
 from qvlm.packing.model import pack_model, packed_layers, weight_bytes
-from qvlm.packing.plan import blind, plan
+from qvlm.packing.uncalibrated import put_empty_layers, quantize_uncalibrated
 from qvlm.quantization.targets import block_layers, quantizable
 from qvlm.records.record import find_records
 from qvlm.tables.cost import in_fresh_process
@@ -140,20 +140,21 @@ def predict(
     cache, activations = _running(skeleton(built, dtype), prompt)
     if variant != FULL:
         quantization = prepare.quantization_config(config)
-        plan(model, quantization, variant.normal_float)
+        put_empty_layers(model, quantization, variant.normal_float)
         layers = packed_layers(model).values()
         activations += max(layer.working_bytes(prompt) for layer in layers)
     return Need(weight_bytes(model), cache * (prompt + answer_tokens) // prompt, activations)
 
 
 def pack_blindly(model: nn.Module, config: RunConfig, variant: Variant) -> None:
-    """Packs a model for real, uncalibrated: see `qvlm.packing.plan.blind`."""
+    """Packs a model for real, uncalibrated: see `qvlm.packing.uncalibrated`."""
     quantization = prepare.quantization_config(config)
     for kind, block in block_layers(model, quantization.vision_tower).values():
         for name, linear in quantizable(block).items():
             inputs = quantization.activation(kind)
             block.set_submodule(
-                name, blind(linear, quantization.weight, inputs, variant.normal_float)
+                name,
+                quantize_uncalibrated(linear, quantization.weight, inputs, variant.normal_float),
             )
     pack_model(model)
 

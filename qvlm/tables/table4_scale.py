@@ -47,7 +47,7 @@ from qvlm.models.architectures import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.meta import skeleton
 from qvlm.packing import PackedLinear, weight_bytes
-from qvlm.packing.plan import blind
+from qvlm.packing.uncalibrated import quantize_uncalibrated
 from qvlm.planning import footprint as fit
 from qvlm.planning.footprint import FULL, GIB, VARIANTS, Variant
 from qvlm.quantization.targets import block_layers, decoder_layers, quantizable
@@ -197,7 +197,7 @@ def changer(model: str, variant: Variant) -> Callable[[str, nn.Module], None]:
     def quantized(kind: str, block: nn.Module) -> None:
         for name, linear in quantizable(block).items():
             inputs = quantization.activation(kind)
-            layer = blind(linear, quantization.weight, inputs, variant.normal_float)
+            layer = quantize_uncalibrated(linear, quantization.weight, inputs, variant.normal_float)
             packs = variant != SIMULATED
             block.set_submodule(name, PackedLinear.from_quantized(layer) if packs else layer)
 

@@ -1,4 +1,4 @@
-"""Triton's kernels on a CPU, under its interpreter; run by test_pack_triton.py in a process of
+"""Triton's kernels on a CPU, under its interpreter; run by test_triton.py in a process of
 its own, with TRITON_INTERPRET=1."""
 
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qvlm.packing.formats import pack, unit
 from qvlm.packing.kernels import triton_kernels
 from qvlm.packing.layer import PackedLinear
-from tests.unit.packing.test_pack_layer import check, quantized
+from tests.helpers.layers import check, quantized
 
 
 @settings(deadline=None, max_examples=20)

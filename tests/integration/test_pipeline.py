@@ -182,7 +182,7 @@ def test_a_packed_cell_is_reused_as_long_as_its_checkpoint_is_there(
         (["execution=fast"], "execution: 'fast' .* simulated, exact, packed"),
         (["execution=exact", "save_packed=FULL"], "'exact' is simulated"),
         (["execution=exact", "model.packed=nowhere"], "'exact' is simulated"),
-        (["execution=packed", "kernel=int4_weight_only", "bits=w6a6"], "takes no layer"),
+        (["execution=packed", "kernel=int4_weight_only", "bits=w6a6"], "serves no layer"),
         (["model.packed=nowhere"], "model.packed: nowhere has no readable qvlm.json"),
         (["save_packed=FULL"], "save_packed: .* holds other files"),
     ],

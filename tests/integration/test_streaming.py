@@ -31,7 +31,7 @@ from qvlm.errors import UserError
 from qvlm.methods.base import MethodReport
 from qvlm.models.load import save_packed_model
 from qvlm.packing import PackedLinear, pack_model, read_origin
-from qvlm.packing.stream import PARTIAL, PROGRESS, PackedStream
+from qvlm.packing.partial import PARTIAL, PROGRESS, PartialCheckpoint
 from qvlm.quantization import (
     QuantLinear,
     QuantSpec,
@@ -182,16 +182,16 @@ def killed(folder: Path, overrides: list[str], writes: int) -> None:
     """In a process of its own: streams until so many files are written, then dies."""
     prepare.load_scienceqa = problems  # type: ignore[assignment]
     torch.set_num_threads(1)
-    whole, left = PackedStream._write, [writes]
+    whole, left = PartialCheckpoint._write, [writes]
 
-    def write(self: PackedStream, name: str, how: Any) -> None:
+    def write(self: PartialCheckpoint, name: str, how: Any) -> None:
         if not left[0]:
             how(self.partial / (name + ".tmp"))  # it has no name yet
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
         whole(self, name, how)
 
-    PackedStream._write = write  # type: ignore[method-assign]
+    PartialCheckpoint._write = write  # type: ignore[method-assign]
     write_stream(streamed(folder, *overrides))
 
 
@@ -234,11 +234,11 @@ def test_what_is_killed_goes_on_and_ends_the_same(
 
 def test_what_another_cell_began_is_not_gone_on_with(tmp_path: Path) -> None:
     folder = tmp_path / "packed"
-    PackedStream(folder, "another", ["block"], "cpu")
+    PartialCheckpoint(folder, "another", ["block"], "cpu")
     with pytest.raises(UserError, match="begun by another cell"):
         write_stream(streamed(folder))
     (tmp_path / "packed.partial" / PROGRESS).write_bytes(b"")
-    with pytest.raises(UserError, match="is damaged; delete"):
+    with pytest.raises(UserError, match="is damaged. Delete"):
         write_stream(streamed(folder))
     write_stream(streamed(folder, "force=true"))
     assert folder.is_dir()

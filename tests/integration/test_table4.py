@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from qvlm.cell.pipeline import run_cell
-from qvlm.packing.layer import KERNELS
+from qvlm.packing.kernels import names
 from qvlm.records.record import Record
 from qvlm.tables import table4
 from qvlm.tables.cost import COLUMNS
@@ -50,7 +50,7 @@ def test_the_table(
     for bits in ("W8A8", "W4A4"):
         (ran,) = re.findall(rf"toy {bits} RTN ([^;\n]+)", text)
         calls = dict(part.split() for part in ran.split(", "))
-        assert calls.keys() <= set(KERNELS) - {"auto"}
+        assert calls.keys() <= set(names()) - {"auto"}
         assert all(int(count) > 0 for count in calls.values())
     assert "GPU: not measured" in text
     assert text.count("100.00 %") == 2

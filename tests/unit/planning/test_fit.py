@@ -11,7 +11,7 @@ from qvlm.methods import RTN
 from qvlm.models.architectures import KNOWN, architecture, image_tokens
 from qvlm.models.meta import skeleton
 from qvlm.packing import pack_model, packed_layers, weight_bytes
-from qvlm.packing.plan import plan
+from qvlm.packing.uncalibrated import put_empty_layers
 from qvlm.planning import footprint as fit
 from qvlm.planning.footprint import FULL, GIB, VARIANTS, LiveBytes, Variant
 from qvlm.quantization import Walk
@@ -47,7 +47,7 @@ def test_prediction_holds_for_a_calibrated_model(model: str) -> None:
 def test_planned_forms_are_the_packed_ones(variant: Variant) -> None:
     config = fit.configuration("mini_moe_llava", variant.bits)
     planned = skeleton(architecture("mini_moe_llava"), torch.float32)
-    plan(planned, prepare.quantization_config(config), variant.normal_float)
+    put_empty_layers(planned, prepare.quantization_config(config), variant.normal_float)
     packed = prepare.load(config, "cpu").model
     fit.pack_blindly(packed, config, variant)
     expected = {name: layer.form for name, layer in packed_layers(packed).items()}

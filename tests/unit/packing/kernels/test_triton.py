@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from qvlm.errors import UserError
-from qvlm.packing import layer as layers
 from qvlm.packing.formats import unit
+from qvlm.packing.kernels import triton as wrapper
 from qvlm.packing.layer import PackedLinear
-from tests.unit.packing.test_pack_layer import quantized
+from tests.helpers.layers import quantized
 
 pytestmark = pytest.mark.instruction_set
 
@@ -28,7 +28,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installe
 
 @needs_triton
 def test_kernels_compute_the_reference_under_the_interpreter() -> None:
-    checks = Path(__file__).parents[2] / "helpers" / "triton_interpreted.py"
+    checks = Path(__file__).parents[3] / "helpers" / "triton_interpreted.py"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(checks)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
@@ -113,12 +113,12 @@ def test_a_cpu_never_chooses_triton() -> None:
             packed = PackedLinear.from_quantized(quantized((16, 64), (bits, bits))[0])
             assert "triton" not in packed.serving()
             assert {packed.choose(rows) for rows in (1, 4, 64)}.isdisjoint({"triton"})
-    with pytest.raises(UserError, match=r"triton.*some.layer.*not on a GPU.*accepted are auto"):
+    with pytest.raises(UserError, match=r"triton.*some.layer.*not on a GPU.*Choose one of: auto"):
         packed.kernel = "triton"
 
 
 def test_layers_that_triton_cannot_take_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_device_obstacle", lambda device: None)
+    monkeypatch.setattr(wrapper, "device_obstacle", lambda device: None)
     served, _ = quantized((16, 64), inputs="per_token")
     assert PackedLinear.from_quantized(served, "triton").choose(1) == "triton"
     for refused, reason in (
@@ -136,9 +136,9 @@ def test_layers_that_triton_cannot_take_say_why(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_gpu_without_triton_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = PackedLinear.from_quantized(quantized((16, 64))[0])
-    monkeypatch.setattr(layers, "_device_obstacle", lambda device: "Triton is not installed")
+    monkeypatch.setattr(wrapper, "device_obstacle", lambda device: "Triton is not installed")
     packed.codes = _OnGpu(packed.codes)
-    with pytest.warns(RuntimeWarning, match="stock operators: Triton is not installed") as caught:
+    with pytest.warns(RuntimeWarning, match="Triton is not installed") as caught:
         assert {packed.choose(rows) for rows in (1, 1, 64)} == {"reference"}
     assert len(caught) == 1
 

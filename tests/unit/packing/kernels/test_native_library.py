@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from qvlm.errors import UserError
-from qvlm.packing import layer as layers
+from qvlm.packing.form import Form
 from qvlm.packing.formats import pack
-from qvlm.packing.kernels import native
-from qvlm.packing.layer import Form, PackedLinear
-from tests.unit.packing.test_pack_layer import quantized
+from qvlm.packing.kernels import kernel_named, reference
+from qvlm.packing.kernels import native as native_kernel
+from qvlm.packing.kernels import native_library as native
+from qvlm.packing.layer import PackedLinear
+from tests.helpers.layers import quantized
 
 pytestmark = pytest.mark.instruction_set
 
@@ -104,7 +106,7 @@ def test_sums_are_exact(
         numbers["order"] = order.int()
     packed = packed_layer(form, codes, **numbers)
     # Any grid of the input, not only one that a range of its values gives.
-    monkeypatch.setattr(packed, "_input_grid", lambda x: (input_scale, zero_point))
+    monkeypatch.setattr(packed, "input_grid", lambda x: (input_scale, zero_point))
 
     v = codes.double() - zero.double().repeat_interleave(group, 1)[:, :width]
     v *= scale.double().repeat_interleave(group, 1)[:, :width]
@@ -114,7 +116,7 @@ def test_sums_are_exact(
     serving = [kernel for kernel in ("native", "int_mm") if kernel in packed.serving()]
     assert "int_mm" in serving and ("native" in serving) == (native.obstacle() is None)
     for kernel in serving:
-        found = packed._product(kernel, x)
+        found = kernel_named(kernel).product(packed, x)
         # With four bits behind the point, float32 holds sums up to 2^20, and float64 all.
         if dtype == torch.float32 or (expected / factor).abs().max() < 2**20:
             assert torch.equal(found.double(), expected), kernel
@@ -176,7 +178,8 @@ def test_sums_of_bf16_are_exact(
     values = codes.view(out, 3, group).float() - zero[..., None]
     if weight == "normal_float":
         levels = torch.randperm(16, generator=generator) / 8 - 1
-        monkeypatch.setattr(layers, "_levels", lambda bits: levels)
+        for module in (reference, native_kernel):
+            monkeypatch.setattr(module, "kept_levels", lambda bits: levels)
         values = levels[codes.long()].view(out, 3, group)
         numbers["scale"] = scale.flatten()
         del numbers["zero_point"]
@@ -184,14 +187,16 @@ def test_sums_of_bf16_are_exact(
     expected = x @ w_hat.T
 
     packed = packed_layer(four_bits(weight, out, width, group, (width,)), codes, **numbers)
-    assert not packed._is_integer()
-    assert torch.equal(packed._dequantized(slice(0, out), torch.bfloat16), w_hat.bfloat16())
+    assert not packed.has_integer_product()
+    assert torch.equal(
+        reference.float_weight(packed, slice(0, out), torch.bfloat16), w_hat.bfloat16()
+    )
     x = x.bfloat16()
-    assert torch.equal(packed._product("reference", x), expected)
-    assert torch.allclose(packed._product("bf16", x), expected, rtol=2.0**-8, atol=0)
+    assert torch.equal(kernel_named("reference").product(packed, x), expected)
+    assert torch.allclose(kernel_named("bf16").product(packed, x), expected, rtol=2.0**-8, atol=0)
     if "native" in packed.serving():
-        assert packed._native_weight().is_paired()
-        assert torch.equal(packed._product("native", x), expected)
+        assert native_kernel._weight(packed).is_paired()
+        assert torch.equal(kernel_named("native").product(packed, x), expected)
 
 
 @pytest.fixture
@@ -226,7 +231,7 @@ def test_developers_can_do_without(fresh: pytest.MonkeyPatch) -> None:
     packed = PackedLinear.from_quantized(layer)
     packed(x)
     assert "native" not in packed.serving() and "native" not in packed.used
-    with pytest.raises(UserError, match=r"some\.layer \(QVLM_WITHOUT=native is set\)"):
+    with pytest.raises(UserError, match=r"some\.layer: QVLM_WITHOUT=native is set"):
         packed.kernel = "native"
     native.obstacle.cache_clear()
     fresh.setenv(native.WITHOUT, "int_mm")

@@ -1,34 +1,14 @@
 """Whole packed models: every layer replaced, the same logits, and less memory."""
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 from qvlm.errors import UserError
-from qvlm.methods import RTN
 from qvlm.packing.model import kernels_used, pack_model, packed_layers, weight_bytes
-from qvlm.quantization.calibration import Walk
 from qvlm.quantization.linear import QuantLinear
-from qvlm.quantization.spec import QuantizationConfig, QuantSpec
-from tests.helpers.toy import toy_batch, toy_batches, toy_llava
+from tests.helpers.layers import logits, rounded
+from tests.helpers.toy import toy_llava
 
 pytestmark = pytest.mark.instruction_set
-
-
-def rounded(bits: int = 4, text: str = "llama") -> nn.Module:
-    model = toy_llava(text)
-    quantization = QuantizationConfig(
-        QuantSpec(bits, "per_group", 32),
-        QuantSpec(bits, "per_channel_group", 16),
-        QuantSpec(bits, "per_token"),
-    )
-    RTN().quantize(Walk(model, toy_batches(), quantization))
-    return model
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(**toy_batch(seed=5)).logits
 
 
 @pytest.mark.parametrize("text", ["llama", "routed", "mixtral"])
@@ -62,5 +42,7 @@ def test_a_forced_kernel_runs_where_it_can() -> None:
 def test_nothing_to_pack_is_said() -> None:
     with pytest.raises(UserError, match="no quantized linear"):
         pack_model(toy_llava())
-    with pytest.raises(UserError, match="accepted is auto"):
+    with pytest.raises(UserError, match="serves no layer of this model"):
         pack_model(rounded(8), "int4_weight_only")
+    with pytest.raises(UserError, match="'fast' is not a kernel. Choose one of: auto, native"):
+        pack_model(rounded(8), "fast")

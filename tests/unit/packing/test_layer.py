@@ -1,6 +1,5 @@
 """Packed layers compute what quantized layers simulate: integers to the bit, outputs in bounds."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -10,88 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from qvlm.errors import RunError, UserError
-from qvlm.packing.kernels import native
-from qvlm.packing.kernels import stock as kernels
-from qvlm.packing.layer import PackedLinear, accumulation_bound
-from qvlm.quantization.linear import QuantLinear, folded_weight
+from qvlm.packing.kernels import int4_weight_only, kernel_named, names
+from qvlm.packing.kernels import native_library as native
+from qvlm.packing.kernels.bounds import accumulation_bound
+from qvlm.packing.layer import PackedLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import TokenQuantizer
-from qvlm.quantization.ranges import activation_quantizer, weight_quantizer
-from qvlm.quantization.spec import ACTIVATION_GRANULARITIES, QuantSpec
+from qvlm.quantization.spec import ACTIVATION_GRANULARITIES
+from tests.helpers.layers import WEIGHTS, check, in_float64, quantized
 
 pytestmark = pytest.mark.instruction_set
-
-WEIGHTS = ("per_tensor", "per_channel", "per_group", "normal_float")
-
-
-def quantized(
-    shape: tuple[int, int],
-    bits: tuple[int, int] = (4, 4),
-    weight: str = "per_group",
-    inputs: str = "per_tensor",
-    group_size: int = 32,
-    bias: bool = True,
-    seed: int = 0,
-    ordered: bool = True,
-) -> tuple[QuantLinear, Tensor]:
-    """A quantized linear of [out, in] and what its input was calibrated with, [64, in].
-
-    Args:
-        group_size: of weights and of clusters.
-        ordered: groups of weights follow clusters of inputs.
-    """
-    torch.manual_seed(seed)
-    linear = nn.Linear(shape[1], shape[0], bias=bias)
-    samples = torch.randn(64, shape[1]) * torch.rand(shape[1]).add(0.1) + 0.2
-    input_quantizer = activation_quantizer(
-        samples, QuantSpec(bits[1], inputs, group_size, ranges="minmax")
-    )
-    folded = folded_weight(linear.weight, input_quantizer)
-    if weight == "normal_float":
-        weights = NormalFloatQuantizer.fit(folded, bits[0], group_size)
-    else:
-        spec = QuantSpec(bits[0], weight, group_size, ranges="minmax")
-        weights = weight_quantizer(folded, spec, inputs=input_quantizer if ordered else None)
-    return QuantLinear.from_linear(
-        linear, weights, input_quantizer, layer_name="some.layer"
-    ), samples
-
-
-def in_float64(layer: QuantLinear) -> QuantLinear:
-    """The same layer, which computes in float64."""
-    exact = copy.deepcopy(layer)
-    exact.compute_in_float64()
-    return exact
-
-
-def check(layer: QuantLinear, x: Tensor) -> PackedLinear:
-    """Every kernel that takes the layer gives what it simulates; sums of integers, to the bit."""
-    packed = PackedLinear.from_quantized(layer)
-    assert torch.equal(packed.weight_codes(), layer.weight_codes())
-    assert torch.equal(packed.dequantized(), layer.weight)
-    steps, _, zero_point = packed.input_steps(x)
-    codes = layer.input_quantizer.for_tokens(x).quantize(x)
-    assert torch.equal((steps + zero_point).to(torch.uint8), codes)
-    expected, rounded_once = layer(x).double(), in_float64(layer)(x)
-    for kernel in packed.serving():
-        packed.kernel = kernel
-        found = packed(x)
-        if kernel == "int_mm" or (kernel == "native" and packed._is_integer()):
-            # Of float64's sums one in a hundred million lies where float32 rounds either way.
-            # Where a sum of integers is zero, float64 leaves a rest of its own rounding.
-            rest = 2.0**-50 * rounded_once.abs().max()
-            differing = (found - rounded_once).abs() > rest
-            assert int(differing.sum()) <= 1, kernel
-            assert torch.allclose(found, rounded_once, rtol=2.0**-22)
-        error = (found.double() - expected).abs()
-        bound = accumulation_bound(packed, x, kernel)
-        assert bool((error <= bound).all()), (kernel, float((error / bound).max()))
-        assert packed.used[kernel] == 1
-    assert torch.equal(packed.weight_codes(), layer.weight_codes())
-    return packed
 
 
 @settings(deadline=None, max_examples=80)
@@ -132,7 +61,7 @@ def test_models_in_bf16_round_within_bounds(data: st.DataObject) -> None:
     expected = layer(x.float()).double()
     for kernel in packed.serving():
         # Before the output is rounded to the model's type.
-        found = packed._product(kernel, x) + packed.bias.view(torch.float32)
+        found = kernel_named(kernel).product(packed, x) + packed.bias.view(torch.float32)
         error = (found.double() - expected).abs()
         assert bool((error <= accumulation_bound(packed, x, kernel)).all()), kernel
 
@@ -143,34 +72,6 @@ def test_odd_widths(weight: str, width: int) -> None:
     for bits in ((4, 8), (8, 8), (6, 6), (3, 5)):
         layer, samples = quantized((5, width), bits, weight, "per_channel_group", 4)
         check(layer, samples)
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.data())
-def test_sums_of_integers_are_exact(data: st.DataObject) -> None:
-    bits = data.draw(st.sampled_from([(4, 4), (4, 8), (8, 4), (8, 8), (6, 6), (7, 7)]))
-    inputs = data.draw(st.sampled_from(ACTIVATION_GRANULARITIES))
-    seed, ordered = data.draw(st.integers(0, 99)), data.draw(st.booleans())
-    layer, _ = quantized((9, 96), bits, "per_group", inputs, 32, seed=seed, ordered=ordered)
-    packed = PackedLinear.from_quantized(layer)
-    x = torch.randn(data.draw(st.sampled_from([1, 6])), 96) * 2
-    # Cells are of channels as they are stored.
-    order = packed.channels()
-    steps, _, zero_point = packed.input_steps(x)
-    steps, codes = steps[:, order], packed.weight_codes()[:, order]
-    if zero_point.shape == (96,):
-        zero_point = zero_point[order]
-    _, weight_zero_point = packed.weight_scales()
-    found = kernels.int_products(
-        steps, zero_point, bits[1], codes, weight_zero_point, bits[0], packed.cells()
-    )
-    if ordered or inputs != "per_channel_group":
-        assert len(packed.cells()) == 3
-    v = codes.long() - weight_zero_point.long().repeat_interleave(32, 1)
-    for cell, product in zip(packed.cells(), found, strict=True):
-        expected = steps[:, cell.channels].long() @ v[:, cell.channels].T
-        assert torch.equal(product.long(), expected)
-    assert sum(cell.width for cell in packed.cells()) == 96
 
 
 @pytest.mark.parametrize(
@@ -213,19 +114,19 @@ def test_kernel_is_chosen_from_machine_rows_bits_and_type(
 ) -> None:
     """What a machine prefers is asked, and not run: any machine can answer for any other."""
     monkeypatch.setattr(native, "obstacle", lambda: obstacle)
-    monkeypatch.setattr(kernels, "_int4_layout_is_known", lambda: int4_layout)
+    monkeypatch.setattr(int4_weight_only, "layout_is_known", lambda: int4_layout)
     clusters: dict[str, Any] = {"inputs": "per_channel_group", "group_size": 8}
     layers = (
         quantized((64, 128), (4, 4), group_size=64),
         quantized((64, 128), (8, 8), group_size=64),
         quantized((64, 128), (8, 8), inputs="per_channel_group", group_size=128),
-        quantized((64, 128), (8, 8), **clusters),  # too many cells for `int_mm`
+        quantized((64, 128), (8, 8), **clusters),  # too many scale runs for `int_mm`
         quantized((64, 128), (8, 8), **clusters, ordered=False),
         quantized((64, 128), (4, 4), "normal_float"),
     )
     packed = [PackedLinear.from_quantized(layer) for layer, _ in layers]
-    for (rows, dtype), names in expected.items():
-        assert [layer.choose(rows, dtype) for layer in packed] == names, (rows, dtype)
+    for (rows, dtype), chosen in expected.items():
+        assert [layer.choose(rows, dtype) for layer in packed] == chosen, (rows, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -252,9 +153,9 @@ def test_a_kernel_that_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPa
 def test_sums_are_exact_where_onednn_may_not_use_vnni() -> None:
     """PyTorch takes oneDNN because the CPU has VNNI; without it oneDNN saturates in 16 bits."""
     code = (
-        "import torch; from qvlm.packing.kernels import stock as kernels\n"
+        "import torch; from qvlm.packing.kernels import int_mm\n"
         "x = torch.full((3, 64), 127, dtype=torch.int8)\n"
-        "assert (kernels._int_mm(x, x) == 64 * 127**2).all()"
+        "assert (int_mm._int_mm(x, x) == 64 * 127**2).all()"
     )
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
@@ -276,7 +177,7 @@ def test_nothing_is_kept_in_floating_point() -> None:
 def test_clusters_are_stored_one_after_the_other() -> None:
     layer, x = quantized((48, 96), (4, 4), inputs="per_channel_group")
     packed = PackedLinear.from_quantized(layer)
-    assert packed.form.ordered and packed._is_integer()
+    assert packed.form.ordered and packed.has_integer_product()
     assert torch.equal(packed.channels(), layer.weight_quantizer.order)
     _, scale, _ = packed.input_steps(x)
     assert torch.equal(scale, layer.input_quantizer.scale)
@@ -287,7 +188,7 @@ def test_clusters_are_stored_one_after_the_other() -> None:
     apart = PackedLinear.from_quantized(
         quantized((48, 96), (4, 4), inputs="per_channel_group", ordered=False)[0]
     )
-    assert not apart.form.ordered and not apart._is_integer()
+    assert not apart.form.ordered and not apart.has_integer_product()
 
 
 def test_casting_the_module_changes_nothing() -> None:
@@ -330,9 +231,9 @@ def test_shapes_and_dtypes_of_inputs_are_kept() -> None:
 
 def test_bad_kernels_inputs_and_weights_are_named() -> None:
     layer, x = quantized((5, 64), (8, 8))
-    with pytest.raises(UserError, match="accepted are auto, reference"):
+    with pytest.raises(UserError, match=f"Choose one of: {', '.join(names())}"):
         PackedLinear.from_quantized(layer, "fast")
-    with pytest.raises(UserError, match="int4_weight_only.*some.layer"):
+    with pytest.raises(UserError, match="int4_weight_only.*some.layer: its weight has 8 bits"):
         PackedLinear.from_quantized(layer, "int4_weight_only")
     x[3, 5] = float("inf")
     with pytest.raises(RunError, match="some.layer"):
