@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
 
 import psutil
 import torch
@@ -17,7 +16,7 @@ from qvlm.models.load import embedded
 from qvlm.planning import sources
 from qvlm.planning.estimates import TOWER_BYTES, Shape, find_shape, memory, seconds
 from qvlm.planning.sources import Source
-from qvlm.records.record import find_record
+from qvlm.records.record import find_record, read_run
 from qvlm.tables.markdown import table
 
 GIB = 2**30
@@ -128,8 +127,8 @@ def _recorded(config: RunConfig) -> str:
     wanted = json.loads(json.dumps(influences(config))), prepare.code_version(config)
     for file in config.runs_dir.glob(f"{config.model.name}-{config.method_name}-*/run.json"):
         try:
-            run: dict[str, Any] = json.loads(file.read_text())
-        except (OSError, ValueError):
+            run = read_run(file.parent)
+        except (OSError, ValueError, RecursionError):
             continue
         if (run.get("influences"), run.get("code")) == wanted:
             return "yes*"

@@ -89,8 +89,16 @@ def test_miniatures_are_here_and_nothing_is_run(
 
 def record(config: Any, identity: dict[str, Any]) -> None:
     config = canonical(config)
-    files = {"metrics": {}, "predictions": pd.DataFrame({"a": [1]}), "layers": []}
-    write_record(prepare.record_path(config, identity), asdict(config), identity, **files)
+    texts = ("model", "method", "method_name", "bits", "finished")
+    run = {**dict.fromkeys(texts, "x"), **{key: {} for key in ("stages", "versions", "git")}}
+    run |= {"hardware": {}, "report": {"search_seconds": 0, "candidates": 0}, "exceeding": []}
+    columns = ("question_id", "has_image", "answer", "prediction", "correct", "text")
+    files = {
+        "metrics": {"classes": {"Avg": {}}},
+        "predictions": pd.DataFrame({column: [1] for column in columns}),
+        "layers": [],
+    }
+    write_record(prepare.record_path(config, identity), asdict(config), run | identity, **files)
 
 
 def test_recorded_cells_are_known(
