@@ -21,12 +21,13 @@ from qvlm.config.schema import canonical
 from qvlm.models.checkpoints import hub
 from qvlm.planning import preflight as report
 from qvlm.planning import sources
-from qvlm.planning.estimates import find_shape, memory, seconds
+from qvlm.planning.estimates import find_shape, memory
+from qvlm.planning.footprint import GIB
+from qvlm.planning.timing import seconds
 from qvlm.records.record import write_record
 from tests.helpers.standins import write
 from tests.unit.config.test_config import load
 
-GIB = 2**30
 PAPER = ["-m", "experiment=table2", "scale=paper", "preflight=true"]
 
 
@@ -149,7 +150,7 @@ def test_the_papers_scale_is_estimated_where_the_hub_does_not_answer(
 def test_a_model_that_the_paper_has_not_is_estimated_too() -> None:
     for model, billions in (("moe_llava_phi2", 5.6), ("moe_llava_qwen", 3.4), ("moe_llava", 3.2)):
         shape = find_shape(load(f"model={model}").model)
-        assert shape is not None and shape.assumed
+        assert shape is not None
         assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.02)
     assert (
         find_shape(load("model.name=mine", "model.path=a/b", "model.stands_for=null").model) is None
@@ -263,7 +264,7 @@ def test_what_is_nowhere_is_one_sentence(
     assert "HF_HUB_OFFLINE" in err
     assert "model.path=FOLDER" in err
     assert main(["model.path=nowhere", "preflight=true"]) == 2
-    assert "model.path: nowhere is no folder" in capfd.readouterr().err
+    assert "model.path: nowhere is not a folder" in capfd.readouterr().err
     assert main(["method.foo=1", "preflight=true"]) == 2
     assert capfd.readouterr().out == ""
 
@@ -272,7 +273,6 @@ def test_estimates_follow_what_they_are_of() -> None:
     config = load("scale=paper")
     shape = find_shape(config.model)
     assert shape is not None
-    assert shape.assumed
     assert shape.tower == "openai/clip-vit-large-patch14"
     weights = shape.quantized(True) * 4
     assert memory(config, shape) > weights  # simulated in float32
@@ -286,7 +286,6 @@ def test_estimates_follow_what_they_are_of() -> None:
     config = load("method=fp")
     shape = find_shape(config.model)
     assert shape is not None
-    assert not shape.assumed
     assert shape.tower is None
     once = seconds(config, shape, "cpu", 10)
     assert seconds(config, shape, "cpu", 20) == pytest.approx(2 * once)
