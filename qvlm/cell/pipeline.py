@@ -45,8 +45,8 @@ from qvlm.quantization import (
     expected_layers,
     measure_bits,
 )
+from qvlm.records.environment import hardware, surroundings, versions
 from qvlm.records.locks import Lock
-from qvlm.records.provenance import hardware, surroundings, versions
 from qvlm.records.record import answers_folder, find_record, write_record
 from qvlm.records.tracking import track
 from qvlm.runtime import workers as processes

@@ -31,6 +31,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from qvlm.bits import BitWidths
 from qvlm.errors import RunError, UserError
 from qvlm.records.locks import PARTIAL
 
@@ -76,8 +77,13 @@ class Record:
 
     @property
     def bits(self) -> str:
-        """ "FP", "W4A4", ..."""
-        return self.run["bits"]
+        """The label of the bit widths: "FP", "W4A4", ..."""
+        return self.bit_widths.label
+
+    @property
+    def bit_widths(self) -> BitWidths:
+        """Bits per weight and per activation."""
+        return BitWidths(**self.run["influences"]["bits"])
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
