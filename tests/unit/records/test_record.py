@@ -105,6 +105,7 @@ def test_a_failure_at_any_moment_leaves_no_half_record(
     assert os.open is open_
     assert all(record.metrics["classes"]["Avg"]["accuracy"] in (1.0, 2.0) for record in records)
     assert not finished or records[0].metrics["classes"]["Avg"]["accuracy"] == 2.0
+    assert len(records) == 1
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -114,9 +115,9 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_record(tmp_path: Pat
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from pathlib import Path
-from tests.unit.records import test_records
+from tests.unit.records import test_record
 Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-test_records.write(Path({str(tmp_path)!r}) / "cell")
+test_record.write(Path({str(tmp_path)!r}) / "cell")
 """
     done = subprocess.run([sys.executable, "-c", script], check=False)
     assert done.returncode == -signal.SIGKILL
