@@ -14,7 +14,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -145,9 +145,11 @@ def memory(config: RunConfig, shape: Shape) -> float:
     # Of what is outside, files and copy are there together for a moment.
     most = max(2 * outside * size, outside * 4, sum(p.numel() for p in layer.parameters()) * size)
     need = MARGIN * (most + hidden + inputs + 2 * trial)
-    if config.evaluation.limit == 0:
+    if not config.evaluate:
         return need
-    return max(need, memory(prepare.streamed(config), shape))
+    written = replace(config.model, packed=config.save_packed)
+    evaluated = replace(config, model=written, save_packed=None, stream=False)
+    return max(need, memory(evaluated, shape))
 
 
 def seconds(config: RunConfig, shape: Shape, device: str, questions: int) -> float:
