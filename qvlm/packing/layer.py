@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm.config.schema import KERNELS as KERNELS
 from qvlm.errors import RunError, UserError
 from qvlm.packing.formats import (
     Constants,
@@ -32,6 +31,7 @@ from qvlm.packing.formats import (
     unit,
     unpack,
 )
+from qvlm.packing.kernels import KERNELS as KERNELS
 from qvlm.packing.kernels import native
 from qvlm.packing.kernels import stock as kernels
 from qvlm.quantization.linear import QuantLinear

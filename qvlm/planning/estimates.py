@@ -8,13 +8,12 @@
 - Streaming holds one decoder layer at a time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from transformers import CLIPVisionConfig
 
-from qvlm.cell import inputs as prepare
 from qvlm.config.schema import ModelConfig, RunConfig
 from qvlm.errors import UserError
 from qvlm.models.architectures import KNOWN, clip_tower, image_tokens
@@ -131,9 +130,11 @@ def memory(config: RunConfig, shape: Shape) -> float:
     own = sum(p.numel() for p in layer.parameters()) * size
     most = max(2 * outside * size, outside * FLOAT32, own)
     streaming = MARGIN * (most + hidden + inputs + 2 * trial)
-    if config.only_written:
+    if not config.evaluate:
         return streaming
-    return max(streaming, memory(prepare.streamed(config), shape))
+    written = replace(config.model, packed=config.save_packed)
+    evaluated = replace(config, model=written, save_packed=None, stream=False)
+    return max(streaming, memory(evaluated, shape))
 
 
 def _need(config: RunConfig, shape: Shape) -> Need:

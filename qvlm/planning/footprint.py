@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qvlm.cell import inputs as prepare
-from qvlm.config.schema import CONF, RunConfig, canonical, from_hydra, register
+from qvlm.config.compose import CONF, from_hydra, register
+from qvlm.config.schema import RunConfig, canonical
 from qvlm.errors import RunError, UserError
 from qvlm.models.architectures import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture

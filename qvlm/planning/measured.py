@@ -50,10 +50,10 @@ def recorded(runs: Path) -> dict[Key, int]:
         runs: Folder of records.
     """
     found = {key: round(float(row["weight_gib"]) * GIB) for key, row in scale_rows(runs).items()}
-    for run in (record.run for record in find_records(runs)):
-        form = FORMATS.get(run["method"])
+    for record in find_records(runs):
+        run, form = record.run, FORMATS.get(record.method)
         if "weight_bytes" in run and form and (form == "FP" or run["execution"] == "packed"):
-            found[run["model"], run["bits"], form] = run["weight_bytes"]
+            found[record.model, record.bits, form] = run["weight_bytes"]
     return found
 
 

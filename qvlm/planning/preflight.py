@@ -14,6 +14,9 @@ import psutil
 import torch
 
 from qvlm.cell import inputs as prepare
+from qvlm.cell.checks import check_options
+from qvlm.cell.identity import Cell, code_version, resolve
+from qvlm.cell.method import build_method
 from qvlm.config.schema import MAP, RunConfig, influences
 from qvlm.errors import UserError
 from qvlm.models.load import embedded
@@ -22,7 +25,7 @@ from qvlm.planning.estimates import TOWER_BYTES, Shape, find_shape, memory
 from qvlm.planning.footprint import GIB
 from qvlm.planning.sources import Source
 from qvlm.planning.timing import seconds
-from qvlm.records.record import find_record, read_run
+from qvlm.records.record import read_run
 from qvlm.tables.markdown import table
 
 NOTES = """\
@@ -43,9 +46,9 @@ def preflight(configs: Sequence[RunConfig]) -> None:
         UserError: If an option is wrong, a file or repository does not exist, or a cell does not
             fit in memory.
     """
-    configs = [prepare.adopt(config) for config in configs]
+    configs = [resolve(config) for config in configs]
     for config in configs:
-        prepare.check_options(config)
+        check_options(config)
     print(f"Preflight of {len(configs)} cells: nothing is run, downloaded or hashed.\n")
     devices = {config.device: prepare.find_device(config.device) for config in configs}
     for device in dict.fromkeys(["cpu", *devices.values()]):
@@ -128,10 +131,9 @@ def _recorded(config: RunConfig) -> str:
     other = config.model.vision_tower or config.model.packed
     small_enough_to_hash = not other and not Path(config.data.source).is_dir()
     if embedded(config.model.path) and small_enough_to_hash:
-        identity = prepare.identity(config)
-        record, _ = find_record(prepare.record_path(config, identity), identity["hash"])
+        record, _ = Cell.of(config).find_record()
         return "yes" if record else ""
-    wanted = json.loads(json.dumps(influences(config))), prepare.code_version(config)
+    wanted = json.loads(json.dumps(influences(config))), code_version(config)
     for file in config.runs_dir.glob(f"{config.model.name}-{config.method_name}-*/run.json"):
         try:
             run = read_run(file.parent)
@@ -180,7 +182,7 @@ def _alternatives(config: RunConfig, device: str) -> Iterator[tuple[str, RunConf
     if device.startswith("cuda"):
         yield "device=map", replace(config, device=MAP)
     if not config.full_precision and config.model.packed is None:
-        method = prepare.build_method(config.method)
+        method = build_method(config.method)
         if not config.stream and device != MAP and getattr(method, "one_pass", True):
             folder = config.save_packed or "FOLDER"
             yield (

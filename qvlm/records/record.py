@@ -33,6 +33,7 @@ import pandas as pd
 import yaml
 from pyarrow import ArrowException
 
+from qvlm.bits import BitWidths
 from qvlm.errors import RunError, UserError
 from qvlm.records.files import PARTIAL, explained, write_folder
 
@@ -44,11 +45,15 @@ LONGEST_NAME = 64  # characters of each part of a record's name
 _CHECKED = ("bits.json", "config.yaml", "metrics.json", "predictions.parquet")
 # What every record has, and tables rely on.
 _RUN = {
-    **dict.fromkeys(("hash", "model", "method", "method_name", "bits", "finished"), str),
+    **dict.fromkeys(("hash", "model", "method", "method_name", "finished"), str),
     **dict.fromkeys(("influences", "stages", "report", "versions", "git", "hardware"), dict),
     "exceeding": list,
 }
-_UNREADABLE = (OSError, ValueError, RecursionError, yaml.YAMLError, ArrowException)
+# What reading files that anybody may have written can raise.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, RecursionError),
+    *(yaml.YAMLError, ArrowException, UserError),
+)
 _COLUMNS = ("question_id", "has_image", "answer", "prediction", "correct", "text")
 
 
@@ -91,7 +96,12 @@ class Record:
     @property
     def bits(self) -> str:
         """Bit widths as tables print them: "FP", "W4A4", ..."""
-        return str(self.run["bits"])
+        return self.bit_widths.label
+
+    @property
+    def bit_widths(self) -> BitWidths:
+        """Bits per weight and per activation."""
+        return BitWidths(**self.run["influences"]["bits"])
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
@@ -131,6 +141,7 @@ class Record:
         for key, kind in _RUN.items():
             if not isinstance(self.run.get(key), kind):
                 raise ValueError(f"run.json: {key} is not of the kind {kind.__name__}")
+        BitWidths(**self.run["influences"]["bits"])
         for key in ("search_seconds", "candidates"):
             if key not in self.run["report"]:
                 raise ValueError(f"run.json: report has no {key}")
@@ -222,8 +233,12 @@ def check_name(option: str, name: str) -> None:
         )
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, option: str = "results_dir") -> None:
     """Makes sure that a folder can be made and written, and leaves nothing behind.
+
+    Args:
+        folder: Folder, which need not exist.
+        option: Key of the configuration that names it, for the message.
 
     Raises:
         UserError: If it cannot, because of a file or a dangling link in its place, a loop of links,
@@ -231,7 +246,7 @@ def require_writable(folder: Path) -> None:
     """
     try:
         with explained(
-            f"results_dir: {folder}", UserError, "choose a folder that can be made and written"
+            f"{option}: {folder}", UserError, "choose a folder that can be made and written"
         ):
             present = Path(os.path.abspath(folder))
             with suppress(FileNotFoundError):  # other errors say that its files cannot exist
@@ -243,7 +258,7 @@ def require_writable(folder: Path) -> None:
             with tempfile.TemporaryFile(dir=present):
                 pass
     except ValueError as error:  # a NUL
-        raise UserError(f"results_dir: {str(folder)!r} is not a path ({error})") from error
+        raise UserError(f"{option}: {str(folder)!r} is not a path ({error})") from error
 
 
 def write_record(

@@ -52,7 +52,7 @@ from qvlm.planning import footprint
 from qvlm.planning.footprint import FULL, GIB, VARIANTS, Variant
 from qvlm.planning.measured import without_model
 from qvlm.quantization.targets import block_layers, decoder_layers, quantizable
-from qvlm.records.provenance import revision_in_words, surroundings
+from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.runtime.stages import MIB, Stages
 from qvlm.tables.command import write_files
 from qvlm.tables.cost import COLUMNS, in_fresh_process, spread

@@ -13,7 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qvlm.config.schema import CONF, RunConfig, canonical, from_hydra, influences, register
+from qvlm.config.compose import CONF, from_hydra, register
+from qvlm.config.schema import RunConfig, canonical, influences
 from qvlm.errors import UserError
 from qvlm.records.record import identify
 

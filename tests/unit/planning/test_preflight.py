@@ -278,7 +278,7 @@ def test_estimates_follow_what_they_are_of() -> None:
     assert memory(config, shape) > weights  # simulated in float32
     assert shape.quantized(False) < shape.quantized(True) < shape.parameters
     stream = ["stream=true", "save_packed=FOLDER"]
-    written = memory(load("scale=paper", *stream, "evaluation.limit=0"), shape)
+    written = memory(load("scale=paper", *stream, "evaluate=false"), shape)
     assert written < memory(load("scale=paper", *stream), shape) < memory(config, shape) / 2
     smaller = load("scale=paper", "evaluation.batch_size=1", "method=fp")
     assert memory(smaller, shape) < memory(load("scale=paper", "method=fp"), shape)

@@ -102,7 +102,9 @@ def make_record(
     config: dict[str, Any] = {
         "model": {"name": model, "path": model, "stands_for": STANDS_FOR.get(model)},
         "method": {"_target_": f"methods.{method}", **(parameters or {})},
-        "bits": {"weights": None} if bits == "FP" else {"weights": int(bits[1])},
+        "bits": {"weights": None, "activations": None}
+        if bits == "FP"
+        else {"weights": int(bits[1]), "activations": int(bits[3])},
         "data": {"name": "miniature", "split": "test", "seed": 0},
         "evaluation": {"limit": None},
         "seed": 0,
@@ -121,7 +123,6 @@ def make_record(
         "model": model,
         "method": method,
         "method_name": method.lower(),
-        "bits": bits,
         "seed": 0,
         "device": "cpu",
         "threads": 2,
