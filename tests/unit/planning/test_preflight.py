@@ -14,17 +14,16 @@ import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from qvlm.cell import inputs as prepare
-from qvlm.cell import pipeline
+from qvlm.cell import checks, pipeline
+from qvlm.cell.identity import Cell
 from qvlm.cli import main
-from qvlm.config.schema import canonical
 from qvlm.models.checkpoints import hub
 from qvlm.planning import preflight as report
 from qvlm.planning import sources
 from qvlm.planning.estimates import find_shape, memory, seconds
 from qvlm.records.record import write_record
+from tests.helpers.configs import load
 from tests.helpers.standins import write
-from tests.unit.config.test_config import load
 
 GIB = 2**30
 PAPER = ["-m", "experiment=table2", "scale=paper", "preflight=true"]
@@ -87,10 +86,10 @@ def test_miniatures_are_here_and_nothing_is_run(
     assert os.listdir() == []
 
 
-def record(config: Any, identity: dict[str, Any]) -> None:
-    config = canonical(config)
-    files = {"metrics": {}, "predictions": pd.DataFrame({"a": [1]}), "layers": []}
-    write_record(prepare.record_path(config, identity), asdict(config), identity, **files)
+def record(config: Any) -> None:
+    cell = Cell.of(config)
+    files: Any = {"metrics": {}, "predictions": pd.DataFrame({"a": [1]}), "layers": []}
+    write_record(cell.path, asdict(cell.config), cell.identity, **files)
 
 
 def test_recorded_cells_are_known(
@@ -98,7 +97,7 @@ def test_recorded_cells_are_known(
 ) -> None:
     machine(monkeypatch, 100)
     config = load("method=fp")
-    record(config, prepare.identity(config))
+    record(config)
     line = ["-m", "method=fp,rtn", "preflight=true"]
     assert main(line) == 0
     page = capfd.readouterr().out
@@ -111,8 +110,8 @@ def test_recorded_cells_are_known(
     standin = write("llava", tmp_path)
     words = [f"model.path={standin.folder}", f"model.vision_tower={standin.tower}"]
     config = load("model=llava_13b", "method=fp", *words)
-    record(config, prepare.identity(config))
-    monkeypatch.setattr(prepare, "identity", None)
+    record(config)
+    monkeypatch.setattr(Cell, "of", None)
     assert main(["-m", "model=llava_13b", "method=fp,rtn", *words, "preflight=true"]) == 0
     page = capfd.readouterr().out
     assert [row(page, name)[3] for name in ("fp", "rtn")] == ["yes*", "no"]
@@ -205,7 +204,7 @@ def test_what_is_too_large_for_one_card_may_fit_on_several(
     monkeypatch.setattr(report, "_free", lambda d: room.get(d, cards * 24 * GIB))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
-    monkeypatch.setattr(prepare, "room", lambda _: {})
+    monkeypatch.setattr(checks, "room", lambda _: {})
     line = ["scale=paper", "model=llava_13b", "evaluation.batch_size=1", "preflight=true"]
     assert main([*line, *options]) == (2 if helps else 0)
     assert helps in capfd.readouterr().err

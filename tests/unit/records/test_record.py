@@ -25,27 +25,8 @@ from qvlm.records.record import (
     plain,
     remove_leftovers,
     require_writable,
-    write_record,
 )
-
-FILES = ["config.yaml", "metrics.json", "predictions.parquet", "bits.json", "run.json"]
-PREDICTIONS = pd.DataFrame(
-    {"question_id": [0, 1], "prediction": pd.array([1, None], dtype="Int64"), "text": ["B", "é"]}
-)
-
-
-def write(path: Path, accuracy: float = 50.0) -> Record:
-    return write_record(
-        path,
-        config={"seed": 0, "results_dir": Path("results")},
-        run={
-            **{"model": "mini", "method": "RTN", "hash": "abc"},
-            "influences": {"bits": {"weights": 4, "activations": 4}},
-        },
-        metrics={"classes": {"Avg": {"n": np.int64(2), "accuracy": accuracy}}},
-        predictions=PREDICTIONS,
-        layers=[{"layer": "a", "w_bits": 4, "a_bits": 4, "weight_levels": 16, "input_levels": 9}],
-    )
+from tests.helpers.records import FILES, PREDICTIONS, write
 
 
 def test_a_record_reads_as_it_was_written(tmp_path: Path) -> None:
@@ -115,9 +96,9 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_record(tmp_path: Pat
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from pathlib import Path
-from tests.unit.records import test_record
+from tests.helpers import records
 Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-test_record.write(Path({str(tmp_path)!r}) / "cell")
+records.write(Path({str(tmp_path)!r}) / "cell")
 """
     done = subprocess.run([sys.executable, "-c", script], check=False)
     assert done.returncode == -signal.SIGKILL
