@@ -6,7 +6,7 @@ worked out once, by `Cell.of`, and the cell is handed on from the plan of a swee
 launcher to the pipeline.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,16 +157,17 @@ def resolve(config: RunConfig) -> RunConfig:
     folder = config.model.packed
     try:
         saved = read_origin(folder)["config"]
-        origin = typed({key: saved[key] for key in (*SETTLED, "model")})
+        settled = {key: saved[key] for key in SETTLED}
+        settled["model"] = {**saved["model"], "packed": folder}
+        return canonical(
+            typed({**asdict(config), **settled, "execution": "packed", "stream": False})
+        )
     except (KeyError, TypeError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"model.packed={folder} is not a checkpoint of this version ({reason}). Pack the model "
             "again."
         ) from error
-    settled = {key: getattr(origin, key) for key in SETTLED}
-    model = replace(origin.model, packed=folder)
-    return canonical(replace(config, model=model, execution="packed", stream=False, **settled))
 
 
 def code_version(config: RunConfig) -> str:

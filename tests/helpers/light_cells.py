@@ -12,7 +12,7 @@ from typing import Any
 from qvlm.errors import RunError
 from qvlm.records.locks import Held, Lock
 from qvlm.sweep.job import Job, Launcher, Outcome
-from tests.unit.config.test_config import load
+from tests.helpers.configs import load
 
 
 @dataclass

@@ -21,8 +21,8 @@ from qvlm.sweep.launch import build
 from qvlm.sweep.local import Here, Joblib, worker_device
 from qvlm.sweep.ray import Ray
 from qvlm.sweep.slurm import Slurm
+from tests.helpers.configs import load
 from tests.helpers.light_cells import run, workers
-from tests.unit.config.test_config import load
 
 
 @pytest.fixture(autouse=True)

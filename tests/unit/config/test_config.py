@@ -1,22 +1,19 @@
 """Every option composes, every wrong value is refused, and the hash sees what changes a number."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
 
-from qvlm.config.compose import CONF, from_hydra, register
+from qvlm.config.compose import CONF, from_hydra
 from qvlm.config.schema import RunConfig, canonical, influences
 from qvlm.errors import UserError
 from qvlm.records.record import identify
+from tests.helpers.configs import composed, load
 
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
@@ -32,21 +29,6 @@ CHOICES = [
 NEEDED = {
     option: ["data.source=somewhere"] for option in ("folder", "official")
 }  # what an option leaves to the user
-
-
-@contextmanager
-def composed(*overrides: str) -> Iterator[DictConfig]:
-    """The configuration as Hydra hands it to a job, resolvers included."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
-        yield config
-
-
-def load(*overrides: str) -> RunConfig:
-    with composed(*overrides) as config:
-        return from_hydra(config)
 
 
 def test_the_groups_of_the_command_line_exist() -> None:

@@ -14,7 +14,7 @@ from qvlm.data import miniature
 from qvlm.data.miniature.preview import contact_sheet
 from qvlm.data.scienceqa import FEATURES, load_scienceqa, require_published, validate
 from qvlm.errors import UserError
-from tests.unit.config.test_config import load as compose
+from tests.helpers.configs import load as compose
 
 
 def folder_with(path: Path, problems: list[dict[str, Any]], features: datasets.Features) -> Path:

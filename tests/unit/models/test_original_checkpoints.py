@@ -23,45 +23,15 @@ from qvlm.data.prompts import Prompting
 from qvlm.errors import UserError
 from qvlm.methods.qvlm.dependency import element_joint
 from qvlm.methods.qvlm.vision import Tuning, loss_terms, reference
-from qvlm.models import LoadedModel, load_model
+from qvlm.models import load_model
 from qvlm.models.checkpoints import hub
 from qvlm.models.checkpoints.tokenizer import load_tokenizer
 from qvlm.models.load import pad_to_square
 from qvlm.models.mixture import MixtureOfExperts
 from tests.helpers import standins
+from tests.helpers.checkpoints import PLAIN, PROBLEM, STABLELM, change, read, refused
+from tests.helpers.configs import load as compose
 from tests.helpers.standins import StandIn, write
-from tests.unit.config.test_config import load as compose
-
-PROBLEM = {
-    "image": Image.new("RGB", (300, 200), (200, 30, 90)),
-    "question": "Which is air?",
-    "choices": ["air", "a rock"],
-    "answer": 0,
-    "hint": "",
-    "lecture": "",
-    "solution": "",
-}
-PLAIN = {**PROBLEM, "image": None}
-STABLELM = Prompting("CQM-A", "stablelm")
-PROMPTINGS = {
-    "moe_llava": STABLELM,
-    "moe_llava_phi2": Prompting("CQM-A", "phi"),
-    "moe_llava_qwen": Prompting("CQM-A", "qwen"),
-}
-
-
-def read(standin: StandIn, **options: Any) -> LoadedModel:
-    options.setdefault("vision_tower", standin.tower and str(standin.tower))
-    options.setdefault("prompting", PROMPTINGS.get(standin.folder.name))
-    return load_model(standin.folder, "real", **options)
-
-
-def change(file: Path, **changes: Any) -> None:
-    """Changes keys of a JSON file; None deletes one."""
-    content = {**json.loads(file.read_text()), **changes}
-    kept = {key: value for key, value in content.items() if value is not None}
-    file.write_text(json.dumps(kept))
-
 
 # --- what loads
 
@@ -322,15 +292,6 @@ def test_what_does_not_belong_together_is_refused(
 
 
 # --- what can be wrong, each in one sentence
-
-
-def refused(load: Callable[[], object], *words: str) -> None:
-    with pytest.raises(UserError) as refusal:
-        load()
-    message = str(refusal.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 def first_shard(standin: StandIn) -> Path:

@@ -8,16 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from qvlm.cell import inputs as prepare
-from qvlm.cell import pipeline
+from qvlm.cell import checks, pipeline
+from qvlm.cell.identity import Cell
 from qvlm.cli import main
-from qvlm.config.schema import canonical
 from qvlm.models.checkpoints import hub
 from qvlm.planning import preflight as report
 from qvlm.planning import sources
@@ -25,8 +23,9 @@ from qvlm.planning.estimates import find_shape, memory
 from qvlm.planning.footprint import GIB
 from qvlm.planning.timing import seconds
 from qvlm.records.record import write_record
+from tests.helpers.configs import load
+from tests.helpers.records import PREDICTIONS, RUN
 from tests.helpers.standins import write
-from tests.unit.config.test_config import load
 
 PAPER = ["-m", "experiment=table2", "scale=paper", "preflight=true"]
 
@@ -88,18 +87,14 @@ def test_miniatures_are_here_and_nothing_is_run(
     assert os.listdir() == []
 
 
-def record(config: Any, identity: dict[str, Any]) -> None:
-    config = canonical(config)
-    texts = ("model", "method", "method_name", "bits", "finished")
-    run = {**dict.fromkeys(texts, "x"), **{key: {} for key in ("stages", "versions", "git")}}
-    run |= {"hardware": {}, "report": {"search_seconds": 0, "candidates": 0}, "exceeding": []}
-    columns = ("question_id", "has_image", "answer", "prediction", "correct", "text")
-    files = {
+def record(config: Any) -> None:
+    cell = Cell.of(config)
+    files: Any = {
         "metrics": {"classes": {"Avg": {}}},
-        "predictions": pd.DataFrame({column: [1] for column in columns}),
+        "predictions": PREDICTIONS,
         "layers": [],
     }
-    write_record(prepare.record_path(config, identity), asdict(config), run | identity, **files)
+    write_record(cell.path, asdict(cell.config), RUN | cell.identity, **files)
 
 
 def test_recorded_cells_are_known(
@@ -107,7 +102,7 @@ def test_recorded_cells_are_known(
 ) -> None:
     machine(monkeypatch, 100)
     config = load("method=fp")
-    record(config, prepare.identity(config))
+    record(config)
     line = ["-m", "method=fp,rtn", "preflight=true"]
     assert main(line) == 0
     page = capfd.readouterr().out
@@ -120,8 +115,8 @@ def test_recorded_cells_are_known(
     standin = write("llava", tmp_path)
     words = [f"model.path={standin.folder}", f"model.vision_tower={standin.tower}"]
     config = load("model=llava_13b", "method=fp", *words)
-    record(config, prepare.identity(config))
-    monkeypatch.setattr(prepare, "identity", None)
+    record(config)
+    monkeypatch.setattr(Cell, "of", None)
     assert main(["-m", "model=llava_13b", "method=fp,rtn", *words, "preflight=true"]) == 0
     page = capfd.readouterr().out
     assert [row(page, name)[3] for name in ("fp", "rtn")] == ["yes*", "no"]
@@ -214,7 +209,7 @@ def test_what_is_too_large_for_one_card_may_fit_on_several(
     monkeypatch.setattr(report, "_free", lambda d: room.get(d, cards * 24 * GIB))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
-    monkeypatch.setattr(prepare, "room", lambda _: {})
+    monkeypatch.setattr(checks, "room", lambda _: {})
     line = ["scale=paper", "model=llava_13b", "evaluation.batch_size=1", "preflight=true"]
     assert main([*line, *options]) == (2 if helps else 0)
     assert helps in capfd.readouterr().err

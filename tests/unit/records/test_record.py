@@ -30,42 +30,8 @@ from qvlm.records.record import (
     plain,
     remove_leftovers,
     require_writable,
-    write_record,
 )
-
-FILES = ["config.yaml", "metrics.json", "predictions.parquet", "bits.json", "run.json"]
-PREDICTIONS = pd.DataFrame(
-    {
-        "question_id": [0, 1],
-        "has_image": [True, False],
-        "answer": [1, 2],
-        "prediction": pd.array([1, None], dtype="Int64"),
-        "correct": [True, False],
-        "text": ["B", "é"],
-    }
-)
-RUN: dict[str, Any] = {
-    "hash": "abc",
-    "model": "mini",
-    "method": "RTN",
-    "method_name": "rtn",
-    "finished": "2026-01-01T00:00:00+00:00",
-    "report": {"search_seconds": None, "candidates": None},
-    "exceeding": [],
-    "influences": {"bits": {"weights": 4, "activations": 4}},
-    **{key: {} for key in ("stages", "versions", "git", "hardware")},
-}
-
-
-def write(path: Path, accuracy: float = 50.0) -> Record:
-    return write_record(
-        path,
-        config={"seed": 0, "results_dir": Path("results")},
-        run=RUN,
-        metrics={"classes": {"Avg": {"n": np.int64(2), "accuracy": accuracy}}},
-        predictions=PREDICTIONS,
-        layers=[{"layer": "a", "w_bits": 4, "a_bits": 4, "weight_levels": 16, "input_levels": 9}],
-    )
+from tests.helpers.records import FILES, PREDICTIONS, RUN, write
 
 
 def test_a_record_reads_as_it_was_written(tmp_path: Path) -> None:
@@ -135,9 +101,9 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_record(tmp_path: Pat
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from pathlib import Path
-from tests.unit.records import test_record
+from tests.helpers import records
 Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-test_record.write(Path({str(tmp_path)!r}) / "cell")
+records.write(Path({str(tmp_path)!r}) / "cell")
 """
     done = subprocess.run([sys.executable, "-c", script], check=False)
     assert done.returncode == -signal.SIGKILL

@@ -21,7 +21,7 @@ from qvlm.data.scienceqa import FEATURES
 from qvlm.records.record import Record
 from qvlm.records.tracking import example_rows, log_table, track
 from qvlm.tables.table2 import main
-from tests.unit.tables.test_table2 import make_record
+from tests.helpers.records import make_record
 
 COUNT = 60
 

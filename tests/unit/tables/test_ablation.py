@@ -11,7 +11,7 @@ from qvlm.tables.ablation import COLUMNS
 from qvlm.tables.command import Table
 from qvlm.tables.published import published
 from qvlm.tables.selection import CDM, ERROR_PROXY, VEO, select
-from tests.unit.tables.test_table2 import make_record
+from tests.helpers.records import make_record
 
 ACCURACY = {
     "FP": 90.0,

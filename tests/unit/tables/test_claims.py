@@ -8,7 +8,7 @@ import pytest
 from qvlm.records.record import Record
 from qvlm.tables import claims
 from qvlm.tables.selection import CDM
-from tests.unit.tables.test_table2 import cells, make_record
+from tests.helpers.records import cells, make_record
 
 ACCURACY = {"RTN": 60.0, "Layer-wise": 60.0, "AWQ": 40.0, "QLoRA": 60.0, "Q-VLM": 80.0}
 

@@ -1,7 +1,6 @@
 """Table 2 shows what the records prove, says what it leaves out, and invents nothing."""
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,137 +10,13 @@ import pytest
 from scipy.stats import binomtest
 
 from qvlm.errors import RunError, UserError
-from qvlm.evaluation.metrics import class_metrics
-from qvlm.records.record import Record, find_records, write_record
+from qvlm.records.record import Record, find_records
 from qvlm.tables import table2
 from qvlm.tables.comparison import compare, paired
 from qvlm.tables.markdown import table
 from qvlm.tables.selection import select
 from qvlm.tables.table2 import COLUMNS, build, main, write
-
-LAYERS = [f"vision.layers.{i}.fc1" for i in range(2)] + [
-    f"language.layers.{i}.up" for i in range(3)
-]
-SUBJECTS = ("natural science", "social science", "language science")
-STANDS_FOR = {"mini_llava": "llava_13b", "mini_moe_llava": "moe_llava"}
-
-
-def make_predictions(accuracy: float, n: int = 300, seed: int = 0) -> pd.DataFrame:
-    """`n` questions; the same whatever the accuracy, which decides only who is right."""
-    asked, answers = random.Random(0), random.Random(seed)
-    rows = []
-    for index in range(n):
-        row: dict[str, Any] = {
-            "question_id": f"test-{index}",
-            "subject": asked.choices(SUBJECTS, (53, 21, 26))[0],
-            "grade": f"grade{asked.randint(1, 12)}",
-            "skill": f"skill {asked.randint(0, 5)}",
-            "has_image": asked.random() < 0.48,
-            "has_text": asked.random() < 0.48,
-            "n_choices": 3,
-            "answer": asked.randrange(3),
-        }
-        right = answers.random() * 100 < accuracy
-        wrong = None if answers.random() < 0.1 else (row["answer"] + 1) % 3
-        row["prediction"] = row["answer"] if right else wrong
-        row["correct"] = right
-        row["text"] = "The answer is B."
-        rows.append(row)
-    return pd.DataFrame(rows).astype({"prediction": "Int64"})
-
-
-def make_layers(bits: str) -> list[dict[str, Any]]:
-    """A proof that holds."""
-    if bits == "FP":
-        return []
-    w, a = int(bits[1]), int(bits[3])
-    return [
-        dict(
-            layer=name,
-            w_bits=w,
-            a_bits=a,
-            weight_levels=2**w,
-            input_levels=2**a - 1,
-            probed=False,
-        )
-        for name in LAYERS
-    ]
-
-
-def keep(classes: dict[str, Any]) -> None:
-    """Changes nothing."""
-
-
-def make_record(
-    runs: Path,
-    method: str = "RTN",
-    bits: str = "W4A4",
-    model: str = "mini_llava",
-    accuracy: float = 70.0,
-    n: int = 300,
-    seed: int = 0,
-    layers: Sequence[dict[str, Any]] | None = None,
-    metrics: Callable[[dict[str, Any]], None] = keep,
-    finished: str = "2026-01-01T00:00:00+00:00",
-    name: str = "",
-    parameters: dict[str, Any] | None = None,
-    weights: str = "w",
-    **setting: Any,
-) -> Record:
-    """Writes the record of a cell and reads it back.
-
-    Args:
-        metrics: changes the classes before they are written.
-        setting: replaces parts of what the cell depends on: data, evaluation, seed, ...
-    """
-    predictions = make_predictions(accuracy, n, seed)
-    classes = class_metrics(predictions)
-    metrics(classes)
-    if bits == "FP":
-        method = "FP"
-    config: dict[str, Any] = {
-        "model": {"name": model, "path": model, "stands_for": STANDS_FOR.get(model)},
-        "method": {"_target_": f"methods.{method}", **(parameters or {})},
-        "bits": {"weights": None, "activations": None}
-        if bits == "FP"
-        else {"weights": int(bits[1]), "activations": int(bits[3])},
-        "data": {"name": "miniature", "split": "test", "seed": 0},
-        "evaluation": {"limit": None},
-        "seed": 0,
-    }
-    if bits != "FP":
-        config["quantizer"] = {"weight": {"granularity": "per_group", "group_size": 64}, "p": 0.5}
-        config["calibration"] = {"split": "train", "samples": 3}
-    config |= setting
-    tracking = dict(mode="off", project="qvlm", entity=None, dir=str(runs / "wandb"), examples=8)
-    stages = ["load", "evaluate"] if bits == "FP" else ["load", "quantize", "evaluate"]
-    run = {
-        "hash": "0",
-        "influences": config,
-        "code": "c",
-        "files_hashed": {"model": weights},
-        "model": model,
-        "method": method,
-        "method_name": method.lower(),
-        "seed": 0,
-        "device": "cpu",
-        "threads": 2,
-        "command": "python run.py",
-        "stages": {stage: {"seconds": 1.5, "peak_mib": 700.0} for stage in stages},
-        "calibration": {"split": "train", "ids": [] if bits == "FP" else [1, 5, 8]},
-        "uncalibrated": [],
-        "report": {"search_seconds": 2.0, "candidates": 7, "details": {}},
-        "exceeding": [],
-        "finished": finished,
-        "versions": {"python": "3.11.7", "torch": "2.13.0"},
-        "git": {"revision": "0123456789abcdef", "dirty": False},
-        "hardware": dict(system="Linux", cpu="Some CPU", cores=2, memory_gib=16.0, gpu=None),
-    }
-    path = runs / (name or f"{model}-{method.lower()}-{bits.lower()}-00000000")
-    whole = {**config, "tracking": tracking, "group": "table2"}
-    written = {"classes": classes, "unparsable_rule": "wrong"}
-    proof = make_layers(bits) if layers is None else list(layers)
-    return write_record(path, whole, run, written, predictions, proof)
+from tests.helpers.records import LAYERS, STANDS_FOR, cells, make_layers, make_record
 
 
 @pytest.fixture
@@ -154,11 +29,6 @@ def page(runs: Path) -> str:
     """The Markdown page of a folder."""
     _, markdown = write(find_records(runs), runs.parent / "out", "make table2")
     return markdown.read_text()
-
-
-def cells(line: str) -> list[str]:
-    """The cells of a line of a Markdown table."""
-    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def section(text: str, title: str) -> str:

@@ -1,0 +1,69 @@
+"""Fixtures for cells that run in seconds: a tiny checkpoint, small splits, a recording tracker."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from qvlm.cell import inputs, pipeline
+from qvlm.cell.identity import Cell
+from qvlm.config.schema import RunConfig
+from tests.helpers.configs import load
+from tests.helpers.problems import make_dataset, make_model, make_problems
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA on disk."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    loaded = make_model()
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.image_processor.save_pretrained(folder)
+    return folder
+
+
+def run(config: RunConfig) -> Path:
+    """Runs the cell of a configuration, and returns the folder that it leaves."""
+    return pipeline.run_cell(Cell.of(config))
+
+
+SPLITS = {"test": make_dataset(make_problems(12, seed=1)), "train": make_dataset(make_problems(20))}
+
+
+class Tracked(list[tuple[Any, ...]]):
+    """The calls of the tracker."""
+
+
+@pytest.fixture
+def tracked(monkeypatch: pytest.MonkeyPatch) -> Tracked:
+    """Replaces data and tracking."""
+    calls = Tracked()
+
+    def load_split(source: str, split: str, limit: int | None, seed: int) -> datasets.Dataset:
+        assert (source, seed) == ("miniature", 0)
+        return SPLITS[split] if limit is None else SPLITS[split].select(range(limit))
+
+    monkeypatch.setattr(inputs, "load_scienceqa", load_split)
+    monkeypatch.setattr(pipeline, "track", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+@pytest.fixture
+def cell(checkpoint: Path, tmp_path: Path) -> Any:
+    """Makes the configuration of a cell of the toy."""
+
+    def make(*overrides: str) -> RunConfig:
+        return load(
+            "model.name=toy",
+            f"model.path={checkpoint}",
+            "model.weight_group_size=16",
+            f"results_dir={tmp_path}/results",
+            "calibration.samples=6",
+            "evaluation.max_new_tokens=4",
+            "device=cpu",
+            *overrides,
+        )
+
+    return make

@@ -1,0 +1,57 @@
+"""What may import what; docs/architecture.md has the same table for people."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qvlm
+
+PACKAGE = Path(qvlm.__file__).resolve().parent
+BELOW = {
+    "bits": {"errors", "validation"},
+    "errors": set(),
+    "validation": {"errors"},
+    "config": {"bits", "errors", "validation"},
+    "quantization": {"errors", "validation"},
+    "data": {"errors", "validation"},
+    "packing": {"errors", "quantization", "records", "validation"},
+    "models": {"data", "errors", "packing", "validation"},
+    "methods": {"errors", "quantization", "validation"},
+    "records": {"bits", "config", "data", "errors", "validation"},
+    "runtime": {"errors", "quantization", "validation"},
+    "evaluation": {"config", "data", "errors", "models", "records", "runtime", "validation"},
+}
+BELOW["cell"] = {*BELOW}
+BELOW["sweep"] = {"bits", "cell", "config", "errors", "planning", "records", "validation"}
+BELOW["planning"] = {*BELOW} - {"sweep"}
+BELOW["tables"] = {*BELOW} - {"sweep"}
+BELOW["cli"] = {*BELOW}
+
+
+def imported(file: Path) -> Iterator[str]:
+    """The parts of this package that a file imports."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "qvlm" and len(parts) > 1:
+                yield parts[1]
+
+
+@pytest.mark.parametrize("part", sorted(BELOW))
+def test_arrows_point_downwards(part: str) -> None:
+    files = [PACKAGE / f"{part}.py", *(PACKAGE / part).rglob("*.py")]
+    found = {name for file in files if file.is_file() for name in imported(file)} - {part}
+    assert found <= BELOW[part]
+
+
+def test_every_part_has_a_rule() -> None:
+    parts = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert parts - {"__init__", "__main__", "__pycache__"} <= {*BELOW}
