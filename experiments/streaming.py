@@ -197,7 +197,7 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
     words = [f"model={given.model}", f"model.path={folder}/checkpoint", "bits=w4a4"]
     words += [f"model.vision_tower={folder}/clip", f"model.dtype={given.dtype}", "tracking=off"]
     words += [f"method={given.method}", f"calibration.samples={given.samples}", "stream=true"]
-    words += [f"save_packed={packed}", "evaluation.limit=0", f"results_dir={folder}/results"]
+    words += [f"save_packed={packed}", "evaluate=false", f"results_dir={folder}/results"]
     print(f"quantized: {run(words)}", flush=True)
     size = sum(file.stat().st_size for file in packed.iterdir())
     layers, exceeding, cost = in_fresh_process(prove, packed)

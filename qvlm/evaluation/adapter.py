@@ -5,9 +5,9 @@ was quantized a minute ago has no name. The adapter encodes exactly the context 
 lm-eval hands over. It offers no log-likelihoods, because ScienceQA's official score comes from the
 generated text.
 
-With several processes (`qvlm.processes`) the batches are dealt out, each as it is: which questions
-are padded together, and so every answer, is the same with any number of them. lm-eval, which would
-deal out questions, sees one process.
+Ranks take whole batches from a shared queue (`qvlm.runtime.workers`). Batches do not depend on the
+number of ranks, so neither padding nor answers do. lm-eval, which would distribute questions
+itself, sees one process.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.answers import KeptAnswers
 from qvlm.models.load import LoadedModel
-from qvlm.runtime.workers import Deal, everywhere, is_first
+from qvlm.runtime.workers import WorkQueue, is_rank_zero, run_on_all_ranks
 
 _IMAGE = datasets.Image(mode="RGB")
 
@@ -92,14 +92,14 @@ class InMemoryModel(LM):
             start: [requests[row] for row in longest_first[start : start + self.batch_size]]
             for start in range(0, len(requests), self.batch_size)
         }
-        self.shares = everywhere(InMemoryModel._share, self, batches, Deal(len(batches)))
+        self.shares = run_on_all_ranks(InMemoryModel._share, self, batches, WorkQueue(len(batches)))
         given = {start: texts for share in self.shares for start, texts in share.answers.items()}
         texts = [""] * len(requests)
         for row, text in zip(longest_first, _in_order(given), strict=True):
             texts[row] = text
         return texts
 
-    def _share(self, batches: Mapping[int, Sequence[Instance]], deal: Deal) -> Share:
+    def _share(self, batches: Mapping[int, Sequence[Instance]], queue: WorkQueue) -> Share:
         """Answers the batches that are dealt to this process; the bar shows what all are at."""
         starts = list(batches)
         answers = {}
@@ -108,9 +108,9 @@ class InMemoryModel(LM):
                 total=sum(map(len, batches.values())),
                 desc=f"{self.loaded.name}: questions",
                 unit="q",
-                disable=None if self.progress and is_first() else True,
+                disable=None if self.progress and is_rank_zero() else True,
             ) as bar,
-            deal as numbers,
+            queue as numbers,
         ):
             for start in map(starts.__getitem__, numbers):
                 bar.update(start - bar.n)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qvlm.errors import RunError
+from qvlm.records.files import explained, write_file
 
 
 class KeptAnswers:
@@ -43,15 +44,9 @@ class KeptAnswers:
         Raises:
             RunError: if the disk does not take them.
         """
-        file = self._file(batch)
-        written = file.with_suffix(".new")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            content = {"prompts": _checksum(prompts), "answers": list(answers)}
-            written.write_text(json.dumps(content), encoding="utf-8")
-            written.replace(file)
-        except OSError as error:
-            raise RunError(f"answers cannot be kept in {self.folder}: {error}") from error
+        content = {"prompts": _checksum(prompts), "answers": list(answers)}
+        with explained(f"answers: {self.folder}", RunError):
+            write_file(self._file(batch), json.dumps(content))
 
     def _file(self, batch: int) -> Path:
         return self.folder / f"{batch}.json"

@@ -23,6 +23,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from torch import nn
 
+from qvlm.config.schema import UNPARSABLE
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.evaluation.answers import KeptAnswers
@@ -30,7 +31,6 @@ from qvlm.evaluation.metrics import class_metrics
 from qvlm.models.load import LoadedModel
 
 _TASK = "scienceqa"
-_RULES = ("wrong", "random")
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,10 @@ def _check(
     unparsable: str,
     temperature: float,
 ) -> None:
-    if unparsable not in _RULES:
+    if unparsable not in UNPARSABLE:
         raise UserError(
-            f"evaluation.unparsable: {unparsable!r} is unknown; accepted are {', '.join(_RULES)}"
+            f"evaluation.unparsable: {unparsable!r} is unknown; "
+            f"accepted are {', '.join(UNPARSABLE)}"
         )
     for option, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:

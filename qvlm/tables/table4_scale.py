@@ -12,7 +12,7 @@ A question is an image and text of 600 tokens together, and 64 tokens of answer,
 timed (fewer where they are slow). What a layer takes is timed apart, so that a model whose layers
 did not all run is what ran plus, for each missing layer, what one of its shape took; it is marked
 as extrapolated. So are a whole model that would take longer than 20 seconds, and one that does not
-fit, whose memory is what `qvlm.fit` predicts.
+fit, whose memory is what `qvlm.planning.footprint` predicts.
 
 It writes `table4_scale.csv`, the columns of Table 4, and `table4_scale.md`. Left out: accuracy.
 """
@@ -48,10 +48,11 @@ from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.meta import skeleton
 from qvlm.packing import PackedLinear, weight_bytes
 from qvlm.packing.uncalibrated import quantize_uncalibrated
-from qvlm.planning import footprint as fit
+from qvlm.planning import footprint
 from qvlm.planning.footprint import FULL, GIB, VARIANTS, Variant
+from qvlm.planning.measured import without_model
 from qvlm.quantization.targets import block_layers, decoder_layers, quantizable
-from qvlm.records.provenance import revision_in_words, surroundings
+from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.runtime.stages import MIB, Stages
 from qvlm.tables.command import write_files
 from qvlm.tables.cost import COLUMNS, in_fresh_process, spread
@@ -69,7 +70,7 @@ OURS = (*VARIANTS, *PER_CHANNEL)
 # What a search tries: five settings of each linear, or all settings of three linears jointly.
 GRID, DEPTH = 5, 3
 SEARCH_TOKENS = 4096
-PROMPT, ANSWER, TIMED = fit.SCALE_PROMPT, fit.ANSWER_TOKENS, fit.SCALE_ANSWER
+PROMPT, ANSWER, TIMED = footprint.SCALE_PROMPT, footprint.ANSWER_TOKENS, footprint.SCALE_ANSWER
 SIDE_BY_SIDE = 32  # tokens that are timed where one layer of a shape stands for all
 PATIENCE = 20.0  # seconds that a whole model may take, for two questions
 PACE = 5.0  # seconds of decoding after which no further token is timed
@@ -206,7 +207,7 @@ def changer(model: str, variant: Variant) -> Callable[[str, nn.Module], None]:
 
 def configuration(model: str, variant: Variant) -> RunConfig:
     """A cell's configuration."""
-    return fit.configuration(model, variant.bits, variant.granularity)
+    return footprint.configuration(model, variant.bits, variant.granularity)
 
 
 def _bitsandbytes(kind: str, block: nn.Module) -> None:
@@ -366,7 +367,7 @@ def whole(model: str, variant: Variant, layers: int, prompt: int, device: str) -
         ask(clock, prompt, TIMED)  # warms up, and may bring weights into another layout
         seconds = ask(clock, prompt, TIMED)
     peak = stages.costs["ask"]["peak_mib" if device == "cpu" else "gpu_peak_mib"] * MIB
-    cached = fit.predict(
+    cached = footprint.predict(
         built, configuration(model, FULL), FULL, prompt - image_tokens(built), TIMED
     ).cache
     peak += cached * (1 - min(layers, len(decoder)) / len(decoder))
@@ -393,7 +394,7 @@ def measure(model: str, given: argparse.Namespace, device: str) -> list[dict[str
     peers = [PEER] if find_spec("bitsandbytes") else []
     sides = side_by_side(model, [*OURS, *peers, SIMULATED], given.repeats, given.prompt, device)
     simulated = sides.pop(SIMULATED)
-    before = fit.without_model() if device == "cpu" else 0  # bytes of a process, none on a GPU
+    before = without_model() if device == "cpu" else 0  # bytes of a process, none on a GPU
     rows: list[dict[str, Any]] = []
     for variant, repeats in sides.items():
         seconds = Seconds(*map(statistics.median, zip(*map(astuple, repeats), strict=True)))
@@ -401,7 +402,7 @@ def measure(model: str, given: argparse.Namespace, device: str) -> list[dict[str
         missing = "time"
         if variant != PEER:
             config = configuration(model, variant)
-            need = fit.predict(built, config, variant, text_tokens, TIMED)
+            need = footprint.predict(built, config, variant, text_tokens, TIMED)
             predicted = before + need.total
             weights, peak, missing = need.weights, float(predicted), "time, memory"
             if predicted < _memory(given, device):
@@ -623,7 +624,9 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=fit.MODELS, default=MODELS, metavar="MODEL")
+    parser.add_argument(
+        "--models", nargs="+", choices=footprint.MODELS, default=MODELS, metavar="MODEL"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="side by side")
     parser.add_argument("--layers", type=int, default=1000, help="decoder layers to run at most")
     parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens, the image's included")

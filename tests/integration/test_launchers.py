@@ -16,8 +16,11 @@ from qvlm.data.scienceqa import FEATURES
 from qvlm.errors import RunError, UserError
 from qvlm.records.locks import Held, Lock, Watch
 from qvlm.records.record import find_records
-from qvlm.sweep import launchers
-from qvlm.sweep.launchers import Here, Joblib, Ray, Slurm, build
+from qvlm.sweep import job
+from qvlm.sweep.launch import build
+from qvlm.sweep.local import Here, Joblib, worker_device
+from qvlm.sweep.ray import Ray
+from qvlm.sweep.slurm import Slurm
 from tests.helpers.configs import load
 from tests.helpers.light_cells import run, workers
 
@@ -80,7 +83,7 @@ def test_bad_options_are_one_sentence(
 def test_a_missing_extra_is_named(
     kind: type, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launchers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=rf"needs {package}.* pip install .*\[{kind.__name__.lower()}\]"
     ):
@@ -91,7 +94,7 @@ def test_workers_of_joblib_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> N
     def device(worker: str, gpus: int, asked: str = "auto") -> str:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(multiprocessing.current_process(), "_name", worker)
-        return launchers._with_own_gpu(load(f"device={asked}")).device
+        return worker_device(asked)
 
     assert [device(f"LokyProcess-{n}", 2) for n in (1, 2, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert device("LokyProcess-2", 1) == device("LokyProcess-2", 0) == "auto"
@@ -118,8 +121,8 @@ def test_a_sweep_of_two_workers_and_its_failure(
     out, err = capfd.readouterr()
     (record,) = find_records("results/runs")
     assert out == f"wrote {record.path}\n"
-    assert err.startswith("error: calibration.samples: 999 is more than ")
-    assert record.config["launcher"] == {"_target_": "qvlm.sweep.launchers.Joblib", "jobs": 2}
+    assert err.startswith("error: calibration.samples=999 is more than ")
+    assert record.config["launcher"] == {"_target_": "qvlm.sweep.local.Joblib", "jobs": 2}
 
     monkeypatch.setattr(Joblib, "launch", None)
     again = [*line, "calibration.samples=8"]

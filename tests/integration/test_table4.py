@@ -8,12 +8,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from qvlm.cell.pipeline import run_cell
 from qvlm.packing.kernels import names
 from qvlm.records.record import Record
 from qvlm.tables import table4
 from qvlm.tables.cost import COLUMNS
-from tests.helpers.cells import SPLITS
+from tests.helpers.cells import SPLITS, run
 
 pytestmark = [pytest.mark.usefixtures("tracked"), pytest.mark.instruction_set]
 
@@ -25,11 +24,11 @@ def test_the_table(
     monkeypatch.setattr(
         table4, "load_scienceqa", lambda source, split, limit, seed: SPLITS[split].select([0, 1])
     )
-    run_cell(cell("method=fp"))
-    run_cell(cell("bits=w4a4"))
-    run_cell(cell("bits=w4a4", "execution=exact"))
+    run(cell("method=fp"))
+    run(cell("bits=w4a4"))
+    run(cell("bits=w4a4", "execution=exact"))
     for bits in ("w8a8", "w4a4"):
-        run_cell(cell(f"bits={bits}", f"save_packed={results}/packed/toy-rtn-{bits}"))
+        run(cell(f"bits={bits}", f"save_packed={results}/packed/toy-rtn-{bits}"))
     stray = results / "packed" / "stray"
     stray.mkdir()
     (stray / "qvlm.json").write_text('{"hash": "unknown"}')
@@ -65,7 +64,7 @@ def test_without_packed_models_there_is_no_table(
 
 
 def test_questions_that_are_answered_otherwise_are_named(cell: Any, tmp_path: Path) -> None:
-    record = Record.load(run_cell(cell("bits=w4a4")))
+    record = Record.load(run(cell("bits=w4a4")))
     changed = record.predictions.copy()
     changed.loc[3, "prediction"] = (changed["prediction"].fillna(0)[3] + 1) % 5
     other = replace(record, predictions=changed)

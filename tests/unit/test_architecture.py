@@ -10,7 +10,7 @@ import qvlm
 
 PACKAGE = Path(qvlm.__file__).resolve().parent
 BELOW = {
-    "bits": set(),
+    "bits": {"errors", "validation"},
     "errors": set(),
     "validation": {"errors"},
     "config": {"bits", "errors", "validation"},
@@ -21,10 +21,10 @@ BELOW = {
     "methods": {"errors", "quantization", "validation"},
     "records": {"bits", "config", "data", "errors", "validation"},
     "runtime": {"errors", "quantization", "validation"},
-    "evaluation": {"data", "errors", "models", "records", "runtime", "validation"},
+    "evaluation": {"config", "data", "errors", "models", "records", "runtime", "validation"},
 }
 BELOW["cell"] = {*BELOW}
-BELOW["sweep"] = {"bits", "cell", "config", "errors", "records", "validation"}
+BELOW["sweep"] = {"bits", "cell", "config", "errors", "planning", "records", "validation"}
 BELOW["planning"] = {*BELOW} - {"sweep"}
 BELOW["tables"] = {*BELOW} - {"sweep"}
 BELOW["cli"] = {*BELOW}

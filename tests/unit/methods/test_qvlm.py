@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qvlm.cell.inputs import build_method
+from qvlm.cell.method import build_method
 from qvlm.errors import UserError
 from qvlm.methods import base
 from qvlm.methods.layerwise import LayerWise

@@ -8,7 +8,7 @@ from torch import nn
 
 from qvlm.models.architectures import architecture
 from qvlm.packing import packed_layers, weight_bytes
-from qvlm.planning import footprint as fit
+from qvlm.planning import footprint
 from qvlm.planning.footprint import FULL, VARIANTS, Variant
 from qvlm.tables import table4_scale as scale
 
@@ -20,10 +20,10 @@ pytestmark = pytest.mark.instruction_set
 def test_a_placed_model_weighs_what_is_predicted(model: str, variant: Variant) -> None:
     built = architecture(model)
     placed = scale.place(built, scale.changer(model, variant), "cpu")
-    config = fit.configuration(model, variant.bits)
+    config = footprint.configuration(model, variant.bits)
     config.model.dtype = "bfloat16"
     assert weight_bytes(placed) == pytest.approx(
-        fit.predict(built, config, variant, 8).weights, rel=0.05
+        footprint.predict(built, config, variant, 8).weights, rel=0.05
     )
     assert bool(packed_layers(placed)) == (variant != FULL)
     seconds = scale.ask(scale.Clock(placed, scale.shapes_of(built), whole=True), 44, 2)

@@ -1,8 +1,10 @@
 """Records are whole or absent, notice damage, and are named by what their numbers depend on."""
 
+import hashlib
+import io
 import json
 import os
-import shutil
+import resource
 import signal
 import subprocess
 import sys
@@ -15,19 +17,21 @@ import pandas as pd
 import pytest
 
 from qvlm.errors import RunError, UserError
-from qvlm.records import provenance
+from qvlm.records import environment
 from qvlm.records.record import (
     ABANDONED_SECONDS,
     FORGOTTEN_SECONDS,
     Record,
     answers_folder,
+    check_name,
+    find_record,
     find_records,
     identify,
     plain,
     remove_leftovers,
     require_writable,
 )
-from tests.helpers.records import FILES, PREDICTIONS, write
+from tests.helpers.records import FILES, PREDICTIONS, RUN, write
 
 
 def test_a_record_reads_as_it_was_written(tmp_path: Path) -> None:
@@ -87,6 +91,7 @@ def test_a_failure_at_any_moment_leaves_no_half_record(
     assert os.open is open_
     assert all(record.metrics["classes"]["Avg"]["accuracy"] in (1.0, 2.0) for record in records)
     assert not finished or records[0].metrics["classes"]["Avg"]["accuracy"] == 2.0
+    assert len(records) == 1
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -186,12 +191,139 @@ def test_values_become_plain() -> None:
         plain({"a": object()})
 
 
-@pytest.mark.parametrize("place", ["/proc/nowhere/runs", "file/runs", "file"])
+def rewrite(path: Path, **parts: Any) -> None:
+    """Writes parts of a record anew, with checksums that are right: this is no damage."""
+    for name, value in parts.items():
+        file = next(path.glob(f"{name}.*"))
+        file.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
+    run = parts.get("run", RUN)
+    if isinstance(run, dict) and "files" not in parts.get("run", {}):
+        names = [name for name in FILES if name != "run.json"]
+        sums = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
+        (path / "run.json").write_text(json.dumps({**run, "files": sums}))
+
+
+LACKING = [{key: value for key, value in RUN.items() if key != gone} for gone in RUN]
+GARBLED: list[dict[str, Any]] = [
+    *({"run": value} for value in ([], 5, None, {}, {"files": []}, {**RUN, "files": {}}, *LACKING)),
+    *({"run": {**RUN, key: 5}} for key in RUN),
+    *({"run": {**RUN, "report": value}} for value in ([], {}, None)),
+    *({"run": {**RUN, "influences": {"bits": value}}} for value in (None, 5, [], {"weights": "4"})),
+    {"run": {**RUN, "influences": {"bits": {"weights": 4, "activations": 4, "more": 1}}}},
+    {"run": {**RUN, "files": {"../../etc/passwd": "0"}}},
+    {"run": b"[" * 100_000},
+    {"run": b"\xff\xfe"},
+    *({"metrics": value} for value in ([], 5, None, {}, {"classes": []}, {"classes": {"Avg": 5}})),
+    {"metrics": b"[" * 100_000},
+    *({"config": value} for value in ([], 5, b"{", b"\xff", b"!!python/object:os.system {}", b"")),
+    *({"bits": value} for value in ({}, 5, None, [5], b"")),
+    *({"predictions": value} for value in (b"", b"PAR1", b"PAR1" * 9, 5)),
+]
+
+
+@pytest.mark.parametrize("parts", GARBLED, ids=lambda parts: repr(parts)[:60])
+def test_a_garbled_record_is_one_sentence(tmp_path: Path, parts: dict[str, Any]) -> None:
+    path = tmp_path / "cell"
+    write(path)
+    rewrite(path, **parts)
+    with pytest.raises(RunError) as refusal:
+        find_records(tmp_path)
+    sentence = str(refusal.value)
+    assert sentence.startswith(str(path)) and sentence.endswith("and run the cell again")
+    assert "\n" not in sentence
+    record, why = find_record(path, "abc")
+    assert record is None and why == sentence
+
+
+def test_predictions_without_a_column_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "cell"
+    write(path)
+    for column in PREDICTIONS:
+        buffer = io.BytesIO()
+        PREDICTIONS.drop(columns=column).to_parquet(buffer)
+        rewrite(path, predictions=buffer.getvalue())
+        with pytest.raises(RunError, match=f"has no column {column}"):
+            Record.load(path)
+    rewrite(
+        path, predictions=(buffer := io.BytesIO(), PREDICTIONS.to_parquet(buffer))[0].getvalue()
+    )
+    Record.load(path)
+
+
+def test_a_full_disk_leaves_the_record_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "cell"
+    write(path, accuracy=1.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for limit in (0, 100, 1000):  # not even the first file fits, nor the second, ...
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            with pytest.raises(
+                RunError, match=r"^record .+cell cannot be written \(.*File too large\)$"
+            ):
+                write(path, accuracy=2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Record.load(path).metrics["classes"]["Avg"]["accuracy"] == 1.0
+    assert os.listdir(tmp_path) == ["cell"]
+    write(path, accuracy=2.0)
+
+
+@pytest.mark.parametrize("name", ["mini_llava", "Q-VLM.2", "a", "-", "_", "9", "x" * 64])
+def test_names_are_accepted(name: str) -> None:
+    check_name("model.name", name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "",
+            ".",
+            "..",
+            ".hidden",
+            "a/b",
+            "/etc",
+            "../up",
+            "a\\b",
+            "a b",
+            "a\n",
+            "\n",
+            "a\0b",
+            "é",
+        ),
+        *("x" * 65, "a:b", "~", "$HOME", "a*", "a,b", "a=b", "\u0661"),
+    ],
+)
+def test_what_is_not_a_name_is_one_sentence(name: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^model.name: .+ is not a name\. Use letters, digits"
+    ) as no:
+        check_name("model.name", name)
+    assert "\n" not in str(no.value)
+
+
+PLACES = ["/proc/nowhere/runs", "file/runs", "file", "nothing", "nothing/runs", "loop", "loop/runs"]
+PLACES += ["x" * 300, "x" * 300 + "/runs", "a/" * 2100, "nul\0", "under/nothing/runs"]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[:20])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="results_dir"):
+    (tmp_path / "nothing").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "under").mkdir()
+    (tmp_path / "under" / "nothing").symlink_to("gone")
+    with pytest.raises(UserError, match="^results_dir: ") as refusal:
         require_writable(tmp_path / place)
-    assert os.listdir(tmp_path) == ["file"]
+    assert "\n" not in str(refusal.value)
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop", "nothing", "under"]
+
+
+def test_a_link_to_a_folder_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    require_writable(tmp_path / "link" / "results" / "runs")
+    assert os.listdir(tmp_path / "real") == []
 
 
 def test_a_folder_that_can_be_made_is_accepted_and_not_made(tmp_path: Path) -> None:
@@ -205,90 +337,10 @@ def test_the_identity_does_not_depend_on_order() -> None:
     )
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of our source that a test may edit."""
-    copy = tmp_path / "qvlm"
-    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
-    shutil.copytree(provenance.PACKAGE, copy, ignore=ignored)
-    monkeypatch.setattr(provenance, "PACKAGE", copy)
-    return copy
-
-
-@pytest.mark.parametrize(
-    ("file", "changes_rtn", "changes_fp"),
-    [
-        ("methods/rtn.py", True, False),
-        ("methods/full_precision.py", False, True),
-        ("quantization/quantizer.py", True, True),
-        ("quantization/linear.py", True, True),
-        ("models/llava.py", True, True),
-        ("evaluation/task.py", True, True),
-        ("evaluation/scienceqa.yaml", True, True),
-        ("data/scienceqa.py", True, True),
-        ("data/prompts.py", True, True),
-        ("cell/pipeline.py", True, True),
-        ("cli.py", False, False),
-        ("records/record.py", False, False),
-        ("records/tracking.py", False, False),
-        ("tables/table2.py", False, False),
-        ("__init__.py", False, False),
-    ],
-)
-def test_the_code_version_changes_with_the_code_that_counts(
-    package: Path, file: str, changes_rtn: bool, changes_fp: bool
-) -> None:
-    def versions() -> tuple[str, str]:
-        methods = package / "methods"
-        return (
-            provenance.code_version(methods / "rtn.py"),
-            provenance.code_version(methods / "full_precision.py"),
-        )
-
-    before = versions()
-    assert versions() == before
-    assert (package / file).is_file()
-    with (package / file).open("a") as source:
-        source.write("\n# changed\n")
-    after = versions()
-    assert (after[0] != before[0], after[1] != before[1]) == (changes_rtn, changes_fp)
-
-
-def test_a_method_from_elsewhere_counts_with_what_it_imports(tmp_path: Path) -> None:
-    method, helper = tmp_path / "mine.py", tmp_path / "helper.py"
-    method.write_text("import helper\nfrom qvlm.methods.base import MethodReport\n")
-    helper.write_text("x = 1\n")
-    (tmp_path / "other.py").write_text("unrelated = True\n")
-    files = provenance.sources([method])
-    assert {"mine.py", "helper.py", "qvlm/methods/base.py"} <= set(files)
-    assert "other.py" not in files
-    before = provenance.code_version(method)
-    helper.write_text("x = 2\n")
-    assert provenance.code_version(method) != before
-
-
-def test_the_content_hash_sees_names_and_bytes(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"one")
-    (folder / "README.md").write_text("card")
-    first = provenance.content_hash(folder, (".safetensors",))
-    (folder / "README.md").write_text("another card")
-    assert provenance.content_hash(folder, (".safetensors",)) == first
-    (folder / "model.safetensors").write_bytes(b"two")
-    os.utime(folder / "model.safetensors", (1, 1))
-    second = provenance.content_hash(folder, (".safetensors",))
-    assert second != first
-    (folder / "model.safetensors").rename(folder / "renamed.safetensors")
-    assert provenance.content_hash(folder, (".safetensors",)) != second
-    with pytest.raises(UserError, match="no folder"):
-        provenance.content_hash(tmp_path / "nowhere", (".json",))
-
-
 def test_the_surroundings_name_versions_and_not_the_machine() -> None:
     import platform
 
-    found = provenance.surroundings()
+    found = environment.surroundings()
     assert found["versions"]["torch"]
     assert set(found["git"]) == {"revision", "dirty"}
     assert found["hardware"]["cores"] >= 1
