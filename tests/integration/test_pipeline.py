@@ -172,6 +172,19 @@ def test_a_packed_cell_is_reused_as_long_as_its_checkpoint_is_there(
     run(cell(f"model.packed={tmp_path}/packed"))
 
 
+def test_a_cell_may_end_once_its_packed_model_is_written(
+    cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"save_packed={tmp_path}/packed", "evaluate=false"]
+    for said in ("wrote", "reused"):
+        assert run(cell(*words)) == tmp_path / "packed"
+        assert capsys.readouterr().out == f"{said} {tmp_path}/packed\n"
+    assert find_records(tmp_path / "results" / "runs") == []
+    record = Record.load(run(cell(words[0])))  # the same cell, evaluated
+    loaded = Record.load(run(cell(f"model.packed={tmp_path}/packed")))
+    assert loaded.predictions["text"].equals(record.predictions["text"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -150,12 +150,12 @@ def test_a_streamed_cell_is_evaluated_and_recorded(
 ) -> None:
     config = streamed(tmp_path / "packed")
     path = run(config)
-    run = json.loads((path / "run.json").read_text())
-    assert list(run["stages"]) == ["calibrate", "quantize", "load", "pack", "evaluate"]
-    assert len(run["calibration"]["ids"]) == 3
-    assert run["execution"] == "packed"
+    written = json.loads((path / "run.json").read_text())
+    assert list(written["stages"]) == ["calibrate", "quantize", "load", "pack", "evaluate"]
+    assert len(written["calibration"]["ids"]) == 3
+    assert written["execution"] == "packed"
     memory = load(*FEW, "execution=packed", f"results_dir={tmp_path}/results")
-    assert Cell.of(memory).hash == run["hash"]  # one cell, whichever way it is made
+    assert Cell.of(memory).hash == written["hash"]  # one cell, whichever way it is made
     assert run(config) == path
     assert "reused" in capsys.readouterr().out
     run(streamed(tmp_path / "packed", "force=true"))
@@ -180,6 +180,9 @@ def test_a_streamed_cell_may_end_once_it_is_written(
         assert run(config) == tmp_path / "packed"
         assert f"{said} {tmp_path / 'packed'}" in capsys.readouterr().out
     run(load(*FEW, f"model.packed={tmp_path}/packed", f"results_dir={tmp_path}/results"))
+    # It is the cell that is evaluated later, so what is written is not written again.
+    path = run(streamed(tmp_path / "packed"))
+    assert "calibrate" not in json.loads((path / "run.json").read_text())["stages"]
 
 
 # --- kills
