@@ -1,4 +1,4 @@
-"""Packed layers compute what quantized layers simulate: integers to the bit, outputs in bounds."""
+"""Packed layers compute what quantized layers simulate: equal integers, outputs within bounds."""
 
 import copy
 from typing import Any
@@ -36,11 +36,17 @@ def quantized(
     seed: int = 0,
     ordered: bool = True,
 ) -> tuple[QuantLinear, Tensor]:
-    """A quantized linear of [out, in] and what its input was calibrated with, [64, in].
+    """Returns a quantized linear and the samples that its input was calibrated with, [64, in].
 
     Args:
-        group_size: of weights and of clusters.
-        ordered: groups of weights follow clusters of inputs.
+        shape: Numbers of outputs and inputs.
+        bits: Bit widths of weight and input.
+        weight: One of `WEIGHTS`.
+        inputs: Granularity of the input's scales.
+        group_size: Size of weight groups, of NormalFloat blocks and of clusters of inputs.
+        bias: Whether the layer has a bias.
+        seed: Seed of the weight and the samples.
+        ordered: Whether weight groups follow the clusters of inputs.
     """
     torch.manual_seed(seed)
     linear = nn.Linear(shape[1], shape[0], bias=bias)
@@ -60,14 +66,17 @@ def quantized(
 
 
 def in_float64(layer: QuantLinear) -> QuantLinear:
-    """The same layer, which computes in float64."""
+    """Returns a copy of the layer that computes in float64."""
     exact = copy.deepcopy(layer)
     exact.compute_in_float64()
     return exact
 
 
 def check(layer: QuantLinear, x: Tensor) -> PackedLinear:
-    """Every kernel that takes the layer gives what it simulates; sums of integers, to the bit."""
+    """Checks that every kernel that serves the layer gives what it simulates.
+
+    Integers are compared to the bit, outputs by their bounds. Returns the packed layer.
+    """
     packed = PackedLinear.from_quantized(layer)
     assert torch.equal(packed.weight_codes(), layer.weight_codes())
     assert torch.equal(packed.dequantized(), layer.weight)
@@ -79,7 +88,7 @@ def check(layer: QuantLinear, x: Tensor) -> PackedLinear:
         packed.kernel = kernel
         found = packed(x)
         if kernel == "int_mm" or (kernel == "native" and packed.has_integer_product()):
-            # Of float64's sums one in a hundred million lies where float32 rounds either way.
+            # One float64 sum in a hundred million lies where float32 may round either way.
             differing = found != rounded_once
             assert int(differing.sum()) <= 1, kernel
             assert torch.allclose(found, rounded_once, rtol=2.0**-22)
@@ -127,7 +136,7 @@ def test_models_in_bf16_round_within_bounds(data: st.DataObject) -> None:
     )
     packed = PackedLinear.from_quantized(layer, "native")
     x = torch.randn(data.draw(st.sampled_from([1, 3, 8, 31])), width).bfloat16()
-    # Before the output is rounded to the model's type.
+    # The output before it is rounded to the type of the model.
     found = kernel_named("native").product(packed, x) + packed.bias.view(torch.float32)
     error = (found.double() - layer(x.float()).double()).abs()
     assert bool((error <= accumulation_bound(packed, x, "native")).all())
@@ -225,7 +234,7 @@ def test_float64_rounds_the_output_only(weight: str, inputs: str) -> None:
         w_hat = (layer.weight_codes().double() - zero) * scale
     expected = (x_hat @ w_hat.T + layer.bias).float()
     assert int((exact(x) != expected).sum()) <= 1
-    assert not torch.equal(layer(x), expected)  # which float32 does not reach
+    assert not torch.equal(layer(x), expected)  # float32 is less accurate
 
 
 def test_shapes_and_dtypes_of_inputs_are_kept() -> None:

@@ -1,4 +1,4 @@
-"""Products in C: exact sums in every shape of tile, and a sentence where they cannot be had."""
+"""Products in C: exact sums for every shape of tile, and a reason where the library cannot run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_sums_are_exact(
     codes = integers(2**weight_bits, out, width).to(torch.uint8)
     groups = -(-width // group)
     zero = integers(2**weight_bits, out, groups).to(torch.uint8)
-    scale = 2.0 ** -integers(5, out, groups).float()  # powers of two, so that float sums are exact
+    scale = 2.0 ** -integers(5, out, groups).float()  # float sums of powers of two are exact
     shape = {"token": (rows, 1), "channel": (width,), "tensor": ()}[grid]
     zero_point = integers(2**input_bits, *shape).float()
     input_scale = 2.0 ** -integers(5, *shape).float()
@@ -72,7 +72,7 @@ def test_sums_are_exact(
     v = codes.double() - zero.double().repeat_interleave(group, 1)[:, :width]
     v *= scale.double().repeat_interleave(group, 1)[:, :width]
     expected = steps.double() @ v.T
-    # With four bits behind the point, float32 holds sums up to 2^20, and float64 all.
+    # With four binary places, float32 holds sums up to 2^20, and float64 holds all of them.
     if dtype == torch.float32 or expected.abs().max() < 2**20:
         assert torch.equal(found.double(), expected)
     assert found.dtype == (torch.float64 if dtype == torch.float32 else torch.float32)
@@ -113,7 +113,7 @@ def test_pairs_of_codes_are_looked_up(rows: int, out: int) -> None:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Nothing is compiled or asked yet."""
+    """Empties all caches, on the disk as well, so that the library is not compiled yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caches = (native.obstacle, native._library)
     for cache in caches:
@@ -123,7 +123,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
         cache.cache_clear()
 
 
-def test_what_is_in_the_way_is_said(fresh: pytest.MonkeyPatch) -> None:
+def test_obstacles_are_named(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv("CC", "false")
     assert native.obstacle() == "the C compiler false fails: it gave no reason"
     native.obstacle.cache_clear()
@@ -141,6 +141,6 @@ def test_it_is_compiled_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (compiled,) = tmp_path.glob("qvlm/*")
     native.obstacle.cache_clear()
     native._library.cache_clear()
-    fresh.setattr(native.subprocess, "run", None)  # nothing is to be run again
+    fresh.setattr(native.subprocess, "run", None)  # no compiler may run again
     assert native.obstacle() is None
     assert list(tmp_path.glob("qvlm/*")) == [compiled]
