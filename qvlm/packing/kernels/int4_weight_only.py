@@ -49,7 +49,8 @@ class _Int4WeightOnly(Kernel):
             return f"its {layer.out_features} outputs are not a multiple of {OUTPUTS}"
         if _group_size(layer) is None:
             sizes = ", ".join(map(str, GROUP_SIZES))
-            return f"its groups of {form.group_size} weights are not multiples of one of: {sizes}"
+            groups, inputs = f"groups of {form.group_size} weights", f"{layer.in_features} inputs"
+            return f"none of the group sizes {sizes} divides its {groups} and its {inputs}"
         if not layout_is_known():
             return "this build of PyTorch packs 4-bit weights in another layout"
         return None

@@ -1,4 +1,4 @@
-"""Packed checkpoints: identical logits after a round trip, one sentence for what is broken."""
+"""Packed checkpoints: identical logits after a round trip, and one sentence for each fault."""
 
 import json
 import subprocess
@@ -27,14 +27,14 @@ pytestmark = pytest.mark.instruction_set
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A packed checkpoint of several shards."""
+    """The folder of a packed checkpoint of several shards."""
     model = rounded()
     pack_model(model)
     save_packed(model, tmp_path, shard_size="20KB")
     return tmp_path
 
 
-def test_a_fresh_process_loads_while_there_is_no_memory(folder: Path) -> None:
+def test_a_fresh_process_loads_on_the_meta_device(folder: Path) -> None:
     layout_is_known.cache_clear()
     assert packed_layers(load_packed(Llava, folder))
 
@@ -51,7 +51,7 @@ def test_round_trip_gives_identical_logits(folder: Path, tmp_path: Path) -> None
     assert torch.equal(logits(load_packed(Llava, tmp_path / "again")), expected)
 
 
-def test_what_is_broken_is_said(folder: Path) -> None:
+def test_faults_are_named(folder: Path) -> None:
     shard = next(path for path in folder.glob("*.safetensors") if "codes" in str(load_file(path)))
     whole = shard.read_bytes()
     tensors = load_file(shard)
@@ -94,14 +94,14 @@ def resident(key):
 before = resident("VmRSS")
 model = load_packed(Llava, sys.argv[1])
 for tensor in (*model.parameters(), *model.buffers()):
-    tensor.amax()  # what lies in a file is not resident before it is touched
+    tensor.amax()  # a mapped tensor is not resident before it is read
 print((resident("VmHWM") - before) / weight_bytes(model))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_loading_takes_little_more_than_the_packed_model(tmp_path: Path) -> None:
-    """Two layers of LLaVA-7B; in floating point they would be four times as large."""
+    """Loads two layers of LLaVA-7B, which would be four times as large in floating point."""
     built = architecture("llava_7b")
     built.text_config.num_hidden_layers, built.text_config.vocab_size = 2, 512
     built.vision_config.num_hidden_layers, built.image_token_id = 3, 511

@@ -1,4 +1,4 @@
-"""Packed codes: every width and size comes back, and the bytes are those that the format says."""
+"""Packed codes: every bit width and length comes back, and the bytes follow the format."""
 
 import numpy as np
 import pytest

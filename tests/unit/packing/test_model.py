@@ -1,4 +1,4 @@
-"""Whole packed models: every layer replaced, the same logits, and less memory."""
+"""Packed models: every layer is replaced, logits stay the same, and memory shrinks."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_logits_are_those_of_the_simulation(bits: int) -> None:
     model = rounded(bits)
     expected = logits(model)
     pack_model(model, "reference")
-    # Steps near the middle of two codes may tip over after a rounding before them: no exact bound.
+    # An input near the middle of two codes may round to the other one, so there is no exact bound.
     assert float((logits(model) - expected).abs().max()) < 0.02 * float(expected.abs().max())
     assert set(kernels_used(model)) == {"reference"}
 
@@ -39,7 +39,7 @@ def test_a_forced_kernel_runs_where_it_can() -> None:
     assert set(kernels_used(model)) == {"int_mm"}
 
 
-def test_nothing_to_pack_is_said() -> None:
+def test_models_that_cannot_be_packed_are_refused() -> None:
     with pytest.raises(UserError, match="no quantized linear"):
         pack_model(toy_llava())
     with pytest.raises(UserError, match="serves no layer of this model"):

@@ -1,6 +1,6 @@
-"""When Triton serves packed layers, and its kernels: under the interpreter and compiled for a GPU.
+"""The kernel `triton`: when it serves, and its products interpreted and compiled for GPUs.
 
-The interpreter must be on before Triton is imported, so its checks run in a process of their own.
+Triton must be imported with its interpreter switched on, so those checks run in their own process.
 """
 
 import importlib.util
@@ -57,7 +57,7 @@ def test_kernels_compile_for_gpus(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """To machine code, without a GPU: int8 tensor cores, exact division, outputs rounded once."""
+    """Checks PTX code, without a GPU: int8 tensor cores, exact division, outputs rounded once."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
     from triton.backends.compiler import GPUTarget
@@ -144,7 +144,7 @@ def test_a_gpu_without_triton_warns_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class _OnGpu(torch.Tensor):
-    """A tensor that says that it is on a GPU."""
+    """A tensor on the CPU whose device claims to be a GPU."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
