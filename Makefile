@@ -1,9 +1,12 @@
-# Needs Python 3.11 or newer, make and a package index; `make help` says what there is to make.
+# Needs Python 3.11 to 3.14, make and a package index; `make help` says what there is to make.
 #
-# PyTorch is installed by name, which on Linux may mean the large CUDA build; it runs on a CPU too.
+# PyTorch is installed by name, which on Linux means the large CUDA build; it runs on a CPU too.
 # To choose, name PyTorch's own index for a build (its path ends in /cpu, /cu130, ...):
 #
 #     make install TORCH_INDEX=URL
+#
+# `make lock` renews all pins but PyTorch's; TORCH=VERSION renews that one too, and KEEP=1 keeps every
+# version that still fits pyproject.toml.
 #
 # LAUNCHER=joblib runs several cells at a time, LAUNCHER=slurm or ray each as a job; further options
 # of a launcher may follow: LAUNCHER='joblib launcher.jobs=4'.
@@ -17,7 +20,12 @@ LAUNCHER ?= here
 BUDGET ?= 6
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Every package by its hash, but for PyTorch, of which there are several builds (pyproject.toml).
+HASHED := $(PIP) install --require-hashes --no-deps
+# The builds for AMD and Intel GPUs bring a Triton of their own, under another name.
+TRITON := $(if $(findstring /rocm,$(TORCH_INDEX))$(findstring /xpu,$(TORCH_INDEX)),,\
+	'triton; sys_platform == "linux"')
 STAMP := $(VENV)/installed
 
 # Any other scale than the default is an option, and has results of its own (conf/scale).
@@ -33,20 +41,31 @@ $(BIN)/python -m qvlm.tables.$(1) --runs $(RESULTS)/runs --out $(RESULTS) \
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install preflight table1 table2 table4 table4-scale table5 claims figure2 fit test lint \
-	format miniature mini_llava mini_moe_llava preview clean
+.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 claims \
+	figure2 fit test lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## makes the environment in .venv with pinned packages
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements/wheels.txt requirements/sources.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(PIP) -e '.[dev]'
+	@$(BIN)/python -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit( \
+		f"Python {sys.version.split()[0]} is not supported. Choose one of: 3.11, 3.12, 3.13, 3.14," \
+		" for example: make clean install PYTHON=python3.11")'
+	$(HASHED) --only-binary :all: -r requirements/wheels.txt
+	$(HASHED) --no-build-isolation -r requirements/sources.txt
+	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch $(TRITON)
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	$(PIP) check
 	touch $@
+
+lock: install  ## renews the pinned versions and their hashes
+	$(BIN)/python tools/pins.py lock $(if $(KEEP),--keep) $(if $(TORCH),--torch $(TORCH))
+
+check-install: install  ## resolves the pins as a new machine would, for each Python and platform
+	$(BIN)/python tools/pins.py check
 
 table1: install  ## regenerates Table 1: the parts of Q-VLM, each alone
 	$(call table,$@)
@@ -83,7 +102,7 @@ test: install  ## runs the tests
 lint: install  ## checks style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy qvlm hydra_plugins run.py experiments
+	$(BIN)/mypy qvlm hydra_plugins run.py experiments tools
 
 format: install  ## rewrites the code in the project's style
 	$(BIN)/ruff check --fix .
