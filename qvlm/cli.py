@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; see `qvlm.processes` if it was launched."""
     if not _helpers():
         return _main(arguments)
-    from qvlm.runtime import workers as processes
+    from qvlm.runtime import workers
 
-    if not processes.join():
-        return processes.serve()
+    if not workers.init():
+        return workers.worker_loop()
     code = _main(arguments)
     if code != INTERRUPTED:  # which the others were, too
-        processes.dismiss()
+        workers.shutdown()
     return code
 
 

@@ -36,7 +36,7 @@ from qvlm.packing import read_origin
 from qvlm.quantization import QuantizationConfig, QuantSpec
 from qvlm.records import provenance
 from qvlm.records.record import find_record, identify, require_writable
-from qvlm.runtime import workers as processes
+from qvlm.runtime import workers
 
 CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".model", ".tiktoken")
 DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
@@ -292,15 +292,15 @@ def find_device(name: str) -> str:
         name = "cuda" if cards else "cpu"
     if name not in present and (name != "cuda" or not cards):
         raise UserError(f"device: {name!r} is not here; accepted are auto, {', '.join(present)}")
-    if processes.count() > 1 and name != "cpu":
+    if workers.world_size() > 1 and name != "cpu":
         if name != "cuda":
             raise UserError(
-                f"device: {name!r} is for one process; accepted with {processes.count()} are "
+                f"device: {name!r} is for one process; accepted with {workers.world_size()} are "
                 "auto, cuda (a card for each) and cpu"
             )
-        if processes.on_this_machine() > cards:
+        if workers.local_world_size() > cards:
             raise UserError(
-                f"device: {processes.on_this_machine()} processes need a card each, and {cards} "
+                f"device: {workers.local_world_size()} processes need a card each, and {cards} "
                 "are here; start fewer, or give device=cpu"
             )
     return "cuda:0" if name == "cuda" else name

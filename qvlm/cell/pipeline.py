@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from qvlm.cell import inputs as prepare
 from qvlm.cell.streaming import stream_cell
+from qvlm.cell.walk import ProgressWalk
 from qvlm.config.schema import RunConfig
 from qvlm.evaluation import Evaluation, evaluate
 from qvlm.methods.base import Method, MethodReport
@@ -45,12 +46,12 @@ from qvlm.quantization import (
     expected_layers,
     measure_bits,
 )
+from qvlm.records.environment import hardware, surroundings, versions
 from qvlm.records.locks import Lock
-from qvlm.records.provenance import hardware, surroundings, versions
 from qvlm.records.record import answers_folder, find_record, write_record
 from qvlm.records.tracking import track
-from qvlm.runtime import workers as processes
-from qvlm.runtime.stages import ShownWalk, Stages
+from qvlm.runtime import workers
+from qvlm.runtime.stages import Stages
 
 PROOF_QUESTIONS = 16
 
@@ -109,7 +110,7 @@ def compute(
                 batches = batch_by_length(loaded, samples, config.calibration.batch_size)
             with stages.stage("quantize"):
                 expected = expected_layers(loaded.model, quantization.vision_tower)
-                walk = ShownWalk(loaded.model, batches, quantization)
+                walk = ProgressWalk(loaded.model, batches, quantization)
                 found["report"] = method.quantize(walk)
                 found["uncalibrated"] = list(walk.uncalibrated)
             with stages.stage("prove"):
@@ -197,7 +198,7 @@ def _compute_and_record(
 
     method = prepare.build_method(config.method)
     device = prepare.find_device(config.device)
-    processes.everywhere(prepare.settle, config, device)
+    workers.run_on_all_ranks(prepare.settle, config, device)
     if config.only_written:
         with Stages(path.name, 2) as stages:
             stream_cell(config, method, device, identity["hash"], stages)
@@ -227,7 +228,7 @@ def _compute_and_record(
         "kernels": outcome.kernels,
         "weight_bytes": outcome.weight_bytes,
         "device": device,
-        "processes": processes.count(),
+        "processes": workers.world_size(),
         "questions_per_process": outcome.evaluation.shares,
         "threads": torch.get_num_threads(),
         "command": shlex.join(["python", *sys.argv]),

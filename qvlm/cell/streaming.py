@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from qvlm.cell import inputs as prepare
+from qvlm.cell.walk import ProgressWalk
 from qvlm.config.schema import RunConfig
 from qvlm.methods.base import Method, MethodReport
 from qvlm.models.load import LoadedModel, save_encoding
@@ -28,10 +29,10 @@ from qvlm.quantization import Block, QuantizationConfig, batch_by_length, expect
 from qvlm.quantization.block import advance
 from qvlm.quantization.targets import block_layers, quantizable
 from qvlm.records.record import plain
-from qvlm.runtime.stages import ShownWalk, Stages
+from qvlm.runtime.stages import Stages
 
 
-class StreamedWalk(ShownWalk):
+class StreamedWalk(ProgressWalk):
     """A walk over a hollow model that begins where its stream ends, and adds every block to it.
 
     Args:

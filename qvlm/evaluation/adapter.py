@@ -4,8 +4,14 @@ lm-eval's own multimodal wrapper needs a processor that is loaded by name, and i
 without an image. This adapter encodes exactly the context and the image that lm-eval passes to it.
 It offers no log-likelihoods, because ScienceQA's official score comes from the generated text.
 
+<<<<<<< HEAD
 Ranks take whole batches from a shared work queue (`qvlm.runtime.workers`). Batches do not depend on
 the number of ranks, so neither padding nor answers do. lm-eval itself sees a single process.
+=======
+Ranks take whole batches from a shared queue (`qvlm.runtime.workers`). Batches do not depend on the
+number of ranks, so neither padding nor answers do. lm-eval, which would distribute questions
+itself, sees one process.
+>>>>>>> h_cell
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +30,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.answers import Answer, KeptAnswers
 from qvlm.models.load import LoadedModel
-from qvlm.runtime.workers import Deal, everywhere, is_first
+from qvlm.runtime.workers import WorkQueue, is_rank_zero, run_on_all_ranks
 
 _IMAGE = datasets.Image(mode="RGB")
 
@@ -93,6 +99,7 @@ class InMemoryModel(LM):
             start: [requests[row] for row in longest_first[start : start + self.batch_size]]
             for start in range(0, len(requests), self.batch_size)
         }
+<<<<<<< HEAD
         self.ranks = everywhere(InMemoryModel._on_rank, self, batches, Deal(len(batches)))
         by_start = {start: given for rank in self.ranks for start, given in rank.answers.items()}
         in_batches = [answer for start in sorted(by_start) for answer in by_start[start]]
@@ -102,6 +109,17 @@ class InMemoryModel(LM):
 
     def _on_rank(self, batches: Mapping[int, Sequence[Instance]], deal: Deal) -> RankAnswers:
         """Answers the batches that this rank takes. The bar shows the progress of all ranks."""
+=======
+        self.shares = run_on_all_ranks(InMemoryModel._share, self, batches, WorkQueue(len(batches)))
+        given = {start: texts for share in self.shares for start, texts in share.answers.items()}
+        texts = [""] * len(requests)
+        for row, text in zip(longest_first, _in_order(given), strict=True):
+            texts[row] = text
+        return texts
+
+    def _share(self, batches: Mapping[int, Sequence[Instance]], queue: WorkQueue) -> Share:
+        """Answers the batches that are dealt to this process; the bar shows what all are at."""
+>>>>>>> h_cell
         starts = list(batches)
         answers = {}
         with (
@@ -109,9 +127,9 @@ class InMemoryModel(LM):
                 total=sum(map(len, batches.values())),
                 desc=f"{self.loaded.name}: questions",
                 unit="q",
-                disable=None if self.progress and is_first() else True,
+                disable=None if self.progress and is_rank_zero() else True,
             ) as bar,
-            deal as numbers,
+            queue as numbers,
         ):
             for start in map(starts.__getitem__, numbers):
                 bar.update(start - bar.n)

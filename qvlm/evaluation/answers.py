@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qvlm.errors import RunError
+from qvlm.records.files import explained, write_file
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class KeptAnswers:
         Raises:
             RunError: if the file cannot be written.
         """
+<<<<<<< HEAD
         file = self._file(batch)
         written = file.with_suffix(".new")
         try:
@@ -70,6 +72,11 @@ class KeptAnswers:
             written.replace(file)
         except OSError as error:
             raise RunError(f"answers cannot be kept in {self.folder}: {error}") from error
+=======
+        content = {"prompts": _checksum(prompts), "answers": list(answers)}
+        with explained(f"answers: {self.folder}", RunError):
+            write_file(self._file(batch), json.dumps(content))
+>>>>>>> h_cell
 
     def _file(self, batch: int) -> Path:
         return self.folder / f"{batch}.json"

@@ -8,7 +8,6 @@ another cell began is never gone on with.
 """
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,10 +26,9 @@ from qvlm.packing.checkpoint import ORIGIN, describe
 from qvlm.packing.layer import Form, PackedLinear
 from qvlm.quantization.block import Call
 from qvlm.quantization.linear import QuantLinear
+from qvlm.records.files import PARTIAL, explained, write_file
 
 PROGRESS = "progress.pt"
-PARTIAL = ".partial"
-_UNDER_WAY = ".tmp"
 
 
 class PackedStream:
@@ -76,7 +74,7 @@ class PackedStream:
             raise UserError(f"save_packed: {self.partial} cannot be written ({error})") from error
         if (self.partial / PROGRESS).is_file():
             self._read(device)
-        elif any(file.suffix != _UNDER_WAY for file in self.partial.iterdir()):
+        elif any(file.suffix != PARTIAL for file in self.partial.iterdir()):
             raise UserError(
                 f"save_packed: {self.partial} holds other files; delete it or give another folder"
             )
@@ -178,14 +176,9 @@ class PackedStream:
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
         """Writes a file so that it is there whole or not at all."""
-        file = self.partial / (name + _UNDER_WAY)
-        try:
-            write(file)
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-            file.replace(self.partial / name)
-        except OSError as error:
-            raise UserError(f"save_packed: {file} cannot be written ({error})") from error
+        file = self.partial / name
+        with explained(f"save_packed: {file}", UserError):
+            write_file(file, write)
 
     def _read(self, device: str) -> None:
         file = self.partial / PROGRESS

@@ -238,10 +238,10 @@ def recorded(runs: Path) -> dict[tuple[str, str, str], int]:
         runs: the folder of records; `table4_scale.csv` beside it counts too.
     """
     found = {key: round(float(row["weight_gib"]) * GIB) for key, row in placed(runs).items()}
-    for run in (record.run for record in find_records(runs)):
-        form = FORMS.get(run["method"])
+    for record in find_records(runs):
+        run, form = record.run, FORMS.get(record.method)
         if "weight_bytes" in run and form and (form == "FP" or run["execution"] == "packed"):
-            found[run["model"], run["bits"], form] = run["weight_bytes"]
+            found[record.model, record.bits, form] = run["weight_bytes"]
     return found
 
 

@@ -17,11 +17,9 @@ nothing else.
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,8 +29,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from qvlm.bits import BitWidths
 from qvlm.errors import RunError, UserError
-from qvlm.records.locks import PARTIAL
+from qvlm.records.files import PARTIAL, explained, write_folder
 
 ANSWERS = ".answers"
 ABANDONED_SECONDS = 600.0  # writing takes well under a second
@@ -76,8 +75,13 @@ class Record:
 
     @property
     def bits(self) -> str:
-        """ "FP", "W4A4", ..."""
-        return self.run["bits"]
+        """The label of the bit widths: "FP", "W4A4", ..."""
+        return self.bit_widths.label
+
+    @property
+    def bit_widths(self) -> BitWidths:
+        """Bits per weight and per activation."""
+        return BitWidths(**self.run["influences"]["bits"])
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
@@ -177,28 +181,17 @@ def write_record(
         RunError: if the disk does not take it.
     """
     remove_leftovers(path.parent)
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
-    replaced = partial.with_suffix(".old" + PARTIAL)
-    try:
-        partial.mkdir(parents=True)
-        predictions.to_parquet(partial / "predictions.parquet")
-        (partial / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False))
-        (partial / "metrics.json").write_text(_json(metrics))
-        (partial / "bits.json").write_text(_json(layers))
-        files = {file.name: _checksum(file.read_bytes()) for file in sorted(partial.iterdir())}
-        (partial / "run.json").write_text(_json({**run, "files": files}))
-        for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
-        if path.exists():  # a rename does not replace a folder that holds files
-            path.rename(replaced)
-        partial.rename(path)
-        _flush(path.parent)
-    except OSError as error:
-        raise RunError(f"{path} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+
+    def fill(folder: Path) -> None:
+        predictions.to_parquet(folder / "predictions.parquet")
+        (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False))
+        (folder / "metrics.json").write_text(_json(metrics))
+        (folder / "bits.json").write_text(_json(layers))
+        checksums = {file.name: _checksum(file.read_bytes()) for file in sorted(folder.iterdir())}
+        (folder / "run.json").write_text(_json({**run, "files": checksums}))
+
+    with explained(f"record {path}", RunError):
+        write_folder(path, fill)
     return Record.load(path)
 
 
@@ -256,12 +249,3 @@ def _checksum(data: bytes) -> str:
 
 def _remedy(path: Path) -> str:
     return f"remove {path} and run the cell again"
-
-
-def _flush(path: Path) -> None:
-    """Makes sure that a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

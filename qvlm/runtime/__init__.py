@@ -1,1 +1,7 @@
-"""What runs a cell: several processes as one, stages with their time and memory."""
+"""What a cell runs in: the ranks that work on it and the stages that are measured.
+
+- `workers`: several processes that evaluate one cell together. Open this first.
+- `stages`: a progress bar and the time and memory of each stage.
+
+These modules know nothing of models, methods or records and import only `qvlm.errors`.
+"""

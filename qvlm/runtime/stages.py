@@ -1,13 +1,13 @@
-"""The stages of a cell: a progress bar over them, and what each took in seconds and memory.
+"""Stages of a cell: a progress bar over them, and the time and memory that each one took.
 
-Memory is the highest resident size that a thread saw, looking every 20 ms: the operating system's
-own high-water mark cannot be taken per stage. On GPUs the allocators' peaks are exact; those of
-several cards are added up. Without a terminal the bar is silent.
+Host memory is sampled every 20 ms, because the operating system's own high-water mark cannot be
+reset per stage. GPU memory is the exact peak of PyTorch's allocator, summed over the GPUs. The bar
+is silent where stderr is not a terminal.
 """
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -16,22 +16,21 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from qvlm.quantization import Block, Walk
-
 INTERVAL = 0.02  # seconds
 MIB = 2**20
 FORMAT = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
 
 
 class Stages:
-    """Runs the named parts of one cell and remembers their cost.
+    """Runs the stages of one cell and records what each of them cost.
 
     Args:
-        title: what the bar is called.
-        count: how many stages there will be.
+        title: Title of the progress bar.
+        count: Number of stages.
 
     Attributes:
-        costs: stage -> seconds, peak_mib (resident memory) and, on a GPU, gpu_peak_mib.
+        costs: Costs by the name of the stage: `seconds`, `peak_mib` (peak resident memory of this
+            process in MiB) and, with a GPU, `gpu_peak_mib`.
     """
 
     def __init__(self, title: str, count: int) -> None:
@@ -51,12 +50,12 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times what happens inside."""
+        """Measures the block as one stage. A stage that raises has no costs."""
         self._bar.set_postfix_str(name)
         gpu = torch.cuda.is_available()
-        cards = range(torch.cuda.device_count()) if gpu else ()
-        for card in cards:
-            torch.cuda.reset_peak_memory_stats(card)
+        gpus = range(torch.cuda.device_count()) if gpu else ()
+        for index in gpus:
+            torch.cuda.reset_peak_memory_stats(index)
         start = time.perf_counter()
         with _PeakMemory() as memory:
             yield
@@ -65,13 +64,17 @@ class Stages:
         seconds = time.perf_counter() - start
         self.costs[name] = {"seconds": round(seconds, 3), "peak_mib": round(memory.peak / MIB, 1)}
         if gpu:
-            peak = sum(map(torch.cuda.max_memory_allocated, cards)) / MIB
+            peak = sum(map(torch.cuda.max_memory_allocated, gpus)) / MIB
             self.costs[name]["gpu_peak_mib"] = round(peak, 1)
         self._bar.update()
 
 
 class _PeakMemory:
-    """Watches the resident memory of this process, in bytes."""
+    """Samples the resident memory of this process from a thread.
+
+    Attributes:
+        peak: Highest value seen, in bytes.
+    """
 
     def __init__(self) -> None:
         self.peak = 0
@@ -80,44 +83,18 @@ class _PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "_PeakMemory":
-        self._look()
+        self._sample()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self._look()
+        self._sample()
 
     def _watch(self) -> None:
         while not self._done.wait(INTERVAL):
-            self._look()
+            self._sample()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         self.peak = max(self.peak, self._process.memory_info().rss)
-
-
-class ShownWalk(Walk):
-    """The calibration walk with a progress bar over its blocks.
-
-    Attributes:
-        finished: how many blocks an earlier process has done.
-    """
-
-    finished = 0
-
-    def blocks(self, partition: Sequence[Sequence[str]] | None = None) -> Iterator[Block]:
-        """The blocks in execution order."""
-        total = len(self.names if partition is None else partition)
-        with tqdm(
-            total=total,
-            initial=self.finished,
-            desc="blocks",
-            unit="block",
-            leave=False,
-            disable=None,
-        ) as bar:
-            for block in super().blocks(partition):
-                bar.set_postfix_str(block.name)
-                yield block
-                bar.update()

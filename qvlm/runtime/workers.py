@@ -1,15 +1,15 @@
-"""Several processes for one cell: the first does what it would do alone, the others lend a hand.
+"""Several processes evaluate one cell: rank 0 runs the command, the other ranks work for it.
 
     accelerate launch --multi_gpu --num_processes 4 run.py model=llava_7b method=fp
 
-starts the same command four times. Only the first process reads it. The others wait for a function
-and its arguments (`everywhere`), run it, reply, and wait again; so there is nothing that processes
-could see differently: which cells are recorded, what is written, tracked and printed is the affair
-of one. A model among the arguments arrives tensor by tensor, on the receiver's own card, with a
-checksum: what one process quantized and proved is what all of them evaluate.
+starts the same command four times. Only rank 0 reads the command line. The other ranks wait for a
+function and its arguments (`run_on_all_ranks`), run it, reply and wait again. Rank 0 alone decides
+which cells are recorded, and alone writes, tracks and prints, so the ranks cannot disagree. A model
+among the arguments is sent tensor by tensor, arrives on the receiver's own GPU and is verified with
+a checksum: all ranks evaluate exactly the model that rank 0 quantized and proved.
 
-What is uneven is dealt out as it is asked for (`Deal`). All talk is through main memory (gloo),
-with GPUs too: who waits there for a calibration of hours neither holds a card busy nor times out.
+Work of uneven size goes through a `WorkQueue`. All communication uses main memory (gloo), with GPUs
+too: a rank that waits for hours of calibration neither occupies a GPU nor times out.
 """
 
 import copyreg
@@ -38,106 +38,113 @@ from transformers import PreTrainedModel
 
 from qvlm.errors import RunError, UserError
 
-PATIENCE = timedelta(days=30)  # one waits as long as another searches
+TIMEOUT = timedelta(days=30)  # ranks wait for as long as rank 0 calibrates and searches
 
 
-def join() -> bool:
-    """Meets the other processes that a launcher started; whether this is the first one."""
-    state = PartialState(cpu=True, timeout=PATIENCE)
+def init() -> bool:
+    """Joins the process group that the launcher started.
+
+    Returns:
+        Whether this process is rank 0.
+    """
+    state = PartialState(cpu=True, timeout=TIMEOUT)
     if torch.cuda.is_available():
         torch.cuda.set_device(state.local_process_index % torch.cuda.device_count())
     return bool(state.is_main_process)
 
 
-def count() -> int:
-    """How many processes have joined: 1 without a launcher."""
-    return distributed.get_world_size() if _joined() else 1
+def world_size() -> int:
+    """Returns the number of ranks, which is 1 without a launcher."""
+    return distributed.get_world_size() if _is_distributed() else 1
 
 
-def is_first() -> bool:
-    """Whether this process is the one that the others help."""
-    return not _joined() or distributed.get_rank() == 0
+def is_rank_zero() -> bool:
+    """Returns whether this process is rank 0, which it is without a launcher."""
+    return not _is_distributed() or distributed.get_rank() == 0
 
 
-def on_this_machine() -> int:
-    """How many of the processes are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", count())) if _joined() else 1
+def local_world_size() -> int:
+    """Returns the number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if _is_distributed() else 1
 
 
-def everywhere(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Calls a function in every process, this one included.
+def run_on_all_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Calls a function on every rank, this one included. Only rank 0 calls this.
 
     Args:
-        function: at the top of a module, as all that its arguments are made of.
-        arguments: tensors arrive on a card if they are on a card here.
+        function: Function at the top level of a module, as are the classes of its arguments.
+        arguments: Arguments of the function. Tensors that are on a GPU here arrive on a GPU.
 
     Returns:
-        What each process returned, this one first.
+        What the function returned on each rank, in the order of the ranks.
 
     Raises:
-        Exception: what the function raised here.
-        UserError, RunError: what it raised elsewhere, once all have ended.
-        KeyboardInterrupt: of this process, once the others have replied, so that they are asked for
-            the next task together again.
+        Exception: Whatever the function raised on rank 0.
+        UserError, RunError: What it raised on another rank, once all ranks have finished.
+        KeyboardInterrupt: If rank 0 was interrupted, once the other ranks have replied, so that all
+            ranks are ready for the next task.
     """
-    if count() == 1:
+    if world_size() == 1:
         return [function(*arguments)]
-    _send((function, arguments))
-    _refuse_errors(_talk(gather_object, [None]))  # of those that it did not reach whole
+    _broadcast_task((function, arguments))
+    _refuse_errors(_collective(gather_object, [None]))  # of ranks that did not receive it whole
     try:
         own = _attempt(function, arguments)
-    except KeyboardInterrupt:  # by a user, of whom the others hear too, or by a lock that was lost
+    except KeyboardInterrupt:  # from the user, who interrupts all ranks, or after a lost lock
         with suppress(RunError):
-            _talk(gather_object, [None])
+            _collective(gather_object, [None])
         raise
-    replies = _talk(gather_object, [None if isinstance(own, Exception) else own])
+    replies = _collective(gather_object, [None if isinstance(own, Exception) else own])
     _refuse_errors([own, *replies[1:]])
     return list(replies)
 
 
-def serve() -> int:
-    """The life of every process but the first, and its exit code."""
+def worker_loop() -> int:
+    """Runs the tasks of rank 0 until it shuts down; returns the exit code of this process."""
     try:
-        while (task := _receive()) is not None:
-            error = _for_the_first(task) if isinstance(task, Exception) else None
-            if any(_talk(gather_object, [error])):
+        while (task := _receive_task()) is not None:
+            error = _for_rank_zero(task) if isinstance(task, Exception) else None
+            if any(_collective(gather_object, [error])):
                 continue
             reply = _attempt(*task)
-            del task  # a model is let go before the next one comes
-            _talk(gather_object, [_for_the_first(reply)])
-    except RunError:  # the first process is gone, and has said why
+            del task  # frees the model before the next one arrives
+            _collective(gather_object, [_for_rank_zero(reply)])
+    except RunError:  # rank 0 has ended and has reported why
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def dismiss() -> None:
-    """Ends the other processes; the first one calls this at its own end."""
-    with suppress(RunError):  # they are gone already, and that has been said
-        _send(None)
+def shutdown() -> None:
+    """Ends the other ranks. Rank 0 calls this when its command is finished."""
+    with suppress(RunError):  # they have already ended, and that was reported
+        _broadcast_task(None)
 
 
-class Deal:
-    """Numbers from 0 that are given out in order, each to the process that asks for the next one.
+class WorkQueue:
+    """A queue of task numbers 0, 1, ...: each number goes to the rank that asks for the next one.
 
-    To be passed to `everywhere` and entered there. Once one process has left it with an error,
-    nothing more is given out, so that the others end soon and the error is heard.
+    Pass a queue to `run_on_all_ranks` and enter it on every rank. Once a rank leaves it with an
+    exception, the queue is empty, so that the other ranks stop soon and the exception is raised.
+
+    Args:
+        size: Number of tasks.
     """
 
-    def __init__(self, numbers: int) -> None:
-        self.numbers = numbers
+    def __init__(self, size: int) -> None:
+        self.size = size
         self._key = uuid.uuid4().hex
         self._store: distributed.TCPStore | None = None
 
     def __enter__(self) -> Iterator[int]:
-        if count() == 1:
-            return iter(range(self.numbers))
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if world_size() == 1:
+            return iter(range(self.size))
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         connect = partial(distributed.TCPStore, is_master=False, wait_for_workers=False)
-        store = self._store = _talk(connect, *place)
-        asked = (_talk(store.add, self._key, 1) - 1 for _ in itertools.count())
-        return itertools.takewhile(lambda number: number < self.numbers, asked)
+        store = self._store = _collective(connect, *address)
+        taken = (_collective(store.add, self._key, 1) - 1 for _ in itertools.count())
+        return itertools.takewhile(lambda number: number < self.size, taken)
 
     def __exit__(
         self,
@@ -146,39 +153,42 @@ class Deal:
         trace: TracebackType | None,
     ) -> None:
         if self._store is not None and error is not None:
-            with suppress(RunError):  # nobody is left who could be told
-                _talk(self._store.add, self._key, self.numbers)
+            with suppress(RunError):  # no other rank is left
+                _collective(self._store.add, self._key, self.size)
         self._store = None
 
 
 @dataclass(frozen=True)
-class _Form:
-    """All of a tensor but its values."""
+class _TensorSpec:
+    """Everything about a tensor except its values."""
 
     shape: torch.Size
     dtype: torch.dtype
-    on_card: bool
+    on_gpu: bool
     is_parameter: bool
     requires_grad: bool
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "_Form":
-        on_card, is_parameter = tensor.is_cuda, isinstance(tensor, nn.Parameter)
-        return cls(tensor.shape, tensor.dtype, on_card, is_parameter, tensor.requires_grad)
+    def of(cls, tensor: Tensor) -> "_TensorSpec":
+        on_gpu, is_parameter = tensor.is_cuda, isinstance(tensor, nn.Parameter)
+        return cls(tensor.shape, tensor.dtype, on_gpu, is_parameter, tensor.requires_grad)
 
     def empty(self) -> Tensor:
-        """A tensor of this form on this process' own device."""
-        tensor = torch.empty(self.shape, dtype=self.dtype, device="cuda" if self.on_card else "cpu")
+        """Returns an uninitialized tensor of this kind on the device of this rank."""
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cuda" if self.on_gpu else "cpu")
         if self.is_parameter:
             return nn.Parameter(tensor, self.requires_grad)
         return tensor.requires_grad_(self.requires_grad)
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles everything but tensors, which it numbers, and the hooks of modules.
+    """Pickles everything except the values of tensors, which it numbers, and module hooks.
 
-    transformers records hidden states with hooks that it adds at a model's first call, if the
-    model's class has been constructed in this process; so the receiver constructs each once.
+    transformers records hidden states with hooks that it adds at a model's first call, provided
+    that the model's class was constructed in this process. The receiver therefore constructs it.
+
+    Attributes:
+        tensors: Tensors by their number; a tensor that is used twice is listed once.
     """
 
     def __init__(self, file: io.BytesIO) -> None:
@@ -187,7 +197,7 @@ class _Pickler(pickle.Pickler):
         self._numbers: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> int | None:
-        """The number of a tensor; one that is shared has one number."""
+        """Returns the number of a tensor, and None for anything else."""
         if not isinstance(value, Tensor):
             return None
         if id(value) not in self._numbers:
@@ -196,82 +206,82 @@ class _Pickler(pickle.Pickler):
         return self._numbers[id(value)]
 
     def reducer_override(self, value: Any) -> Any:
-        """How a module is taken apart."""
+        """Reduces modules to their class and their state without hooks."""
         if not isinstance(value, nn.Module):
             return NotImplemented
         state = value.__getstate__() | {"_forward_hooks": OrderedDict()}
         state.pop("_output_capturing_hooks_installed", None)
         if isinstance(value, PreTrainedModel):
-            return _without_memory, (type(value), value.config), state
+            return _construct_on_meta, (type(value), value.config), state
         return copyreg.__newobj__, (type(value),), state  # type: ignore[attr-defined]
 
 
 class _Unpickler(pickle.Unpickler):
-    """Puts the numbered tensors back in their places."""
+    """Unpickles what `_Pickler` wrote, with these tensors in place of their numbers."""
 
     def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
         super().__init__(file)
         self._tensors = tensors
 
     def persistent_load(self, number: int) -> Tensor:
-        """The tensor of a number."""
+        """Returns the tensor with this number."""
         return self._tensors[number]
 
 
-def _without_memory(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+def _construct_on_meta(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     with torch.device("meta"):
         return kind(config)
 
 
-def _send(task: tuple[Callable[..., Any], tuple[Any, ...]] | None) -> None:
-    """Gives a task to all other processes; None is their end."""
+def _broadcast_task(task: tuple[Callable[..., Any], tuple[Any, ...]] | None) -> None:
+    """Sends a task to all other ranks; None ends them."""
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(task)
-    forms = [_Form.of(tensor) for tensor in pickler.tensors]
-    _talk(broadcast_object_list, [sys.path, file.getvalue(), forms])  # the path, for methods
+    specs = [_TensorSpec.of(tensor) for tensor in pickler.tensors]
+    _collective(broadcast_object_list, [sys.path, file.getvalue(), specs])  # sys.path finds methods
     digest = hashlib.sha256()
     for tensor in pickler.tensors:
         values = _bytes(tensor)
         digest.update(values.numpy().data)
-        _talk(distributed.broadcast, values, 0)
-    _talk(broadcast_object_list, [digest.hexdigest()])
+        _collective(distributed.broadcast, values, 0)
+    _collective(broadcast_object_list, [digest.hexdigest()])
 
 
-def _receive() -> Any:
-    """The next task; an exception if it does not arrive whole."""
-    sys.path[:], content, forms = _talk(broadcast_object_list, [None, None, None])
+def _receive_task() -> Any:
+    """Returns the next task, or the exception that says why it did not arrive whole."""
+    sys.path[:], content, specs = _collective(broadcast_object_list, [None, None, None])
     digest, tensors = hashlib.sha256(), []
     error: Exception | None = None
-    for form in forms:
-        values = torch.empty(form.shape.numel() * form.dtype.itemsize, dtype=torch.uint8)
-        _talk(distributed.broadcast, values, 0)
+    for spec in specs:
+        values = torch.empty(spec.shape.numel() * spec.dtype.itemsize, dtype=torch.uint8)
+        _collective(distributed.broadcast, values, 0)
         try:
-            tensor = form.empty() if error is None else None
+            tensor = spec.empty() if error is None else None
             if tensor is not None:
-                tensor.data.copy_(values.view(form.dtype).view(form.shape))
+                tensor.data.copy_(values.view(spec.dtype).view(spec.shape))
                 tensors.append(tensor)
-                digest.update(_bytes(tensor).numpy().data)  # what has arrived, not what was sent
-        except RuntimeError as problem:  # out of memory, say: the other tensors come all the same
+                digest.update(_bytes(tensor).numpy().data)  # of the received values
+        except RuntimeError as problem:  # such as out of memory: the other tensors still arrive
             error, tensors = problem, []
-    (sent,) = _talk(broadcast_object_list, [None])
+    (sent,) = _collective(broadcast_object_list, [None])
     if error is not None:
         return error
     if digest.hexdigest() != sent:
-        return RunError("the weights that were received are not those that were sent")
+        return RunError("the weights that arrived on another rank differ from those that were sent")
     try:
         return _Unpickler(io.BytesIO(content), tensors).load()
-    except Exception as problem:  # a stranger's module is imported
+    except Exception as problem:  # unpickling imports modules of the user
         return problem
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The values of a tensor as bytes in main memory [n]."""
+    """Returns the values of a tensor as uint8 [bytes] in main memory."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
 def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """What a call returns, or the exception that it ended with."""
+    """Returns what a call returned, or the exception that it raised."""
     try:
         return function(*arguments)
     except Exception as error:
@@ -284,26 +294,29 @@ def _refuse_errors(replies: Sequence[Any]) -> None:
             raise reply
 
 
-def _for_the_first(reply: Any) -> Any:
-    """A reply as the first process can take it: of a defect, whose traceback stays here, a name."""
+def _for_rank_zero(reply: Any) -> Any:
+    """Converts the reply of a worker for rank 0.
+
+    An unexpected exception is printed here, and only its type and message are sent.
+    """
     if not isinstance(reply, Exception) or isinstance(reply, UserError | RunError):
         return reply
     traceback.print_exception(reply)
-    name, number = type(reply).__name__, distributed.get_rank() + 1
-    return RunError(f"process {number} of {count()} broke: {name}: {reply}")
+    rank, name = distributed.get_rank(), type(reply).__name__
+    return RunError(f"rank {rank} of {world_size()} failed: {name}: {reply}")
 
 
-def _talk(speak: Callable[..., Any], *arguments: Any) -> Any:
-    """A call in which all processes take part.
+def _collective(operation: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs an operation that needs the other ranks.
 
     Raises:
-        RunError: if one of them is no longer there.
+        RunError: If another rank has ended.
     """
     try:
-        return speak(*arguments)
+        return operation(*arguments)
     except RuntimeError as error:
-        raise RunError("another process ended in the middle of the work") from error
+        raise RunError("another rank ended before the work was finished") from error
 
 
-def _joined() -> bool:
+def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.metrics import paired_difference
-from qvlm.records.provenance import revision_in_words, surroundings
+from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.records.record import Record, find_records
 from qvlm.tables.command import write_files
 from qvlm.tables.comparison import paired

@@ -1,10 +1,8 @@
 """What all tables share: two files made from the records of a folder, and the command for it."""
 
 import argparse
-import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import pandas as pd
 
 from qvlm.config.schema import TrackingConfig
 from qvlm.errors import RunError, UserError
+from qvlm.records import files
 from qvlm.records.record import Record, find_records
 from qvlm.records.tracking import log_table
 from qvlm.tables.selection import Selection, select
@@ -91,22 +90,6 @@ def write_files(texts: Mapping[Path, str]) -> None:
     Raises:
         UserError: if the folder, which is made if need be, cannot be written.
     """
-    written: dict[Path, Path] = {}
-    try:
-        for path, text in texts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            written[path] = Path(name)
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-            written[path].chmod(0o644)
-        for path, temporary in written.items():
-            temporary.replace(path)
-    except OSError as error:
-        folder = next(iter(texts)).parent
-        raise UserError(
-            f"--out: {folder} cannot be written ({error.strerror}); give a folder that can"
-        ) from error
-    finally:
-        for temporary in written.values():
-            temporary.unlink(missing_ok=True)
+    folder = next(iter(texts)).parent
+    with files.explained(f"--out: {folder}", UserError, "choose a folder that can be written"):
+        files.write_files(texts)

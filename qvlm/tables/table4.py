@@ -39,7 +39,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.models.load import LoadedModel, load_model
 from qvlm.packing import ORIGIN, kernels_used, read_origin, weight_bytes
 from qvlm.planning.footprint import GIB
-from qvlm.records.provenance import revision_in_words, surroundings
+from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.records.record import Record, find_records
 from qvlm.runtime.stages import MIB, Stages
 from qvlm.tables.command import write_files

@@ -51,7 +51,7 @@ from qvlm.packing.plan import blind
 from qvlm.planning import footprint as fit
 from qvlm.planning.footprint import FULL, GIB, VARIANTS, Variant
 from qvlm.quantization.targets import block_layers, decoder_layers, quantizable
-from qvlm.records.provenance import revision_in_words, surroundings
+from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.runtime.stages import MIB, Stages
 from qvlm.tables.command import write_files
 from qvlm.tables.cost import COLUMNS, in_fresh_process, spread

@@ -101,7 +101,9 @@ def make_record(
     config: dict[str, Any] = {
         "model": {"name": model, "path": model, "stands_for": STANDS_FOR.get(model)},
         "method": {"_target_": f"methods.{method}", **(parameters or {})},
-        "bits": {"weights": None} if bits == "FP" else {"weights": int(bits[1])},
+        "bits": {"weights": None, "activations": None}
+        if bits == "FP"
+        else {"weights": int(bits[1]), "activations": int(bits[3])},
         "data": {"name": "miniature", "split": "test", "seed": 0},
         "evaluation": {"limit": None},
         "seed": 0,
@@ -120,7 +122,6 @@ def make_record(
         "model": model,
         "method": method,
         "method_name": method.lower(),
-        "bits": bits,
         "seed": 0,
         "device": "cpu",
         "threads": 2,
@@ -159,7 +160,10 @@ def write(path: Path, accuracy: float = 50.0) -> Record:
     return write_record(
         path,
         config={"seed": 0, "results_dir": Path("results")},
-        run={"model": "mini", "method": "RTN", "bits": "W4A4", "hash": "abc"},
+        run={
+            **{"model": "mini", "method": "RTN", "hash": "abc"},
+            "influences": {"bits": {"weights": 4, "activations": 4}},
+        },
         metrics={"classes": {"Avg": {"n": np.int64(2), "accuracy": accuracy}}},
         predictions=PREDICTIONS,
         layers=[{"layer": "a", "w_bits": 4, "a_bits": 4, "weight_levels": 16, "input_levels": 9}],

@@ -1,4 +1,4 @@
-"""What `test_processes` launches twice: the first process asks, the second one serves."""
+"""The script that `test_workers` launches on two ranks: rank 0 asks, rank 1 works."""
 
 import hashlib
 import sys
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qvlm.errors import RunError, UserError
-from qvlm.runtime import workers as processes
+from qvlm.runtime import workers
 
 
 class Tied(nn.Module):
@@ -35,60 +35,60 @@ def look(model: Tied) -> list[Any]:
     return [tied, values, model.nothing.shape, model.scalar.dtype]
 
 
-def take(deal: processes.Deal) -> list[int]:
+def take(queue: workers.WorkQueue) -> list[int]:
     """The numbers that this process gets."""
-    with deal as numbers:
+    with queue as numbers:
         return list(numbers)
 
 
-def take_until(deal: processes.Deal, last: int) -> None:
+def take_until(queue: workers.WorkQueue, last: int) -> None:
     """Takes numbers; the second process has enough of them at `last`."""
-    with deal as numbers:
+    with queue as numbers:
         for number in numbers:
-            if not processes.is_first() and number >= last:
+            if not workers.is_rank_zero() and number >= last:
                 raise UserError("enough")
 
 
 def break_elsewhere() -> None:
     """A defect in the second process."""
-    if not processes.is_first():
+    if not workers.is_rank_zero():
         raise KeyError("missing")
 
 
-def interrupted(deal: processes.Deal) -> None:
+def interrupted(queue: workers.WorkQueue) -> None:
     """The first process is interrupted while both take numbers."""
-    with deal as numbers:
+    with queue as numbers:
         for _ in numbers:
-            if processes.is_first():
+            if workers.is_rank_zero():
                 raise KeyboardInterrupt
 
 
 def refused(kind: type[BaseException], words: str, *task: Any) -> None:
     """Asserts that a task ends with this error."""
     with pytest.raises(kind, match=words):
-        processes.everywhere(*task)
+        workers.run_on_all_ranks(*task)
 
 
 def main() -> None:
     """What the first process asks for."""
     model = Tied()
-    here, there = processes.everywhere(look, model)
+    here, there = workers.run_on_all_ranks(look, model)
     assert here == there and here[0], (here, there)
-    shares = processes.everywhere(take, processes.Deal(200))
+    shares = workers.run_on_all_ranks(take, workers.WorkQueue(200))
     assert sorted(shares[0] + shares[1]) == list(range(200))
     # All numbers would take hours: that this ends is the point.
-    refused(UserError, "enough", take_until, processes.Deal(10**9), 3)
-    refused(RunError, "process 2 of 2 broke: KeyError: 'missing'", break_elsewhere)
-    refused(KeyboardInterrupt, "", interrupted, processes.Deal(10**9))
-    processes.hashlib = SimpleNamespace(sha256=hashlib.sha512)  # type: ignore[assignment]
-    refused(RunError, "not those that were sent", look, model)
-    processes.hashlib = hashlib
-    assert processes.everywhere(look, model) == [here, there]
+    refused(UserError, "enough", take_until, workers.WorkQueue(10**9), 3)
+    refused(RunError, "rank 1 of 2 failed: KeyError: 'missing'", break_elsewhere)
+    refused(KeyboardInterrupt, "", interrupted, workers.WorkQueue(10**9))
+    workers.hashlib = SimpleNamespace(sha256=hashlib.sha512)  # type: ignore[assignment]
+    refused(RunError, "differ from those that were sent", look, model)
+    workers.hashlib = hashlib
+    assert workers.run_on_all_ranks(look, model) == [here, there]
 
 
 if __name__ == "__main__":
-    if not processes.join():
-        sys.exit(processes.serve())
+    if not workers.init():
+        sys.exit(workers.worker_loop())
     main()
-    processes.dismiss()
+    workers.shutdown()
     print("it holds")

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from qvlm.errors import RunError
+from qvlm.records.files import write_file
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = [
@@ -274,7 +275,7 @@ def _compiled() -> Path:
             if done.returncode:
                 message = (done.stderr.strip().splitlines() or ["it gave no reason"])[0]
                 raise OSError(f"the C compiler {compiler} fails: {message}")
-        library.replace(target)
+        write_file(target, library.read_bytes())
     return target
 
 

@@ -18,7 +18,7 @@ from qvlm.data.scienceqa import FEATURES
 from qvlm.errors import UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.records.record import find_records
-from qvlm.runtime import workers as processes
+from qvlm.runtime import workers
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--main_process_port=0"]
@@ -113,11 +113,11 @@ def test_functions_models_and_errors_go_from_one_process_to_the_other() -> None:
 
 
 def test_alone_everything_is_here() -> None:
-    assert processes.everywhere(divmod, 7, 2) == [(3, 1)]
-    with processes.Deal(3) as numbers:
+    assert workers.run_on_all_ranks(divmod, 7, 2) == [(3, 1)]
+    with workers.WorkQueue(3) as numbers:
         assert list(numbers) == [0, 1, 2]
     with pytest.raises(ZeroDivisionError):
-        processes.everywhere(divmod, 1, 0)
+        workers.run_on_all_ranks(divmod, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_alone_everything_is_here() -> None:
     ],
 )
 def test_each_process_has_a_card(monkeypatch: Any, device: str, cards: int, words: str) -> None:
-    monkeypatch.setattr(processes, "count", lambda: 3)
-    monkeypatch.setattr(processes, "on_this_machine", lambda: 3)
+    monkeypatch.setattr(workers, "world_size", lambda: 3)
+    monkeypatch.setattr(workers, "local_world_size", lambda: 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     with pytest.raises(UserError, match=words):
         prepare.find_device(device)
@@ -146,7 +146,7 @@ def test_a_launcher_inside_a_launch_is_refused(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(processes, "join", lambda: True)
-    monkeypatch.setattr(processes, "dismiss", lambda: None)
+    monkeypatch.setattr(workers, "init", lambda: True)
+    monkeypatch.setattr(workers, "shutdown", lambda: None)
     assert main(["-m", "method=fp,rtn", "launcher=joblib"]) == 2
     assert "launcher: its processes would not be those of accelerate" in capfd.readouterr().err

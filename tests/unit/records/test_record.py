@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pandas as pd
 import pytest
 
 from qvlm.errors import RunError, UserError
-from qvlm.records import provenance
+from qvlm.records import environment
 from qvlm.records.record import (
     ABANDONED_SECONDS,
     FORGOTTEN_SECONDS,
@@ -87,6 +86,7 @@ def test_a_failure_at_any_moment_leaves_no_half_record(
     assert os.open is open_
     assert all(record.metrics["classes"]["Avg"]["accuracy"] in (1.0, 2.0) for record in records)
     assert not finished or records[0].metrics["classes"]["Avg"]["accuracy"] == 2.0
+    assert len(records) == 1
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -205,90 +205,10 @@ def test_the_identity_does_not_depend_on_order() -> None:
     )
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of our source that a test may edit."""
-    copy = tmp_path / "qvlm"
-    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
-    shutil.copytree(provenance.PACKAGE, copy, ignore=ignored)
-    monkeypatch.setattr(provenance, "PACKAGE", copy)
-    return copy
-
-
-@pytest.mark.parametrize(
-    ("file", "changes_rtn", "changes_fp"),
-    [
-        ("methods/rtn.py", True, False),
-        ("methods/full_precision.py", False, True),
-        ("quantization/quantizer.py", True, True),
-        ("quantization/linear.py", True, True),
-        ("models/llava.py", True, True),
-        ("evaluation/task.py", True, True),
-        ("evaluation/scienceqa.yaml", True, True),
-        ("data/scienceqa.py", True, True),
-        ("data/prompts.py", True, True),
-        ("cell/pipeline.py", True, True),
-        ("cli.py", False, False),
-        ("records/record.py", False, False),
-        ("records/tracking.py", False, False),
-        ("tables/table2.py", False, False),
-        ("__init__.py", False, False),
-    ],
-)
-def test_the_code_version_changes_with_the_code_that_counts(
-    package: Path, file: str, changes_rtn: bool, changes_fp: bool
-) -> None:
-    def versions() -> tuple[str, str]:
-        methods = package / "methods"
-        return (
-            provenance.code_version(methods / "rtn.py"),
-            provenance.code_version(methods / "full_precision.py"),
-        )
-
-    before = versions()
-    assert versions() == before
-    assert (package / file).is_file()
-    with (package / file).open("a") as source:
-        source.write("\n# changed\n")
-    after = versions()
-    assert (after[0] != before[0], after[1] != before[1]) == (changes_rtn, changes_fp)
-
-
-def test_a_method_from_elsewhere_counts_with_what_it_imports(tmp_path: Path) -> None:
-    method, helper = tmp_path / "mine.py", tmp_path / "helper.py"
-    method.write_text("import helper\nfrom qvlm.methods.base import MethodReport\n")
-    helper.write_text("x = 1\n")
-    (tmp_path / "other.py").write_text("unrelated = True\n")
-    files = provenance.sources([method])
-    assert {"mine.py", "helper.py", "qvlm/methods/base.py"} <= set(files)
-    assert "other.py" not in files
-    before = provenance.code_version(method)
-    helper.write_text("x = 2\n")
-    assert provenance.code_version(method) != before
-
-
-def test_the_content_hash_sees_names_and_bytes(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"one")
-    (folder / "README.md").write_text("card")
-    first = provenance.content_hash(folder, (".safetensors",))
-    (folder / "README.md").write_text("another card")
-    assert provenance.content_hash(folder, (".safetensors",)) == first
-    (folder / "model.safetensors").write_bytes(b"two")
-    os.utime(folder / "model.safetensors", (1, 1))
-    second = provenance.content_hash(folder, (".safetensors",))
-    assert second != first
-    (folder / "model.safetensors").rename(folder / "renamed.safetensors")
-    assert provenance.content_hash(folder, (".safetensors",)) != second
-    with pytest.raises(UserError, match="no folder"):
-        provenance.content_hash(tmp_path / "nowhere", (".json",))
-
-
 def test_the_surroundings_name_versions_and_not_the_machine() -> None:
     import platform
 
-    found = provenance.surroundings()
+    found = environment.surroundings()
     assert found["versions"]["torch"]
     assert set(found["git"]) == {"revision", "dirty"}
     assert found["hardware"]["cores"] >= 1
