@@ -4,14 +4,8 @@ lm-eval's own multimodal wrapper needs a processor that is loaded by name, and i
 without an image. This adapter encodes exactly the context and the image that lm-eval passes to it.
 It offers no log-likelihoods, because ScienceQA's official score comes from the generated text.
 
-<<<<<<< HEAD
 Ranks take whole batches from a shared work queue (`qvlm.runtime.workers`). Batches do not depend on
 the number of ranks, so neither padding nor answers do. lm-eval itself sees a single process.
-=======
-Ranks take whole batches from a shared queue (`qvlm.runtime.workers`). Batches do not depend on the
-number of ranks, so neither padding nor answers do. lm-eval, which would distribute questions
-itself, sees one process.
->>>>>>> h_cell
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -99,27 +93,17 @@ class InMemoryModel(LM):
             start: [requests[row] for row in longest_first[start : start + self.batch_size]]
             for start in range(0, len(requests), self.batch_size)
         }
-<<<<<<< HEAD
-        self.ranks = everywhere(InMemoryModel._on_rank, self, batches, Deal(len(batches)))
+        self.ranks = run_on_all_ranks(
+            InMemoryModel._on_rank, self, batches, WorkQueue(len(batches))
+        )
         by_start = {start: given for rank in self.ranks for start, given in rank.answers.items()}
         in_batches = [answer for start in sorted(by_start) for answer in by_start[start]]
         answers = dict(zip(longest_first, in_batches, strict=True))
         self.cut = [answers[row].cut for row in range(len(requests))]
         return [answers[row].text for row in range(len(requests))]
 
-    def _on_rank(self, batches: Mapping[int, Sequence[Instance]], deal: Deal) -> RankAnswers:
+    def _on_rank(self, batches: Mapping[int, Sequence[Instance]], queue: WorkQueue) -> RankAnswers:
         """Answers the batches that this rank takes. The bar shows the progress of all ranks."""
-=======
-        self.shares = run_on_all_ranks(InMemoryModel._share, self, batches, WorkQueue(len(batches)))
-        given = {start: texts for share in self.shares for start, texts in share.answers.items()}
-        texts = [""] * len(requests)
-        for row, text in zip(longest_first, _in_order(given), strict=True):
-            texts[row] = text
-        return texts
-
-    def _share(self, batches: Mapping[int, Sequence[Instance]], queue: WorkQueue) -> Share:
-        """Answers the batches that are dealt to this process; the bar shows what all are at."""
->>>>>>> h_cell
         starts = list(batches)
         answers = {}
         with (

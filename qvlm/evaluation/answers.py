@@ -62,21 +62,9 @@ class KeptAnswers:
         Raises:
             RunError: if the file cannot be written.
         """
-<<<<<<< HEAD
-        file = self._file(batch)
-        written = file.with_suffix(".new")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            content = {"prompts": _checksum(prompts), "answers": [[a.text, a.cut] for a in answers]}
-            written.write_text(json.dumps(content), encoding="utf-8")
-            written.replace(file)
-        except OSError as error:
-            raise RunError(f"answers cannot be kept in {self.folder}: {error}") from error
-=======
-        content = {"prompts": _checksum(prompts), "answers": list(answers)}
+        content = {"prompts": _checksum(prompts), "answers": [[a.text, a.cut] for a in answers]}
         with explained(f"answers: {self.folder}", RunError):
             write_file(self._file(batch), json.dumps(content))
->>>>>>> h_cell
 
     def _file(self, batch: int) -> Path:
         return self.folder / f"{batch}.json"

@@ -10,7 +10,7 @@ import qvlm
 
 PACKAGE = Path(qvlm.__file__).resolve().parent
 BELOW = {
-    "bits": set(),
+    "bits": {"errors", "validation"},
     "errors": set(),
     "validation": {"errors"},
     "config": {"bits", "errors", "validation"},
