@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 from qvlm.cell import inputs as prepare
 from qvlm.config.schema import CONF, RunConfig, canonical, from_hydra, register
 from qvlm.errors import RunError, UserError
+from qvlm.markdown import table
 from qvlm.models.architectures import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.load import embedded
@@ -49,8 +50,7 @@ from qvlm.packing.model import pack_model, packed_layers, weight_bytes
 from qvlm.packing.plan import blind, plan
 from qvlm.quantization.targets import block_layers, quantizable
 from qvlm.records.record import find_records
-from qvlm.tables.cost import in_fresh_process
-from qvlm.tables.markdown import table
+from qvlm.runtime.processes import in_fresh_process
 
 GIB = 2**30
 TEXT_TOKENS = 344

@@ -13,12 +13,12 @@ import torch
 from qvlm.cell import inputs as prepare
 from qvlm.config.schema import MAP, RunConfig, influences
 from qvlm.errors import UserError
+from qvlm.markdown import table
 from qvlm.models.load import embedded
 from qvlm.planning import sources
 from qvlm.planning.estimates import TOWER_BYTES, Shape, find_shape, memory, seconds
 from qvlm.planning.sources import Source
 from qvlm.records.record import find_record
-from qvlm.tables.markdown import table
 
 GIB = 2**30
 NOTES = """\

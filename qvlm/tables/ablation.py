@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from qvlm.markdown import table
 from qvlm.records.record import Record
 from qvlm.tables.comparison import compare_pairs, drop
-from qvlm.tables.markdown import table
 from qvlm.tables.published import label
 from qvlm.tables.report import (
     NONE,
@@ -25,7 +25,7 @@ from qvlm.tables.report import (
     paired_tests,
     signed,
 )
-from qvlm.tables.selection import FULL_PRECISION, Selection, bits_order, is_ordinary
+from qvlm.tables.selection import FP, Selection, bits_order, is_ordinary
 
 COLUMNS = (
     *("model", "bits", "method", "n", "accuracy", "ci_low", "ci_high", "unparsable"),
@@ -70,7 +70,7 @@ class Ablation:
 
     def wanted(self, record: Record) -> bool:
         """Whether a record is this table's affair."""
-        return record.method in (FULL_PRECISION, *self.methods) and is_ordinary(record)
+        return record.method in (FP, *self.methods) and is_ordinary(record)
 
     def long(self, selection: Selection) -> pd.DataFrame:
         """`COLUMNS`, a row per model, bit width and method; accuracy in percent."""
@@ -78,7 +78,7 @@ class Ablation:
         for record in selection.shown:
             average = record.metrics["classes"]["Avg"]
             paper = next(iter(self.printed.get((record.bits, record.method), [])), None)
-            search = record.run["report"] if record.bits != FULL_PRECISION else {}
+            search = record.run["report"] if record.bits != FP else {}
             rows.append(
                 {
                     **dict(model=record.model, bits=record.bits, method=record.method),
@@ -101,9 +101,9 @@ class Ablation:
         """The page, with `command` as what regenerates it."""
         parts = [self.head]
         for model, widths in selection.by_cell().items():
-            reference = next(iter(widths.get(FULL_PRECISION, [])), None)
+            reference = next(iter(widths.get(FP, [])), None)
             for bits in sorted(widths, key=bits_order):
-                if bits == FULL_PRECISION:
+                if bits == FP:
                     continue
                 records = sorted(widths[bits], key=lambda r: self.methods.index(r.method))
                 parts += [f"## {model}, {bits}", self._rows(records, reference)]

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.metrics import paired_difference
+from qvlm.markdown import bullets, table
 from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.records.record import Record, find_records
 from qvlm.tables.command import write_files
 from qvlm.tables.comparison import paired
-from qvlm.tables.markdown import bullets, table
 from qvlm.tables.published import published
-from qvlm.tables.selection import CDM, ERROR_PROXY, HERO, VEO, is_draw, is_ordinary, select
+from qvlm.tables.selection import CDM, ERROR_PROXY, QVLM, VEO, is_draw, is_ordinary, select
 
 TOKEN = "ZeroQuant-V2, per token"
 
@@ -60,23 +60,23 @@ class Claim:
 
 
 _13B, _7B = "LLaVA-13B, Table", "LLaVA-7B, Table"
-_QLORA, _AWQ = (("table2", "llava_13b", HERO, other) for other in ("QLoRA", "AWQ"))
+_QLORA, _AWQ = (("table2", "llava_13b", QVLM, other) for other in ("QLoRA", "AWQ"))
 _OTHERS = ("table2", "llava_13b", "QLoRA", "AWQ")
 _PARTS = {part: ("table1", "llava_7b", f"QLoRA+{part}", "QLoRA") for part in ("CDM", "VEO")}
 _PROXIES = ("table5", "llava_7b", "entropy", "quantization error")
-_PER_TOKEN = ("table6", "llava_7b", HERO, "ZeroQuant-V2")
+_PER_TOKEN = ("table6", "llava_7b", QVLM, "ZeroQuant-V2")
 CLAIMS = (
-    Claim(f"Q-VLM beats QLoRA ({_13B} 2)", "W6A6", HERO, "QLoRA", _QLORA),
-    Claim(f"Q-VLM beats QLoRA ({_13B} 2)", "W4A4", HERO, "QLoRA", _QLORA),
-    Claim(f"Q-VLM beats AWQ ({_13B} 2)", "W6A6", HERO, "AWQ", _AWQ),
-    Claim(f"Q-VLM beats AWQ ({_13B} 2)", "W4A4", HERO, "AWQ", _AWQ),
+    Claim(f"Q-VLM beats QLoRA ({_13B} 2)", "W6A6", QVLM, "QLoRA", _QLORA),
+    Claim(f"Q-VLM beats QLoRA ({_13B} 2)", "W4A4", QVLM, "QLoRA", _QLORA),
+    Claim(f"Q-VLM beats AWQ ({_13B} 2)", "W6A6", QVLM, "AWQ", _AWQ),
+    Claim(f"Q-VLM beats AWQ ({_13B} 2)", "W4A4", QVLM, "AWQ", _AWQ),
     Claim(f"QLoRA beats AWQ ({_13B} 2)", "W4A4", "QLoRA", "AWQ", _OTHERS),
     Claim(f"CDM helps ({_7B} 1)", "W4A4", CDM, "Layer-wise", _PARTS["CDM"]),
     Claim(f"VEO helps ({_7B} 1)", "W4A4", VEO, "Layer-wise", _PARTS["VEO"]),
     Claim(f"Entropy beats the error as proxy ({_7B} 5)", "W4A4", CDM, ERROR_PROXY, _PROXIES),
-    Claim(f"Q-VLM beats per-token ranges ({_7B} 6)", "W4A4", HERO, TOKEN, _PER_TOKEN),
+    Claim(f"Q-VLM beats per-token ranges ({_7B} 6)", "W4A4", QVLM, TOKEN, _PER_TOKEN),
     Claim("Layer-wise search helps (the control)", "W4A4", "Layer-wise", "RTN"),
-    Claim("Q-VLM helps at all (the control)", "W4A4", HERO, "RTN"),
+    Claim("Q-VLM helps at all (the control)", "W4A4", QVLM, "RTN"),
 )
 
 
@@ -123,7 +123,7 @@ def draws_table(records: Sequence[Record]) -> str:
         by_model[record.model][record.method, seed] = record.metrics["classes"]["Avg"]["accuracy"]
     rows = []
     for model, cells in sorted(by_model.items()):
-        methods = [m for m in ("RTN", "Layer-wise", CDM, HERO) if any(k[0] == m for k in cells)]
+        methods = [m for m in ("RTN", "Layer-wise", CDM, QVLM) if any(k[0] == m for k in cells)]
         for method in methods:
             found = {seed: v for (m, seed), v in sorted(cells.items()) if m == method}
             over = [v - cells["RTN", s] for s, v in found.items() if ("RTN", s) in cells]

@@ -19,7 +19,7 @@ from qvlm.evaluation.metrics import (
     paired_difference,
 )
 from qvlm.records.record import Record
-from qvlm.tables.selection import BASELINE, FULL_PRECISION, HERO
+from qvlm.tables.selection import BASELINE, FP, QVLM
 
 SIGNIFICANCE = 0.05
 
@@ -57,9 +57,9 @@ def compare(records: Sequence[Record]) -> tuple[list[Comparison], list[str]]:
     Returns:
         The comparisons, and a sentence for each that cannot be made.
     """
-    methods = [record.method for record in records if record.method != FULL_PRECISION]
-    if HERO in methods:
-        return compare_pairs(records, [(HERO, other) for other in methods if other != HERO])
+    methods = [record.method for record in records if record.method != FP]
+    if QVLM in methods:
+        return compare_pairs(records, [(QVLM, other) for other in methods if other != QVLM])
     if BASELINE in methods:
         return compare_pairs(records, [(other, BASELINE) for other in methods if other != BASELINE])
     return [], []

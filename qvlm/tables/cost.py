@@ -1,12 +1,7 @@
-"""What the two forms of Table 4 share: their columns, their spreads, a process of one's own."""
+"""What the two forms of Table 4 share: their columns and their spreads."""
 
-import multiprocessing
 import statistics
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from collections.abc import Sequence
 
 COLUMNS = (
     *("model", "bits", "method", "device", "threads", "seconds_per_question", "vision_s"),
@@ -19,10 +14,3 @@ COLUMNS = (
 def spread(ratios: Sequence[float]) -> str:
     """Median, lowest and highest."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-
-
-def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Calls a function in a process that has done nothing else."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()

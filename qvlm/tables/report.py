@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qvlm.evaluation.metrics import CLASSES, PairedDifference
+from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
 from qvlm.tables.comparison import Comparison, compare, drop
-from qvlm.tables.markdown import bullets, table
 from qvlm.tables.published import average_gaps, label, published, rows, table2_values
-from qvlm.tables.selection import FULL_PRECISION, LeftOut, Selection, bits_order
+from qvlm.tables.selection import FP, LeftOut, Selection, bits_order
 
 NONE = "-"
 
@@ -58,20 +58,20 @@ REFUSED = (
 
 def _model(model: str, widths: dict[str, list[Record]]) -> list[str]:
     records = [record for cell in widths.values() for record in cell]
-    reference = next(iter(widths.get(FULL_PRECISION, [])), None)
-    paper = stands_for(records[0])
+    reference = next(iter(widths.get(FP, [])), None)
+    paper = paper_model(records[0])
     role = f", which stands for {label(paper)}" if paper else ""
     parts = [f"## {model}{role}"]
     if reference is None:
         parts.append(
             f"**{model} has no full-precision record**: how far its rows drop is not known."
         )
-    quantized = [bits for bits in sorted(widths, key=bits_order) if bits != FULL_PRECISION]
-    for bits in quantized or [FULL_PRECISION]:
+    quantized = [bits for bits in sorted(widths, key=bits_order) if bits != FP]
+    for bits in quantized or [FP]:
         rows = widths[bits]
         shown = [reference, *rows] if reference is not None and quantized else rows
         parts += [f"### {model}, {bits}", _accuracy(shown, reference)]
-        if bits == FULL_PRECISION:
+        if bits == FP:
             continue
         parts += [f"Cost and proof, {model} at {bits}:", _cost(rows)]
         made, impossible = compare(rows)
@@ -99,14 +99,14 @@ def _accuracy(records: Sequence[Record], reference: Record | None) -> str:
 
 
 def _paper_row(record: Record) -> list[list[str]]:
-    paper = stands_for(record)
+    paper = paper_model(record)
     values = table2_values(paper) if paper else {}
     own = values.get((record.bits, record.method))
     if paper is None or own is None:
         return []
     cells = [f"*{own[name]:.2f}*" if name in own else "" for name in CLASSES]
-    full = values[FULL_PRECISION, FULL_PRECISION]["Avg"]
-    change = "" if record.bits == FULL_PRECISION else f"*{signed(own['Avg'] - full)}*"
+    full = values[FP, FP]["Avg"]
+    change = "" if record.bits == FP else f"*{signed(own['Avg'] - full)}*"
     return [["", f"*paper, {label(paper)}*", *cells, change]]
 
 
@@ -167,7 +167,7 @@ _VARIANT = "{column} is {printed:.2f} in one copy of the paper and {other_copy:.
 
 def _paper(records: Sequence[Record]) -> list[str]:
     """What does not add up in the printed numbers that are shown here."""
-    shown = {(stands_for(r), r.bits, r.method) for r in records}
+    shown = {(paper_model(r), r.bits, r.method) for r in records}
     gaps = rows(average_gaps(published("table2")))
     variants = rows(published("variants").query("table == 2"))
     sentences = [
@@ -195,7 +195,7 @@ def made_by(records: Sequence[Record], command: str) -> str:
     each("Code", _revision)
     each("Seed", lambda r: str(r.run["seed"]))
     each("Questions", lambda r: f"{len(r.predictions)} of {_data(r)}")
-    quantized = [record for record in records if record.bits != FULL_PRECISION]
+    quantized = [record for record in records if record.bits != FP]
     if quantized:
         records = quantized
         each("Calibration", _calibration)
@@ -213,7 +213,7 @@ def made_by(records: Sequence[Record], command: str) -> str:
     return bullets([f"{line}." if not line.endswith("`") else line for line in lines])
 
 
-def stands_for(record: Record) -> str | None:
+def paper_model(record: Record) -> str | None:
     """The paper's model that a record's model stands for, if any."""
     return record.config["model"].get("stands_for")
 

@@ -21,14 +21,14 @@ from typing import Any
 from qvlm.evaluation.metrics import CLASSES
 from qvlm.records.record import Record
 
-FULL_PRECISION = "FP"
-HERO = "Q-VLM"
+FP = "FP"
+QVLM = "Q-VLM"
 BASELINE = "RTN"
 # The paper's order, controls first; any other method comes after these, the hero last.
-_METHODS = (FULL_PRECISION, BASELINE, "AWQ", "QLoRA", "Layer-wise")
+_METHODS = (FP, BASELINE, "AWQ", "QLoRA", "Layer-wise")
 # What the parts of Q-VLM are called, each switched on alone (see `qvlm.methods.qvlm`).
-CDM = f"{HERO}, CDM only"
-VEO = f"{HERO}, VEO only"
+CDM = f"{QVLM}, CDM only"
+VEO = f"{QVLM}, VEO only"
 ERROR_PROXY = f"{CDM}, error proxy"
 
 
@@ -64,7 +64,7 @@ class Selection:
 
 def whole_method(record: Record) -> bool:
     """Whether a record is of a method, and not of a part of Q-VLM, which has tables of its own."""
-    return not record.method.startswith(f"{HERO}, ") and is_ordinary(record)
+    return not record.method.startswith(f"{QVLM}, ") and is_ordinary(record)
 
 
 def is_ordinary(record: Record) -> bool:
@@ -114,7 +114,7 @@ def fault(record: Record, proven: Mapping[str, str]) -> str | None:
         proven: every layer that a record of this model proves, and the name of that record.
     """
     reason = _metrics_fault(record)
-    if reason or record.bits == FULL_PRECISION:
+    if reason or record.bits == FP:
         return reason
     if not record.layers:
         return "its proof of bits is empty"
@@ -169,7 +169,7 @@ def bits_order(bits: str) -> tuple[int, ...]:
 
 def method_order(method: str) -> tuple[int, str]:
     """Sorts methods: controls, the paper's baselines, any other, Q-VLM."""
-    rank = _METHODS.index(method) if method in _METHODS else len(_METHODS) + (method == HERO)
+    rank = _METHODS.index(method) if method in _METHODS else len(_METHODS) + (method == QVLM)
     return rank, method
 
 
@@ -178,7 +178,7 @@ def _one_setting(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]
 
     Full precision knows neither quantizer nor calibration, so quantized records decide first.
     """
-    quantized = [record for record in records if record.bits != FULL_PRECISION]
+    quantized = [record for record in records if record.bits != FP]
     main = _most(quantized or records, _setting)
     kept, aside = [], []
     for record in records:
@@ -199,7 +199,7 @@ def _one_setting(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]
 def _differences(record: Record, main: Record) -> list[str]:
     """In what the setting of a record is not that of `main`, in words."""
     own, wanted = _shared(record), _shared(main)
-    if record.bits == FULL_PRECISION:
+    if record.bits == FP:
         wanted = {key: value for key, value in wanted.items() if key in own}
     return _unlike(own, wanted)
 

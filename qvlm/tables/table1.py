@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from qvlm.tables import command
 from qvlm.tables.ablation import Ablation, Printed
 from qvlm.tables.published import published, rows
-from qvlm.tables.selection import CDM, HERO, VEO
+from qvlm.tables.selection import CDM, QVLM, VEO
 
 HEAD = """\
 # Table 1: what the parts of Q-VLM bring
@@ -24,7 +24,7 @@ process while it quantizes in simulation, which is not the size of the quantized
 Rows that begin with *paper* are what the paper prints, for another, larger model, whose parts are
 added to QLoRA; its memory is that of the packed model."""
 
-OURS = {"QLoRA": "QLoRA", "QLoRA+CDM": CDM, "QLoRA+VEO": VEO, "Q-VLM": HERO}
+OURS = {"QLoRA": "QLoRA", "QLoRA+CDM": CDM, "QLoRA+VEO": VEO, "Q-VLM": QVLM}
 ABLATION = Ablation(
     head=HEAD,
     printed={
@@ -39,10 +39,10 @@ ABLATION = Ablation(
         ]
         for row in rows(published("table1"))
     },
-    methods=("QLoRA", "Layer-wise", CDM, VEO, HERO),
+    methods=("QLoRA", "Layer-wise", CDM, VEO, QVLM),
     pairs=(
-        *((part, "Layer-wise") for part in (CDM, VEO, HERO)),
-        *((HERO, other) for other in ("QLoRA", CDM, VEO)),
+        *((part, "Layer-wise") for part in (CDM, VEO, QVLM)),
+        *((QVLM, other) for other in ("QLoRA", CDM, VEO)),
     ),
 )
 TABLE = command.Table("table1", "Table 1", ABLATION.wanted, ABLATION.long, ABLATION.render)

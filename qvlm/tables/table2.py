@@ -14,7 +14,7 @@ from qvlm.evaluation.metrics import CLASSES
 from qvlm.records.record import Record
 from qvlm.tables import command
 from qvlm.tables.published import label, table2_values
-from qvlm.tables.report import render, stands_for
+from qvlm.tables.report import paper_model, render
 from qvlm.tables.selection import Selection, select, whole_method
 
 COLUMNS = (
@@ -37,7 +37,7 @@ def build(records: Iterable[Record]) -> pd.DataFrame:
 def long(selection: Selection) -> pd.DataFrame:
     rows = []
     for record in selection.shown:
-        paper = stands_for(record)
+        paper = paper_model(record)
         printed = table2_values(paper).get((record.bits, record.method), {}) if paper else {}
         for name in CLASSES:
             row = record.metrics["classes"][name]

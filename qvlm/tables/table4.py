@@ -36,18 +36,19 @@ from transformers import DynamicCache
 from qvlm.cell.inputs import find_device
 from qvlm.data.scienceqa import load_scienceqa
 from qvlm.errors import RunError, UserError
+from qvlm.markdown import bullets, table
 from qvlm.models.load import LoadedModel, load_model
 from qvlm.packing import ORIGIN, kernels_used, read_origin, weight_bytes
 from qvlm.planning.footprint import GIB
 from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.records.record import Record, find_records
+from qvlm.runtime.processes import in_fresh_process
 from qvlm.runtime.stages import MIB, Stages
 from qvlm.tables.command import write_files
-from qvlm.tables.cost import COLUMNS, in_fresh_process, spread
-from qvlm.tables.markdown import bullets, table
+from qvlm.tables.cost import COLUMNS, spread
 from qvlm.tables.published import label, published
-from qvlm.tables.report import stands_for
-from qvlm.tables.selection import FULL_PRECISION, execution, fault, is_draw, select
+from qvlm.tables.report import paper_model
+from qvlm.tables.selection import FP, execution, fault, is_draw, select
 
 TEST_QUESTIONS = 4241  # of ScienceQA's test split, which the paper's hours are for
 NOT_PACKED = ("simulated", "exact")
@@ -85,7 +86,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Seconds:
+class RepeatTimes:
     """What the questions of one repeat took together, and the tokens of their answers."""
 
     vision: float = 0.0
@@ -98,8 +99,8 @@ class Seconds:
         """From the picture to the last token."""
         return self.vision + self.prefill + self.decode
 
-    def __add__(self, other: "Seconds") -> "Seconds":
-        return Seconds(
+    def __add__(self, other: "RepeatTimes") -> "RepeatTimes":
+        return RepeatTimes(
             self.vision + other.vision,
             self.prefill + other.prefill,
             self.decode + other.decode,
@@ -118,7 +119,7 @@ class Alone:
 
 
 @torch.no_grad()
-def ask(loaded: LoadedModel, problem: Mapping[str, Any], longest: int) -> Seconds:
+def ask(loaded: LoadedModel, problem: Mapping[str, Any], longest: int) -> RepeatTimes:
     """Times the greedy answer to one problem, of at most `longest` tokens."""
     model = loaded.model
     batch = loaded.encode([problem])
@@ -143,18 +144,18 @@ def ask(loaded: LoadedModel, problem: Mapping[str, Any], longest: int) -> Second
     while token.item() != loaded.tokenizer.eos_token_id and tokens < longest:
         token = step(input_ids=token).logits.argmax(2)
         tokens += 1
-    return Seconds(seen - begun, read - seen, now() - read, tokens)
+    return RepeatTimes(seen - begun, read - seen, now() - read, tokens)
 
 
 def side_by_side(
     subjects: Sequence[Subject], problems: Sequence[Mapping[str, Any]], repeats: int, longest: int
-) -> list[list[Seconds]]:
+) -> list[list[RepeatTimes]]:
     """For each model, the seconds of each repeat; a repeat before them warms up."""
     models = [subject.load() for subject in subjects]
-    found: list[list[Seconds]] = [[] for _ in subjects]
+    found: list[list[RepeatTimes]] = [[] for _ in subjects]
     for repeat in tqdm(range(repeats + 1), subjects[0].record.model, disable=None):
         for loaded, times in zip(models, found, strict=True):
-            seconds = sum((ask(loaded, problem, longest) for problem in problems), Seconds())
+            seconds = sum((ask(loaded, problem, longest) for problem in problems), RepeatTimes())
             if repeat:
                 times.append(seconds)
     return found
@@ -195,7 +196,7 @@ def find_subjects(results: Path, device: str) -> dict[str, list[Subject]]:
         )
     others = {name: _cells(records, name) for name in NOT_PACKED}
     for model, subjects in found.items():
-        full = others["simulated"].get((model, FULL_PRECISION, FULL_PRECISION))
+        full = others["simulated"].get((model, FP, FP))
         if full is None:
             raise UserError(f"{model} has no record in full precision: run experiment=table4")
         for index, subject in enumerate(subjects):
@@ -261,7 +262,7 @@ def measure(subjects: Sequence[Subject], given: argparse.Namespace) -> list[dict
 
 def _paper(record: Record) -> dict[str, Any]:
     """What the paper prints for the model that this one stands for."""
-    model = stands_for(record)
+    model = paper_model(record)
     if model is None:
         return {}
     printed = published("table4")

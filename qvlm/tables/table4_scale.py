@@ -43,6 +43,7 @@ from transformers import DynamicCache
 from qvlm.cell import inputs as prepare
 from qvlm.config.schema import RunConfig
 from qvlm.errors import RunError, UserError
+from qvlm.markdown import bullets, table
 from qvlm.models.architectures import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.meta import skeleton
@@ -52,10 +53,10 @@ from qvlm.planning import footprint as fit
 from qvlm.planning.footprint import FULL, GIB, VARIANTS, Variant
 from qvlm.quantization.targets import block_layers, decoder_layers, quantizable
 from qvlm.records.environment import revision_in_words, surroundings
+from qvlm.runtime.processes import in_fresh_process
 from qvlm.runtime.stages import MIB, Stages
 from qvlm.tables.command import write_files
-from qvlm.tables.cost import COLUMNS, in_fresh_process, spread
-from qvlm.tables.markdown import bullets, table
+from qvlm.tables.cost import COLUMNS, spread
 from qvlm.tables.published import label, published
 
 MODELS = ("llava_13b", "llava_7b", "moe_llava")
@@ -76,7 +77,7 @@ PACE = 5.0  # seconds of decoding after which no further token is timed
 
 
 @dataclass(frozen=True)
-class Seconds:
+class QuestionTimes:
     """What a question takes.
 
     Attributes:
@@ -94,9 +95,9 @@ class Seconds:
         """All of it."""
         return self.vision + self.prefill + ANSWER * self.token
 
-    def over(self, other: "Seconds") -> "Seconds":
+    def over(self, other: "QuestionTimes") -> "QuestionTimes":
         """How many times faster the other is, part by part."""
-        return Seconds(*(a / b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return QuestionTimes(*(a / b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,14 @@ class Whole:
         complete: all layers ran.
     """
 
-    seconds: Seconds
+    seconds: QuestionTimes
     weights: int
     peak: float
     complete: bool
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchEstimate:
     """What a search takes: each linear's ranges alone, or those of three at a time.
 
     Attributes:
@@ -287,7 +288,7 @@ class Clock:
 
 
 @torch.no_grad()
-def ask(clock: Clock, prompt: int, tokens: int) -> Seconds:
+def ask(clock: Clock, prompt: int, tokens: int) -> QuestionTimes:
     """Times one question: an image and text of `prompt` tokens, `tokens` of the answer."""
     model = clock.model
     text, side = model.config.text_config, model.config.vision_config.image_size
@@ -313,7 +314,7 @@ def ask(clock: Clock, prompt: int, tokens: int) -> Seconds:
         token, seconds = clock(("language_model",), partial(answer, token))
         each.append(seconds)
     # The first one brings weights into another layout.
-    return Seconds(vision, prefill, statistics.median(each[1:]))
+    return QuestionTimes(vision, prefill, statistics.median(each[1:]))
 
 
 def shapes_of(built: LlavaArchitecture) -> dict[str, str]:
@@ -324,7 +325,7 @@ def shapes_of(built: LlavaArchitecture) -> dict[str, str]:
 
 def side_by_side(
     model: str, variants: Sequence[Variant], repeats: int, prompt: int, device: str
-) -> dict[Variant, list[Seconds]]:
+) -> dict[Variant, list[QuestionTimes]]:
     """Seconds of a question to the full model, extrapolated, one per variant in each repeat."""
     built = architecture(model)
     shapes = shapes_of(built)
@@ -339,7 +340,7 @@ def side_by_side(
             placed.set_input_embeddings(first.get_input_embeddings())
             placed.lm_head = first.lm_head
         clocks[variant] = Clock(placed, shapes, whole=False)
-    found: dict[Variant, list[Seconds]] = {variant: [] for variant in variants}
+    found: dict[Variant, list[QuestionTimes]] = {variant: [] for variant in variants}
     for repeat in range(repeats + 1):
         for variant, clock in clocks.items():
             seconds = ask(clock, prompt, SIDE_BY_SIDE)
@@ -396,7 +397,7 @@ def measure(model: str, given: argparse.Namespace, device: str) -> list[dict[str
     before = fit.without_model() if device == "cpu" else 0  # bytes of a process, none on a GPU
     rows: list[dict[str, Any]] = []
     for variant, repeats in sides.items():
-        seconds = Seconds(*map(statistics.median, zip(*map(astuple, repeats), strict=True)))
+        seconds = QuestionTimes(*map(statistics.median, zip(*map(astuple, repeats), strict=True)))
         row: dict[str, Any] = {"model": model, "bits": variant.label, "method": variant.method}
         missing = "time"
         if variant != PEER:
@@ -443,7 +444,7 @@ def measure(model: str, given: argparse.Namespace, device: str) -> list[dict[str
     return rows
 
 
-def search_seconds(model: str, simulated: Sequence[Seconds], prompt: int) -> Search:
+def search_seconds(model: str, simulated: Sequence[QuestionTimes], prompt: int) -> SearchEstimate:
     """What a search of every block's ranges takes, from what simulated layers took here.
 
     Each setting runs a layer on `SEARCH_TOKENS` tokens. Layer-wise search tries each percentile for
@@ -465,7 +466,7 @@ def search_seconds(model: str, simulated: Sequence[Seconds], prompt: int) -> Sea
         joint = runs * GRID**DEPTH + (GRID**rest if rest else 0)
         for index, count in enumerate((GRID * len(linears), joint)):
             settings[part][index] = max(settings[part][index], count)
-    return Search(
+    return SearchEstimate(
         *(sum(once[part] * settings[part][index] for part in once) for index in (0, 1)),
         *(sum(flops[part] * settings[part][index] for part in once) for index in (0, 1)),
     )

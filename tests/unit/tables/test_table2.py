@@ -10,10 +10,10 @@ import pytest
 from scipy.stats import binomtest
 
 from qvlm.errors import RunError, UserError
+from qvlm.markdown import table
 from qvlm.records.record import Record, find_records
 from qvlm.tables import table2
 from qvlm.tables.comparison import compare, paired
-from qvlm.tables.markdown import table
 from qvlm.tables.selection import select
 from qvlm.tables.table2 import COLUMNS, build, main, write
 from tests.helpers.records import LAYERS, STANDS_FOR, cells, make_layers, make_record

@@ -98,7 +98,7 @@ def test_targets_need_llava_13b() -> None:
 
 
 def test_a_search_is_estimated_from_what_layers_took() -> None:
-    once = scale.Seconds(vision=2.0, prefill=3.0, token=0.0)
+    once = scale.QuestionTimes(vision=2.0, prefill=3.0, token=0.0)
     found = scale.search_seconds("llava_13b", [once], prompt=512)
     # 7 linears of a decoder layer: 35 settings, or 2 x 125 + 5; 6 of a vision layer: 30, or 250.
     language, vision = 3.0 * 4096 / 512, 2.0 * 4096 / 256
