@@ -81,10 +81,10 @@ table5: install  ## regenerates Table 5: entropy against quantization error as p
 
 table4: install  ## measures packed models: seconds, memory, accuracy
 	for name in table4 table4_exact; do $(BIN)/python run.py -m experiment=$$name$(WHERE) || exit; done
-	$(BIN)/python -m qvlm.tables.table4
+	$(BIN)/python -m qvlm.tables.table4 --command 'make $@'
 
 table4-scale: install  ## measures time and memory of the true architectures, random weights
-	$(BIN)/python -m qvlm.tables.table4_scale
+	$(BIN)/python -m qvlm.tables.table4_scale --command 'make $@'
 
 fit: install  ## what each model takes at each bit width, and whether it fits BUDGET (GiB)
 	@$(BIN)/python -m qvlm.planning.footprint --budget $(BUDGET)
@@ -94,7 +94,7 @@ preflight: install  ## says what Table 2 would read, need and take; try SCALE=pa
 
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
 	for name in table2 table1 table5 draws; do $(BIN)/python run.py -m experiment=$$name$(WHERE) || exit; done
-	$(BIN)/python -m qvlm.tables.claims
+	$(BIN)/python -m qvlm.tables.claims --command 'make $@'
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

@@ -44,7 +44,7 @@ from qvlm.models.meta import skeleton
 from qvlm.packing import measure_packed_bits, read_origin
 from qvlm.quantization import check_bits
 from qvlm.quantization.targets import block_layers
-from qvlm.tables.cost import in_fresh_process
+from qvlm.runtime.processes import in_fresh_process
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB, KIB = 2**30, 2**10

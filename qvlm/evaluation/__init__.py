@@ -1,7 +1,9 @@
-"""ScienceQA through lm-eval: a task, an adapter for a model in memory, and the statistics.
+"""Evaluation on ScienceQA through lm-eval, and the statistics of its answers.
 
-`evaluate` is the whole of it; the rest is for tables and for comparing two runs question by
-question. Quantization is unknown here: a model that generates is all that is asked for.
+Start with `evaluator.py`: `evaluate` asks every question and scores every answer. `adapter.py` lets
+lm-eval use a model that is already in memory, `task.py` holds the functions that `scienceqa.yaml`
+names, `answers.py` keeps answers on disk so that an interrupted evaluation can continue, and
+`metrics.py` has accuracies, intervals and paired tests. Nothing here knows of quantization.
 """
 
 from qvlm.evaluation.evaluator import Evaluation, evaluate

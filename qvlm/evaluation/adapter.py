@@ -1,13 +1,11 @@
-"""lm-eval's view of a model that is already in memory: batched generation, nothing else.
+"""An lm-eval model that wraps a model in memory and offers batched generation.
 
-lm-eval's own wrappers load a checkpoint by name and fail on a batch without an image; a model that
-was quantized a minute ago has no name. The adapter encodes exactly the context and the image that
-lm-eval hands over. It offers no log-likelihoods, because ScienceQA's official score comes from the
-generated text.
+lm-eval's own multimodal wrapper needs a processor that is loaded by name, and it fails on a batch
+without an image. This adapter encodes exactly the context and the image that lm-eval passes to it.
+It offers no log-likelihoods, because ScienceQA's official score comes from the generated text.
 
-Ranks take whole batches from a shared queue (`qvlm.runtime.workers`). Batches do not depend on the
-number of ranks, so neither padding nor answers do. lm-eval, which would distribute questions
-itself, sees one process.
+Ranks take whole batches from a shared work queue (`qvlm.runtime.workers`). Batches do not depend on
+the number of ranks, so neither padding nor answers do. lm-eval itself sees a single process.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from qvlm.errors import RunError, UserError
-from qvlm.evaluation.answers import KeptAnswers
+from qvlm.evaluation.answers import Answer, KeptAnswers
 from qvlm.models.load import LoadedModel
 from qvlm.runtime.workers import WorkQueue, is_rank_zero, run_on_all_ranks
 
@@ -32,16 +30,16 @@ _IMAGE = datasets.Image(mode="RGB")
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one process contributed.
+class RankAnswers:
+    """The answers that one rank gave.
 
     Attributes:
-        answers: by the number of their batch.
-        resumed: how many of them were kept before.
-        observed: what `observe` said.
+        answers: Answers of each batch, by the position of its first question.
+        resumed: Number of answers that an earlier evaluation had kept.
+        observed: Return value of `observe` on this rank.
     """
 
-    answers: dict[int, list[str]]
+    answers: dict[int, list[Answer]]
     resumed: int
     observed: Any
 
@@ -50,15 +48,16 @@ class InMemoryModel(LM):
     """Wraps a `LoadedModel` for lm-eval.
 
     Args:
-        loaded: the model with its encoding.
-        batch_size: questions per batch.
-        seed: of sampling; each batch has a seed of its own that follows from it.
-        kept: answers of an earlier evaluation, and where to keep these.
-        progress: one bar over the questions; silent anyway when stderr is no terminal.
-        observe: looks at the model of each process when all questions are answered.
+        loaded: Model with its tokenizer and image processor.
+        batch_size: Number of questions per batch.
+        seed: Seed of sampling. Each batch derives its own seed from it.
+        kept: Store of answers: those of an earlier evaluation are reused, new ones are added.
+        progress: Whether to show a bar over the questions. It shows on a terminal only.
+        observe: Function that is called with each rank's model after the last question.
 
     Attributes:
-        shares: of each process, once the questions are answered.
+        ranks: Answers of each rank, once all questions are answered.
+        cut: Whether each answer reached the limit of new tokens, in the order of the requests.
     """
 
     MULTIMODAL = True
@@ -79,28 +78,32 @@ class InMemoryModel(LM):
         self.kept = kept
         self.progress = progress
         self.observe = observe
-        self.shares: list[Share] = []
+        self.ranks: list[RankAnswers] = []
+        self.cut: list[bool] = []
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Generates one text per request, in the order of the requests.
 
-        The batches go from long to short, those with images first: little padding, no vision tower
-        for the rest, and a batch too large for the memory fails at once rather than at the end.
+        Batches are sorted from long to short, with images first. This keeps padding small, skips
+        the vision tower for batches without images, and makes a batch that does not fit in memory
+        fail at the beginning.
         """
         longest_first = sorted(range(len(requests)), key=lambda row: _size(requests[row]))[::-1]
         batches = {
             start: [requests[row] for row in longest_first[start : start + self.batch_size]]
             for start in range(0, len(requests), self.batch_size)
         }
-        self.shares = run_on_all_ranks(InMemoryModel._share, self, batches, WorkQueue(len(batches)))
-        given = {start: texts for share in self.shares for start, texts in share.answers.items()}
-        texts = [""] * len(requests)
-        for row, text in zip(longest_first, _in_order(given), strict=True):
-            texts[row] = text
-        return texts
+        self.ranks = run_on_all_ranks(
+            InMemoryModel._on_rank, self, batches, WorkQueue(len(batches))
+        )
+        by_start = {start: given for rank in self.ranks for start, given in rank.answers.items()}
+        in_batches = [answer for start in sorted(by_start) for answer in by_start[start]]
+        answers = dict(zip(longest_first, in_batches, strict=True))
+        self.cut = [answers[row].cut for row in range(len(requests))]
+        return [answers[row].text for row in range(len(requests))]
 
-    def _share(self, batches: Mapping[int, Sequence[Instance]], queue: WorkQueue) -> Share:
-        """Answers the batches that are dealt to this process; the bar shows what all are at."""
+    def _on_rank(self, batches: Mapping[int, Sequence[Instance]], queue: WorkQueue) -> RankAnswers:
+        """Answers the batches that this rank takes. The bar shows the progress of all ranks."""
         starts = list(batches)
         answers = {}
         with (
@@ -117,10 +120,10 @@ class InMemoryModel(LM):
                 answers[start] = self._answers(start, batches[start])
             bar.update(bar.total - bar.n)
         observed = self.observe(self.loaded.model) if self.observe else None
-        return Share(answers, self.kept.resumed if self.kept else 0, observed)
+        return RankAnswers(answers, self.kept.resumed if self.kept else 0, observed)
 
-    def _answers(self, start: int, requests: Sequence[Instance]) -> list[str]:
-        """The answers of the batch that begins at `start`, from the model unless they are kept."""
+    def _answers(self, start: int, requests: Sequence[Instance]) -> list[Answer]:
+        """Returns the kept answers of the batch that begins at `start`, or asks the model."""
         prompts = [request.args[0] for request in requests]
         found = self.kept.find(start, prompts) if self.kept else None
         if found is not None:
@@ -131,7 +134,7 @@ class InMemoryModel(LM):
         return answers
 
     @torch.inference_mode()
-    def _batch(self, start: int, requests: Sequence[Instance]) -> list[str]:
+    def _batch(self, start: int, requests: Sequence[Instance]) -> list[Answer]:
         settings = requests[0].args[1]  # the task has one set of them
         names = [request.doc["question_id"] for request in requests]
         inputs = self.loaded.encode_prompts(
@@ -145,28 +148,27 @@ class InMemoryModel(LM):
             "pad_token_id": self.loaded.tokenizer.pad_token_id,
             "logits_processor": LogitsProcessorList([_RefuseNonFinite(self.loaded.name, names)]),
         }
-        if settings["do_sample"]:  # from the distribution itself, without a default cut-off
+        if settings["do_sample"]:  # samples from the whole distribution, without top-k or top-p
             torch.manual_seed(self.seed + start)
             options |= {"temperature": settings["temperature"], "top_k": 0, "top_p": 1.0}
-        model: Any = self.loaded.model  # the types of `generate` do not admit a subclass of ours
-        generated = model.generate(**options)
-        return self.loaded.decode(generated[:, inputs["input_ids"].shape[1] :])
+        model: Any = self.loaded.model  # the types of `generate` do not admit our subclass
+        generated = model.generate(**options)[:, inputs["input_ids"].shape[1] :]
+        ended = (generated == self.loaded.tokenizer.eos_token_id).any(1)
+        cut = (~ended).tolist() if generated.shape[1] == settings["max_gen_toks"] else []
+        texts = self.loaded.decode(generated)
+        return [Answer(*pair) for pair in zip(texts, cut or [False] * len(texts), strict=True)]
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:
-        """Not offered: see the module's docstring."""
-        raise NotImplementedError("this adapter generates text; it scores no continuations")
+        """Raises NotImplementedError: ScienceQA is scored on generated text."""
+        raise NotImplementedError("this adapter generates text and does not score continuations")
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> NoReturn:
-        """Not offered: see the module's docstring."""
-        raise NotImplementedError("this adapter generates text; it scores no texts")
-
-
-def _in_order(answers: Mapping[int, Sequence[str]]) -> list[str]:
-    return [text for start in sorted(answers) for text in answers[start]]
+        """Raises NotImplementedError: ScienceQA is scored on generated text."""
+        raise NotImplementedError("this adapter generates text and does not score texts")
 
 
 class _RefuseNonFinite(LogitsProcessor):
-    """Stops generation at a NaN, which the argmax would silently turn into some token."""
+    """Stops generation at a NaN, which argmax would silently turn into an arbitrary token."""
 
     def __init__(self, model: str, questions: Sequence[str]) -> None:
         self.model = model
@@ -174,7 +176,7 @@ class _RefuseNonFinite(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns the logits [batch, vocabulary] unchanged, or raises RunError."""
-        finite = scores.amax(dim=-1).isfinite()  # the largest: NaN spreads, a masked -inf does not
+        finite = scores.amax(dim=-1).isfinite()  # amax propagates NaN and ignores a masked -inf
         if not finite.all():
             question = self.questions[int(finite.logical_not().nonzero()[0])]
             raise RunError(
@@ -190,7 +192,7 @@ def _size(request: Instance) -> tuple[bool, int]:
 
 
 def _decode(request: Instance) -> Image | None:
-    """The image of a request in RGB; `datasets` leaves one that is decoded already as it is."""
+    """Decodes the image of a request to RGB. An image that is decoded already stays as it is."""
     images = request.args[2]["visual"]
     if not images:
         return None
@@ -198,6 +200,6 @@ def _decode(request: Instance) -> Image | None:
         return _IMAGE.decode_example(images[0])
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
         raise UserError(
-            f"data: the image of question {request.doc['question_id']} does not decode; accepted "
-            "are whole files in a format that Pillow reads, such as PNG or JPEG"
+            f"data: the image of question {request.doc['question_id']} does not decode. Give a "
+            "complete file in a format that Pillow reads, such as PNG or JPEG"
         ) from error

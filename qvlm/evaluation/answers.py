@@ -1,50 +1,68 @@
-"""Answers kept on disk while an evaluation runs, so that one that was killed goes on where it was.
+"""Answers on disk while an evaluation runs, so that a killed evaluation continues where it was.
 
-A file per batch, written beside its place and renamed: it is there whole or not at all. A batch is
-kept or asked again as a whole, so that every batch of a resumed evaluation holds the questions that
-it would have held, and the answers are those of an evaluation that nobody disturbed.
+Each batch has a file of its own, which is written under a temporary name and renamed: it is whole
+or absent. A batch is either reused or asked again as a whole. A resumed evaluation therefore pads
+the same questions together and gives the same answers as an undisturbed one.
 
-What may share a folder is the caller's affair: one model, one configuration, one kind of machine.
+The caller decides which evaluations share a folder: one model, one configuration, one kind of
+machine.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qvlm.errors import RunError
 from qvlm.records.files import explained, write_file
 
 
-class KeptAnswers:
-    """The answers in a folder, which is made when there is something to keep.
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer.
 
     Attributes:
-        resumed: how many answers were found rather than given.
+        text: Decoded text without special tokens.
+        cut: Whether generation stopped at the limit of new tokens instead of at an end token.
+    """
+
+    text: str
+    cut: bool = False
+
+
+class KeptAnswers:
+    """The answers in a folder, which is created for the first batch.
+
+    Attributes:
+        resumed: Number of answers that were found on disk.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.resumed = 0
 
-    def find(self, batch: int, prompts: Sequence[str]) -> list[str] | None:
-        """The answers of a batch, by its number; None if it was not kept for these prompts."""
+    def find(self, batch: int, prompts: Sequence[str]) -> list[Answer] | None:
+        """Returns the answers of a batch, or None if none were kept for exactly these prompts."""
         try:
             content = json.loads(self._file(batch).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if content["prompts"] != _checksum(prompts):
+                return None
+            answers = [Answer(str(text), bool(cut)) for text, cut in content["answers"]]
+        except (OSError, ValueError, KeyError, TypeError):  # absent, damaged, or of another version
             return None
-        if content["prompts"] != _checksum(prompts):
+        if len(answers) != len(prompts):
             return None
         self.resumed += len(prompts)
-        return list(content["answers"])
+        return answers
 
-    def keep(self, batch: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+    def keep(self, batch: int, prompts: Sequence[str], answers: Sequence[Answer]) -> None:
         """Writes the answers of a batch.
 
         Raises:
-            RunError: if the disk does not take them.
+            RunError: if the file cannot be written.
         """
-        content = {"prompts": _checksum(prompts), "answers": list(answers)}
+        content = {"prompts": _checksum(prompts), "answers": [[a.text, a.cut] for a in answers]}
         with explained(f"answers: {self.folder}", RunError):
             write_file(self._file(batch), json.dumps(content))
 

@@ -1,13 +1,14 @@
 """Runs a model over ScienceQA problems through lm-eval and keeps every answer.
 
-lm-eval builds the requests, calls the model and scores; `lm_eval.evaluator.evaluate` is called
-rather than `simple_evaluate`, which reseeds the global generators and inspects the machine with
-subprocesses. No cache is used: lm-eval's is keyed by the text alone and would return the answers of
-the model before it was quantized.
+lm-eval builds the requests, calls the model and scores. We call `lm_eval.evaluator.evaluate` and
+not `simple_evaluate`, which reseeds the global generators and starts subprocesses to inspect the
+machine. lm-eval's cache stays off: its keys contain the text only, so it would return the answers
+that the model gave before it was quantized.
 """
 
 import logging
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,20 +32,23 @@ from qvlm.evaluation.metrics import class_metrics
 from qvlm.models.load import LoadedModel
 
 _TASK = "scienceqa"
+# Percentage of cut answers above which a user is warned.
+CUT_WARNING = 1.0
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one model made of one set of questions.
+    """One model's answers to one set of questions.
 
     Attributes:
-        metrics: `classes` (see `class_metrics`) and `unparsable_rule`.
-        predictions: one row per question in the data set's order, with the columns `question_id`,
+        metrics: `classes` (see `class_metrics`), `unparsable_rule`, and `cut`, the share of answers
+            in percent that reached the limit of new tokens.
+        predictions: One row per question in the data set's order, with the columns `question_id`,
             `subject`, `grade`, `skill`, `has_image`, `has_text`, `n_choices`, `answer`,
-            `prediction` (missing if unparsable), `correct`, `text`.
-        resumed: how many of the answers an earlier evaluation had given and kept.
-        shares: how many questions each process answered.
-        observed: what `observe` said of the model in each process.
+            `prediction` (missing if unparsable), `correct`, `text`, `cut`.
+        resumed: Number of answers that an earlier evaluation had kept.
+        shares: Number of questions that each rank answered.
+        observed: Return value of `observe` on each rank.
     """
 
     metrics: dict[str, Any]
@@ -66,25 +70,30 @@ def evaluate(
     answers: Path | None = None,
     observe: Callable[[nn.Module], Any] | None = None,
 ) -> Evaluation:
-    """Asks every question, of all processes that there are, and scores the answers.
+    """Asks every question, on all ranks, and scores the answers.
+
+    Warns if more than 1 % of the answers reach the limit of new tokens.
 
     Args:
-        loaded: the model.
-        dataset: problems in ScienceQA's schema.
-        batch_size: questions per batch; it has no influence on greedy answers beyond rounding.
-        max_new_tokens: where an answer is cut off.
-        unparsable: what an answer without a letter is: "wrong", or a "random" choice as in the
+        loaded: Model with its tokenizer and image processor.
+        dataset: Problems in ScienceQA's schema.
+        batch_size: Number of questions per batch. It changes greedy answers through rounding only.
+        max_new_tokens: Number of tokens after which an answer is cut.
+        unparsable: Rule for an answer without a letter: "wrong", or a "random" choice as in the
             official script.
-        seed: of that choice, and of sampling.
-        progress: shows a bar if stderr is a terminal.
-        temperature: 0 is greedy; above, tokens are sampled from the whole distribution.
-        answers: a folder to keep the answers in as they are given; those that are there already,
-            of the same model and options, are not asked again.
-        observe: a function to look at the model with, in each process, when it has answered.
+        seed: Seed of that choice, and of sampling.
+        progress: Whether to show a bar if stderr is a terminal.
+        temperature: Sampling temperature. 0 means greedy; above 0, tokens are sampled from the
+        whole
+            distribution.
+        answers: Folder that keeps the answers while the evaluation runs. Answers that it already
+            holds, of the same model and options, are reused.
+        observe: Function that is called with each rank's model after the last question.
 
     Raises:
-        UserError: for an option outside its range, no questions, or an image that does not decode.
-        RunError: if logits are not finite or not one answer can be parsed.
+        UserError: If an option is outside its range, there are no questions, or an image does not
+            decode.
+        RunError: If logits are not finite, or not a single answer can be parsed.
     """
     _check(dataset, batch_size, max_new_tokens, unparsable, temperature)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
@@ -108,20 +117,29 @@ def evaluate(
         results = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)
     predictions = pd.DataFrame(results["results"][_TASK]["predictions,none"])
     predictions["prediction"] = predictions["prediction"].astype("Int64")
+    predictions["cut"] = model.cut
+    cut = 100 * sum(model.cut) / len(model.cut)
+    if cut > CUT_WARNING:
+        warnings.warn(
+            f"model {loaded.name}: {cut:.1f} % of its answers reached "
+            f"evaluation.max_new_tokens={max_new_tokens} and were cut; give a larger limit",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if predictions["prediction"].isna().all():
         raise RunError(
-            f"model {loaded.name}: none of its {len(predictions)} answers can be parsed, the first "
-            f"is {predictions['text'].iloc[0][:80]!r}; check that prompt format "
+            f"model {loaded.name}: none of its {len(predictions)} answers can be parsed. The "
+            f"first is {predictions['text'].iloc[0][:80]!r}. Check that prompt format "
             f"{loaded.prompting.format} and conversation {loaded.prompting.conversation} are those "
             f"of the checkpoint, that max_new_tokens={max_new_tokens} leaves room for the answer, "
             "and the scales of quantized layers"
         )
     return Evaluation(
-        {"classes": class_metrics(predictions), "unparsable_rule": unparsable},
+        {"classes": class_metrics(predictions), "unparsable_rule": unparsable, "cut": cut},
         predictions,
-        sum(share.resumed for share in model.shares),
-        [sum(map(len, share.answers.values())) for share in model.shares],
-        [share.observed for share in model.shares],
+        sum(rank.resumed for rank in model.ranks),
+        [sum(map(len, rank.answers.values())) for rank in model.ranks],
+        [rank.observed for rank in model.ranks],
     )
 
 
@@ -134,23 +152,23 @@ def _check(
 ) -> None:
     if unparsable not in UNPARSABLE:
         raise UserError(
-            f"evaluation.unparsable: {unparsable!r} is unknown; "
-            f"accepted are {', '.join(UNPARSABLE)}"
+            f"evaluation.unparsable={unparsable!r} is not a rule. "
+            f"Choose one of: {', '.join(UNPARSABLE)}."
         )
     for option, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
-            raise UserError(f"evaluation.{option}: {value} is not accepted; give at least 1")
+            raise UserError(f"evaluation.{option}={value} is not accepted. Give at least 1.")
     if not 0 <= temperature < float("inf"):
         raise UserError(
-            f"evaluation.temperature: {temperature} is not accepted; give 0 for greedy or more"
+            f"evaluation.temperature={temperature} is not accepted. Give 0 for greedy, or more."
         )
     if len(dataset) == 0:
-        raise UserError("data: there are no questions to evaluate; give a split with at least one")
+        raise UserError("data: there are no questions to evaluate. Give a split with at least one")
 
 
 @contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
-    """Silences lm-eval's notices and its own bar, which shows even where there is no terminal."""
+    """Silences lm-eval's notices and its bar, which would show even without a terminal."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     requests_module: Any = lm_eval.api.task
@@ -166,9 +184,9 @@ def _quiet_lm_eval() -> Iterator[None]:
 
 @contextmanager
 def _preserved(device: torch.device) -> Iterator[None]:
-    """Gives the caller's random states back: sampling seeds torch.
+    """Restores the caller's random states, of torch and of Python.
 
-    Python's is among them: lm-eval draws from it for task names that it never uses.
+    Sampling seeds torch, and lm-eval draws task names from Python's generator.
     """
     state = random.getstate()
     try:

@@ -1,10 +1,11 @@
-"""Accuracy per class with its uncertainty, and whether two methods really differ.
+"""Accuracy per class with its uncertainty, and tests of whether two methods differ.
 
-The gains at stake are one or two points in 4,000 questions, less than the interval of either
-accuracy. But both methods answer the same questions, so they are compared question by question:
-exact McNemar for whether, a paired interval for how much, Holm over the methods of a table.
+The gains at stake are one or two points in 4,000 questions, which is less than the interval of
+either accuracy. Both methods answer the same questions, so they are compared question by question:
+an exact McNemar test says whether they differ, a paired interval says by how much, and Holm's
+adjustment covers the methods of a table.
 
-Only closed forms, in standard-library arithmetic; nothing here knows of models or files.
+All formulas are closed forms in standard-library arithmetic. Nothing here knows of models or files.
 Shares are in percent unless a docstring says otherwise.
 """
 
@@ -29,7 +30,7 @@ def _grades(low: int, high: int) -> Callable[[pd.DataFrame], pd.Series]:
     return lambda frame: frame["grade"].str.removeprefix("grade").astype("int64").between(low, high)
 
 
-# The paper's columns. TXT and IMG overlap; each of the other groups of columns is a partition.
+# The paper's columns. TXT and IMG overlap. Subjects and grades each partition the questions.
 CLASSES: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "NAT": _subject("natural science"),
     "SOC": _subject("social science"),
@@ -44,17 +45,18 @@ CLASSES: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
 
 
 def class_metrics(predictions: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Summarises predictions per class, in the order of `CLASSES`.
+    """Summarizes predictions per class, in the order of `CLASSES`.
 
     Returns:
-        Per class `n`, and in percent `accuracy`, its Wilson 95 % interval `ci_low` and `ci_high`,
-        and `unparsable`, the share of answers that named no choice; None where `n` is 0.
+        For each class the number of questions `n` and, in percent, `accuracy`, its Wilson 95 %
+        interval `ci_low` and `ci_high`, and the share `unparsable` of answers that name no choice.
+        All but `n` are None where `n` is 0.
     """
     return {name: _summary(predictions[of(predictions)]) for name, of in CLASSES.items()}
 
 
 def skill_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The same summary per skill: a row each with `subject` and `skill`, sorted by both."""
+    """Summarizes predictions per skill: one row each, sorted by `subject` and `skill`."""
     rows = [
         {"subject": subject, "skill": skill, **_summary(frame)}
         for (subject, skill), frame in predictions.groupby(["subject", "skill"], sort=True)
@@ -79,31 +81,31 @@ def _summary(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of k successes in n trials, as shares in [0, 1].
+    """Returns the 95 % score interval of k successes in n trials, as shares in [0, 1].
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927:
     `(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`.
 
     Raises:
-        ValueError: unless 0 <= k <= n and n >= 1.
+        ValueError: If not 0 <= k <= n, or n < 1.
     """
     if n < 1 or not 0 <= k <= n:
         raise ValueError(f"an interval needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
     share, z2n = k / n, _Z * _Z / n
-    centre = share + z2n / 2
+    center = share + z2n / 2
     half = sqrt(z2n * (share * (1 - share) + z2n / 4))
-    low, high = (centre - half) / (1 + z2n), (centre + half) / (1 + z2n)
+    low, high = (center - half) / (1 + z2n), (center + half) / (1 + z2n)
     return (0.0 if k == 0 else low, 1.0 if k == n else high)  # rounding would miss the ends
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """How often just one of two methods was right, and how likely that imbalance is by chance.
+    """Result of an exact McNemar test.
 
     Attributes:
-        only_a: questions that only the first answered rightly.
-        only_b: questions that only the second answered rightly.
-        p_value: two-sided, exact.
+        only_a: Number of questions that only the first method answered correctly.
+        only_b: Number of questions that only the second method answered correctly.
+        p_value: Two-sided exact p-value.
     """
 
     only_a: int
@@ -112,17 +114,17 @@ class McNemar:
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
-    """Tests whether two methods are equally often right on the same questions.
+    """Tests whether two methods are correct equally often on the same questions.
 
     Exact binomial test on the questions where they differ (Q. McNemar, 1947): twice the smaller
     tail of Binomial(only_a + only_b, 1/2), at most 1.
 
     Args:
-        correct_a: whether the first method answered each question rightly, [questions].
-        correct_b: the same for the second, in the same order.
+        correct_a: Whether the first method answered each question correctly, [questions].
+        correct_b: Whether the second method did, in the same order, [questions].
 
     Raises:
-        ValueError: if the two are not of one length, or empty.
+        ValueError: If the two differ in length, or are empty.
     """
     only_a, only_b, _ = _discordant(correct_a, correct_b)
     total = only_a + only_b
@@ -132,7 +134,7 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Accuracy of the first method minus that of the second with a 95 % interval, in points."""
+    """Accuracy of the first method minus that of the second, with a 95 % interval, in points."""
 
     difference: float
     low: float
@@ -142,17 +144,22 @@ class PairedDifference:
 def paired_difference(
     correct_a: ArrayLike, correct_b: ArrayLike, comparisons: int = 1
 ) -> PairedDifference:
-    """How many percentage points the first method is ahead of the second.
+    """Returns by how many percentage points the first method is ahead of the second.
 
     The interval is Bonett and Price's adjusted Wald interval ("Adjusted Wald confidence interval
     for a difference of binomial proportions based on paired data", 2012). With
     `a = (only_a + 1) / (n + 2)` and `b = (only_b + 1) / (n + 2)` it is
-    `a - b -+ z sqrt((a + b - (a - b)^2) / (n + 2))`, cut to [-100, 100]. It holds its level where
-    the plain Wald interval fails, at few or no differing questions, and needs no iteration.
+    `a - b -+ z sqrt((a + b - (a - b)^2) / (n + 2))`, cut to [-100, 100]. Unlike the plain Wald
+    interval it keeps its level when few or no questions differ, and it needs no iteration.
     `difference` itself is not adjusted.
 
-    Args and Raises: as `mcnemar`; of several `comparisons`, all intervals together hold their level
-    (Bonferroni).
+    Args:
+        correct_a: Whether the first method answered each question correctly, [questions].
+        correct_b: Whether the second method did, in the same order, [questions].
+        comparisons: Number of intervals that together keep the level of 95 % (Bonferroni).
+
+    Raises:
+        ValueError: If the two differ in length, or are empty.
     """
     only_a, only_b, n = _discordant(correct_a, correct_b)
     a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
@@ -169,26 +176,26 @@ def _discordant(correct_a: ArrayLike, correct_b: ArrayLike) -> tuple[int, int, i
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     if a.shape != b.shape or a.ndim != 1 or a.size == 0:
         raise ValueError(
-            f"two methods are compared on the same questions, at least one: got {a.shape} answers "
-            f"against {b.shape}"
+            "two methods are compared on the same questions, at least one, but there are answers "
+            f"of shape {a.shape} and {b.shape}"
         )
     return int((a & ~b).sum()), int((b & ~a).sum()), a.size
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p-values for being tested together (S. Holm, 1979), in the order given.
+    """Adjusts p-values that are tested together (S. Holm, 1979), in the order given.
 
-    The i-th smallest of m is multiplied by m - i + 1 and made no smaller than those before it;
-    rejecting what is at most alpha keeps the chance of any false rejection below alpha.
+    The i-th smallest of m values is multiplied by m - i + 1 and raised to at least those before it.
+    Rejecting adjusted values of at most alpha bounds the chance of any false rejection by alpha.
 
     Raises:
-        ValueError: if a value is not within [0, 1].
+        ValueError: If a value is not within [0, 1].
     """
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         if not 0 <= p_values[index] <= 1:
-            raise ValueError(f"{p_values[index]} is no p-value")
+            raise ValueError(f"{p_values[index]} is not a p-value")
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted

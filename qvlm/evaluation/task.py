@@ -1,12 +1,12 @@
-"""The functions that `scienceqa.yaml` names: what a question is, and what an answer is worth.
+"""The functions that `scienceqa.yaml` names: they make prompts from problems and score answers.
 
-Everything that a function needs stands in the row it is given: `documents` writes the prompt, the
-prompt format and the fallback choice next to the data set's own columns. So there is no module
-state, and the same task serves any model and any data set with ScienceQA's columns.
+Each function finds all that it needs in the row it is given, because `documents` adds the prompt,
+the prompt format and the fallback choice to the data set's own columns. The module has no state,
+and the same task serves any model and any data set with ScienceQA's columns.
 
-Images stay encoded in the documents: lm-eval lists all of them at once and reads the split twice,
-which for the real test split would be some 2,000 decoded pictures, two times. The adapter decodes
-each when its batch is due.
+Images stay encoded in the documents. lm-eval lists all documents at once and reads the split twice,
+which would keep some 2,000 decoded images of the real test split in memory. The adapter decodes
+an image when its batch runs.
 """
 
 import random
@@ -26,14 +26,14 @@ def documents(
     """Prepares a split for lm-eval.
 
     Args:
-        dataset: rows with at least `COLUMNS`.
-        prompting: of the model to be evaluated.
+        dataset: Rows with at least `COLUMNS`.
+        prompting: Prompt format and conversation of the model.
         unparsable: "wrong", or "random" for the official script's fallback.
-        seed: of that fallback.
+        seed: Seed of that fallback.
 
     Returns:
         `{"test": rows}` with four more columns: `question_id`, `prompt`, `format`, and `guess`,
-        the choice that counts if the answer is unparsable (None: none, so it is wrong).
+        which is the choice that is scored if the answer is unparsable (None scores it as wrong).
     """
     rows = dataset.select_columns(list(COLUMNS)).cast_column("image", datasets.Image(decode=False))
     prefix = f"{dataset.split}-" if dataset.split is not None else ""
@@ -56,32 +56,29 @@ def documents(
 
 
 def guess(question_id: str, n_choices: int, seed: int) -> int:
-    """The random choice for an unparsable answer.
+    """Draws the choice that replaces an unparsable answer.
 
-    It depends on the question and the seed alone, not on which other answers were unparsable, so
-    that two methods that both fail on a question are given the same luck.
+    The draw depends on the question and the seed alone, so two methods that both fail on a question
+    get the same choice.
     """
     return random.Random(f"{seed}/{question_id}").randrange(n_choices)
 
 
 def visual(doc: Mapping[str, Any]) -> list[Any]:
-    """The encoded image of a document as a list, empty if it has none."""
+    """Returns the encoded image of a document in a list, which is empty if it has no image."""
     return [] if doc["image"] is None else [doc["image"]]
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Judges one generated text; the values of lm-eval's metrics for this question.
+    """Scores one generated text and returns its row of predictions as lm-eval's only metric.
 
-    `prediction` is what the text says, None if it says nothing, also where a guess is scored: the
-    share of unparsable answers can be read from the predictions under either rule.
+    `prediction` is the choice that the text names, or None if it names none, also where a random
+    choice is scored. The share of unparsable answers can thus be read under either rule.
     """
     text = results[0]
     prediction = Prompting(format=doc["format"]).parse(text, len(doc["choices"]))
     scored = doc["guess"] if prediction is None else prediction
-    correct = scored == doc["answer"]
     return {
-        "acc": float(correct),
-        "unparsable": float(prediction is None),
         "predictions": {
             "question_id": doc["question_id"],
             "subject": doc["subject"],
@@ -92,12 +89,12 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
             "n_choices": len(doc["choices"]),
             "answer": doc["answer"],
             "prediction": prediction,
-            "correct": correct,
+            "correct": scored == doc["answer"],
             "text": text,
         },
     }
 
 
 def keep(values: list[Any]) -> list[Any]:
-    """The aggregation that aggregates nothing."""
+    """Returns the rows as they are, instead of aggregating them."""
     return values

@@ -36,13 +36,13 @@ from qvlm.cell import inputs as prepare
 from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.schema import RunConfig, canonical
 from qvlm.errors import RunError, UserError
+from qvlm.markdown import table
 from qvlm.models.architectures import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.meta import skeleton
 from qvlm.models.mixture import MixtureOfExperts
 from qvlm.packing.model import packed_layers, weight_bytes
 from qvlm.packing.uncalibrated import put_empty_layers
-from qvlm.tables.markdown import table
 
 GIB = 2**30
 TEXT_TOKENS = 344

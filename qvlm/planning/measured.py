@@ -20,7 +20,7 @@ from qvlm.packing.uncalibrated import quantize_uncalibrated
 from qvlm.planning.footprint import FULL, GIB, Variant
 from qvlm.quantization.targets import block_layers, quantizable
 from qvlm.records.record import find_records
-from qvlm.tables.cost import in_fresh_process
+from qvlm.runtime.processes import in_fresh_process
 
 Key = tuple[str, str, str]  # model, bits as tables print them, format of the weights
 

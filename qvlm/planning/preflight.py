@@ -19,6 +19,7 @@ from qvlm.cell.identity import Cell, code_version, resolve
 from qvlm.cell.method import build_method
 from qvlm.config.schema import MAP, RunConfig, influences
 from qvlm.errors import UserError
+from qvlm.markdown import table
 from qvlm.models.load import embedded
 from qvlm.planning import sources
 from qvlm.planning.estimates import TOWER_BYTES, Shape, find_shape, memory
@@ -26,7 +27,6 @@ from qvlm.planning.footprint import GIB
 from qvlm.planning.sources import Source
 from qvlm.planning.timing import seconds
 from qvlm.records.record import read_run
-from qvlm.tables.markdown import table
 
 NOTES = """\
 Memory is what the device needs without Python and its libraries. Hours are those of the evaluation

@@ -1,6 +1,11 @@
-"""Tables: pure functions of the records, shown beside what the paper prints.
+"""Tables: what the records say, with the paper's numbers in rows of their own.
 
-`table2` is the command. `selection` decides which records a table may show, `comparison` compares
-methods question by question, `report` writes Markdown, `published` holds the paper's numbers.
-Nothing here runs a model, and nothing of the paper is ever counted as ours.
+`table1`, `table2`, `table5` and `claims` are pure functions of records. `table4` and `table4_scale`
+also measure packed models. Each is a command, `python -m qvlm.tables.NAME`. Open `table2` first.
+
+`selection` and `proof` decide which records a table may show, `comparison` tests whether methods
+differ, `report` has the parts that pages share, `command` the options that commands share, `labels`
+the names and the order of methods, and `published` the paper's numbers.
+
+These modules may import everything but `qvlm.sweep`, and nothing imports them.
 """

@@ -1,23 +1,25 @@
-"""Tables 1 and 5 share a shape: what a few variants of one method reach, and what they cost.
+"""What Tables 1 and 5 have in common: variants of one method, their accuracy and their cost.
 
-Per model and bit width a row per variant, the paper's row for it below, and paired tests between
-the variants. The paper's memory is that of a packed model on a GPU; ours, the peak of the process
-while it quantizes in simulation, says what the search needs and nothing of the model's size.
+For each model and bit widths, the page has a row per variant with the paper's row below it, and
+paired tests between the variants. The paper's memory is that of a packed model on a GPU. Ours is
+the peak of the process while it quantizes in simulation: it says what the search needs, and nothing
+about the size of the model.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
+from qvlm.markdown import table
 from qvlm.records.record import Record
+from qvlm.tables.command import Table
 from qvlm.tables.comparison import compare_pairs, drop
-from qvlm.tables.markdown import table
+from qvlm.tables.labels import FP
 from qvlm.tables.published import label
 from qvlm.tables.report import (
     NONE,
-    REFUSED,
+    interval,
     left_out,
     made_by,
     number,
@@ -25,7 +27,7 @@ from qvlm.tables.report import (
     paired_tests,
     signed,
 )
-from qvlm.tables.selection import FULL_PRECISION, Selection, bits_order, is_ordinary
+from qvlm.tables.selection import Selection, is_ordinary
 
 COLUMNS = (
     *("model", "bits", "method", "n", "accuracy", "ci_low", "ci_high", "unparsable"),
@@ -39,10 +41,11 @@ class Printed:
     """A row of the paper.
 
     Attributes:
-        model, method: as the paper calls them.
-        accuracy: in percent.
-        search_hours: on the paper's GPU.
-        memory_gib: of the packed model; None where the table has no such column.
+        model: Name of the model in `paper/models.csv`.
+        method: Name of the method in the paper.
+        accuracy: Accuracy in percent.
+        search_hours: Hours of search on the paper's GPU.
+        memory_gib: GiB of the packed model; None where the table has no such column.
     """
 
     model: str
@@ -57,10 +60,10 @@ class Ablation:
     """What such a table shows.
 
     Attributes:
-        head: the page's title and introduction.
-        printed: (bits, method of ours) -> the paper's rows for it. Its keys name the methods.
-        methods: ours, in the order shown.
-        pairs: those that are tested against each other.
+        head: Title and introduction of the page.
+        printed: The paper's rows, by our (bits, method).
+        methods: Our methods, in the order shown.
+        pairs: Pairs of methods that are tested against each other.
     """
 
     head: str
@@ -68,17 +71,25 @@ class Ablation:
     methods: Sequence[str]
     pairs: Sequence[tuple[str, str]]
 
+    def table(self, name: str, title: str) -> Table:
+        """Returns the table under a name and title."""
+        return Table(name, title, self.wanted, self.long, self.render)
+
     def wanted(self, record: Record) -> bool:
-        """Whether a record is this table's affair."""
-        return record.method in (FULL_PRECISION, *self.methods) and is_ordinary(record)
+        """Whether a record concerns this table."""
+        return record.method in (FP, *self.methods) and is_ordinary(record)
 
     def long(self, selection: Selection) -> pd.DataFrame:
-        """`COLUMNS`, a row per model, bit width and method; accuracy in percent."""
+        """Returns one row per model, bit widths and method.
+
+        Returns:
+            Frame with the columns `COLUMNS`; accuracy is in percent.
+        """
         rows = []
         for record in selection.shown:
             average = record.metrics["classes"]["Avg"]
             paper = next(iter(self.printed.get((record.bits, record.method), [])), None)
-            search = record.run["report"] if record.bits != FULL_PRECISION else {}
+            search = {} if record.bit_widths.is_full_precision else record.run["report"]
             rows.append(
                 {
                     **dict(model=record.model, bits=record.bits, method=record.method),
@@ -97,37 +108,38 @@ class Ablation:
             )
         return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"candidates": "Int64"})
 
-    def render(self, selection: Selection, command: str) -> str:
-        """The page, with `command` as what regenerates it."""
+    def render(self, selection: Selection, made_with: str) -> str:
+        """Returns the page.
+
+        Args:
+            selection: Records to show.
+            made_with: Command that regenerates the page.
+        """
         parts = [self.head]
-        for model, widths in selection.by_cell().items():
-            reference = next(iter(widths.get(FULL_PRECISION, [])), None)
-            for bits in sorted(widths, key=bits_order):
-                if bits == FULL_PRECISION:
+        for model, cells in selection.by_cell().items():
+            reference = next((r for r in selection.shown if (r.model, r.bits) == (model, FP)), None)
+            for bits, shown in cells.items():
+                if bits.is_full_precision:
                     continue
-                records = sorted(widths[bits], key=lambda r: self.methods.index(r.method))
+                records = sorted(shown, key=lambda r: self.methods.index(r.method))
                 parts += [f"## {model}, {bits}", self._rows(records, reference)]
-                made, impossible = compare_pairs(records, self.pairs)
-                parts.append(paired_tests(made, impossible))
-        parts += ["## Refused rows", left_out(selection.refused, REFUSED, "None.")]
-        if selection.set_aside:
-            parts += ["## Records not shown", left_out(selection.set_aside, "", "None.")]
-        return (
-            "\n\n".join([*parts, "## How this was made", made_by(selection.shown, command)]) + "\n"
-        )
+                parts.append(paired_tests(*compare_pairs(records, self.pairs)))
+        parts += left_out(selection)
+        parts += made_by(selection.shown, made_with)
+        return "\n\n".join(parts) + "\n"
 
     def _rows(self, records: Sequence[Record], reference: Record | None) -> str:
+        """Returns the table of variants: per record a row, and the paper's rows for it."""
         header = ["method", "", "accuracy", "95 % interval", "against FP", "95 % interval"]
         header += ["search", "candidates", "memory"]
         rows = []
         for record in records:
             average, report = record.metrics["classes"]["Avg"], record.run["report"]
-            fall = drop(record, reference)
-            peak = _peak(record)
+            fall, peak = drop(record, reference), _peak(record)
             rows.append(
                 [
                     *(f"**{record.method}**", "measured", number(average["accuracy"])),
-                    f"{average['ci_low']:.1f}-{average['ci_high']:.1f}" if average["n"] else NONE,
+                    interval(average),
                     signed(fall.difference) if fall else "",
                     paired_interval(fall) if fall else "",
                     f"{report['search_seconds']:.1f} s",
@@ -144,6 +156,6 @@ class Ablation:
 
 
 def _peak(record: Record) -> float | None:
-    """MiB that the process held at most while it quantized."""
-    stages: dict[str, Any] = record.run["stages"]
+    """Returns the peak memory of the process while it quantized, in MiB."""
+    stages = record.run["stages"]
     return stages["quantize"]["peak_mib"] if "quantize" in stages else None

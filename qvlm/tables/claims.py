@@ -1,10 +1,10 @@
-"""The paper's claims that a miniature can test, and what became of each.
+"""The paper's claims that a miniature can test, and what the records say about each.
 
 `make claims` runs what is missing of Tables 1, 2 and 5 and of `experiment=draws`, and writes
-`claims.md`. Two things can make a difference between methods: the questions, which the paired
-interval of one run covers, and the draw of the calibration problems, which it does not. So where
-methods differ in their search, the difference is shown for several draws as well, on the validation
-split. A verdict is a rule applied to the intervals, not an opinion.
+`claims.md`. A difference between methods can come from the questions or from the draw of the
+calibration problems. The paired interval of one run covers the questions but not the draw. Where
+methods differ in their search, the page therefore also shows the difference for several draws, on
+the validation split. Verdicts follow from the intervals by a fixed rule.
 """
 
 import argparse
@@ -13,28 +13,32 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from qvlm.errors import RunError, UserError
+from qvlm.command import run_command
 from qvlm.evaluation.metrics import paired_difference
+from qvlm.markdown import bullets, table
 from qvlm.records.environment import revision_in_words, surroundings
-from qvlm.records.record import Record, find_records
-from qvlm.tables.command import write_files
+from qvlm.records.record import Record
+from qvlm.tables.command import add_runs, made_with, records_of, table_parser, write_files
 from qvlm.tables.comparison import paired
-from qvlm.tables.markdown import bullets, table
+from qvlm.tables.labels import BASELINE, CDM, ERROR_PROXY, LAYERWISE, QVLM, VEO
 from qvlm.tables.published import published
-from qvlm.tables.selection import CDM, ERROR_PROXY, HERO, VEO, is_draw, is_ordinary, select
+from qvlm.tables.selection import is_draw, is_ordinary, select
 
 TOKEN = "ZeroQuant-V2, per token"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The paper's first method is ahead of the second.
+    """The claim that one method is more accurate than another.
 
     Attributes:
-        printed: where it says so: a table, a model, and what the two are called there; None for a
-            control of ours.
+        text: The claim in words.
+        bits: Label of the bit widths, such as "W4A4".
+        first: Our name of the method that should be ahead.
+        second: Our name of the method that should be behind.
+        printed: Where the paper claims it: table, model, and its names of the two methods. None
+            for a control of ours.
     """
 
     text: str
@@ -45,7 +49,7 @@ class Claim:
 
     @property
     def points(self) -> float | None:
-        """By how much, as the paper prints it."""
+        """Difference in points that the paper prints, or None for a control of ours."""
         if self.printed is None:
             return None
         name, model, *methods = self.printed
@@ -60,28 +64,32 @@ class Claim:
 
 
 _13B, _7B = "LLaVA-13B, Table", "LLaVA-7B, Table"
-_QLORA, _AWQ = (("table2", "llava_13b", HERO, other) for other in ("QLoRA", "AWQ"))
+_QLORA, _AWQ = (("table2", "llava_13b", QVLM, other) for other in ("QLoRA", "AWQ"))
 _OTHERS = ("table2", "llava_13b", "QLoRA", "AWQ")
 _PARTS = {part: ("table1", "llava_7b", f"QLoRA+{part}", "QLoRA") for part in ("CDM", "VEO")}
 _PROXIES = ("table5", "llava_7b", "entropy", "quantization error")
-_PER_TOKEN = ("table6", "llava_7b", HERO, "ZeroQuant-V2")
+_PER_TOKEN = ("table6", "llava_7b", QVLM, "ZeroQuant-V2")
 CLAIMS = (
-    Claim(f"Q-VLM beats QLoRA ({_13B} 2)", "W6A6", HERO, "QLoRA", _QLORA),
-    Claim(f"Q-VLM beats QLoRA ({_13B} 2)", "W4A4", HERO, "QLoRA", _QLORA),
-    Claim(f"Q-VLM beats AWQ ({_13B} 2)", "W6A6", HERO, "AWQ", _AWQ),
-    Claim(f"Q-VLM beats AWQ ({_13B} 2)", "W4A4", HERO, "AWQ", _AWQ),
+    Claim(f"Q-VLM beats QLoRA ({_13B} 2)", "W6A6", QVLM, "QLoRA", _QLORA),
+    Claim(f"Q-VLM beats QLoRA ({_13B} 2)", "W4A4", QVLM, "QLoRA", _QLORA),
+    Claim(f"Q-VLM beats AWQ ({_13B} 2)", "W6A6", QVLM, "AWQ", _AWQ),
+    Claim(f"Q-VLM beats AWQ ({_13B} 2)", "W4A4", QVLM, "AWQ", _AWQ),
     Claim(f"QLoRA beats AWQ ({_13B} 2)", "W4A4", "QLoRA", "AWQ", _OTHERS),
-    Claim(f"CDM helps ({_7B} 1)", "W4A4", CDM, "Layer-wise", _PARTS["CDM"]),
-    Claim(f"VEO helps ({_7B} 1)", "W4A4", VEO, "Layer-wise", _PARTS["VEO"]),
+    Claim(f"CDM helps ({_7B} 1)", "W4A4", CDM, LAYERWISE, _PARTS["CDM"]),
+    Claim(f"VEO helps ({_7B} 1)", "W4A4", VEO, LAYERWISE, _PARTS["VEO"]),
     Claim(f"Entropy beats the error as proxy ({_7B} 5)", "W4A4", CDM, ERROR_PROXY, _PROXIES),
-    Claim(f"Q-VLM beats per-token ranges ({_7B} 6)", "W4A4", HERO, TOKEN, _PER_TOKEN),
-    Claim("Layer-wise search helps (the control)", "W4A4", "Layer-wise", "RTN"),
-    Claim("Q-VLM helps at all (the control)", "W4A4", HERO, "RTN"),
+    Claim(f"Q-VLM beats per-token ranges ({_7B} 6)", "W4A4", QVLM, TOKEN, _PER_TOKEN),
+    Claim("Layer-wise search helps (the control)", "W4A4", LAYERWISE, BASELINE),
+    Claim("Q-VLM helps at all (the control)", "W4A4", QVLM, BASELINE),
 )
 
 
 def claims_table(records: Sequence[Record]) -> str:
-    """A row per claim: the paired difference on each model, with intervals that hold together."""
+    """Returns the table of claims: the paired difference on each model, and the verdict.
+
+    Args:
+        records: Shown records of all models and methods. The intervals of all rows hold together.
+    """
     shown = {(r.model, r.bits, r.method): r for r in records}
     models = sorted({model for model, _, _ in shown})
     rows = []
@@ -103,7 +111,13 @@ def claims_table(records: Sequence[Record]) -> str:
 
 
 def verdict(signs: Sequence[int], models: int) -> str:
-    """In words: 1 is an interval above zero, -1 one below, 0 one that holds zero."""
+    """Returns the verdict on a claim in words.
+
+    Args:
+        signs: Per measured model, 1 for an interval above zero, -1 for one below, 0 for one that
+            contains zero.
+        models: Number of models.
+    """
     if len(signs) < models:
         return "not measured"
     ahead, behind = signs.count(1), signs.count(-1)
@@ -116,54 +130,70 @@ def verdict(signs: Sequence[int], models: int) -> str:
 
 
 def draws_table(records: Sequence[Record]) -> str:
-    """Accuracy over calibration draws, and each method's difference to RTN within a draw."""
+    """Returns the table of accuracies over calibration draws.
+
+    Args:
+        records: One record per model, method and draw. Each method is compared with the baseline
+            within each draw.
+    """
     by_model: defaultdict[str, dict[tuple[str, int], float]] = defaultdict(dict)
     for record in records:
         seed = record.config["calibration"]["seed"]
         by_model[record.model][record.method, seed] = record.metrics["classes"]["Avg"]["accuracy"]
     rows = []
     for model, cells in sorted(by_model.items()):
-        methods = [m for m in ("RTN", "Layer-wise", CDM, HERO) if any(k[0] == m for k in cells)]
+        methods = [m for m in (BASELINE, LAYERWISE, CDM, QVLM) if any(k[0] == m for k in cells)]
         for method in methods:
             found = {seed: v for (m, seed), v in sorted(cells.items()) if m == method}
-            over = [v - cells["RTN", s] for s, v in found.items() if ("RTN", s) in cells]
-            own = method == "RTN"
+            over = [v - cells[BASELINE, s] for s, v in found.items() if (BASELINE, s) in cells]
+            own = method == BASELINE
             rows.append(
                 [
-                    *(model, method, str(len(found)), spread(list(found.values()))),
+                    *(model, method, str(len(found)), mean_and_deviation(list(found.values()))),
                     "" if own else ", ".join(f"{difference:+.1f}" for difference in over),
-                    "" if own else spread(over, "+"),
+                    "" if own else mean_and_deviation(over, "+"),
                 ]
             )
     header = ["model", "method", "draws", "mean +- sd", "over RTN, per draw", "mean +- sd"]
     return table(header, rows, left=2)
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard deviation."""
+def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
+    """Returns mean and standard deviation; of a single value, the value.
+
+    Args:
+        values: One value per draw.
+        sign: "+" to show the sign of positive values.
+    """
     if len(values) < 2:
         return ", ".join(f"{value:{sign}.2f}" for value in values)
     return f"{statistics.mean(values):{sign}.2f} +- {statistics.stdev(values):.2f}"
 
 
 def newest(records: Sequence[Record]) -> list[Record]:
-    """The newest record of each model, method and draw."""
+    """Returns the newest record of each model, method and draw."""
     found: dict[tuple[str, str, int], Record] = {}
     for record in sorted(records, key=lambda r: r.run["finished"]):
         found[record.model, record.method, record.config["calibration"]["seed"]] = record
     return list(found.values())
 
 
-def page(records: Sequence[Record]) -> str:
-    """The Markdown page."""
+def page(records: Sequence[Record], made_with: str) -> str:
+    """Returns the Markdown page.
+
+    Args:
+        records: Records of a folder.
+        made_with: Command that regenerates the page.
+    """
     settled = select(records, is_ordinary).shown
     drawn = newest([record for record in records if is_draw(record)])
     about: Mapping[str, Mapping[str, object]] = surroundings()
     parts = [
         "# Does Q-VLM hold up?",
-        "Differences of accuracy in points, paired on the questions of the test split; the 95 % "
-        "intervals hold together for all rows (Bonferroni). *holds*: the interval is above zero, "
-        "*the opposite*: below. The column *paper* is what the paper prints for a larger model.",
+        "Differences of accuracy are in points, paired on the questions of the test split. The "
+        "95 % intervals hold together for all rows (Bonferroni). A claim *holds* where the "
+        "interval is above zero, and *the opposite* is true where it is below. The column *paper* "
+        "is what the paper prints for a larger model.",
         claims_table(settled),
     ]
     if drawn:
@@ -171,14 +201,15 @@ def page(records: Sequence[Record]) -> str:
         parts += [
             "## Over draws of the calibration problems",
             f"W4A4, validation split, {', '.join(map(str, n))} questions. Each draw is another set "
-            "of calibration problems, the same for every method; sd is over draws.",
+            "of calibration problems, the same for every method. *sd* is the standard deviation "
+            "over draws.",
             draws_table(drawn),
         ]
     parts.append(
         bullets(
             [
-                "Command: `make claims`",
-                f"Questions: {sorted({len(r.predictions) for r in settled})}",
+                f"Command: `{made_with}`",
+                f"Questions: {', '.join(map(str, sorted({len(r.predictions) for r in settled})))}",
                 f"Revision of this page: {revision_in_words(about['git'])}",
             ]
         )
@@ -187,21 +218,17 @@ def page(records: Sequence[Record]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    given = parser.parse_args(arguments)
-    try:
-        records = find_records(given.results / "runs")
-        if not records:
-            raise UserError(f"--results: {given.results} holds no records; run experiment=table2")
-        text = page(records)
-        write_files({given.results / "claims.md": text})
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    print(text, end="")
-    return 0
+    """Runs the command and returns its exit code."""
+    parser = table_parser("claims", "Says which of the paper's claims the records support.")
+    add_runs(parser)
+
+    def work(options: argparse.Namespace) -> None:
+        records = records_of(options.runs, "table2")
+        text = page(records, made_with(parser, options, "runs", "out"))
+        write_files({options.out / "claims.md": text})
+        print(text, end="")
+
+    return run_command(parser, work, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all tables share: two files made from the records of a folder, and the command for it."""
+"""What the commands of all tables have in common: their options, their records, their two files."""
 
 import argparse
 import shlex
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from qvlm.command import run_command
 from qvlm.config.schema import TrackingConfig
-from qvlm.errors import RunError, UserError
+from qvlm.errors import UserError
 from qvlm.records import files
 from qvlm.records.record import Record, find_records
 from qvlm.records.tracking import log_table
@@ -19,14 +20,14 @@ from qvlm.tables.selection import Selection, select
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper.
+    """A table of the paper that is a pure function of records.
 
     Attributes:
-        name: of its files, its module, its experiment and its make target.
-        title: as people call it.
-        wanted: which records are its affair.
-        long: its rows in long form.
-        render: its page, made from a selection and the command that regenerates it.
+        name: Name of its files, its module, its experiment and its make target.
+        title: Name in messages, such as "Table 2".
+        wanted: Whether a record concerns the table.
+        long: Function that returns the rows of its CSV for a selection of records.
+        render: Function that returns its page for a selection and the command that regenerates it.
     """
 
     name: str
@@ -37,58 +38,114 @@ class Table:
 
 
 def run(table: Table, arguments: Sequence[str] | None = None) -> int:
-    """`python -m qvlm.tables.<name>`; returns its exit code."""
-    module = f"qvlm.tables.{table.name}"
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}", description=f"Makes {table.title} from recorded runs."
-    )
-    parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="the records")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="where to write")
-    parser.add_argument("--command", help="what the page names as the way to make it")
+    """Runs `python -m qvlm.tables.<name>` and returns its exit code."""
+    parser = table_parser(table.name, f"Makes {table.title} from recorded runs.")
+    add_runs(parser)
     parser.add_argument(
         "--tracking",
         choices=("off", "offline", "online"),
-        help="Weights & Biases; by default as the newest record was tracked",
+        help="Weights & Biases (default: as the newest record was tracked)",
     )
-    given = parser.parse_args(arguments)
-    default = ["python", "-m", module, "--runs", str(given.runs), "--out", str(given.out)]
-    try:
-        records = find_records(given.runs)
-        if not records:
-            raise UserError(
-                f"--runs: {given.runs} holds no records; give the folder that "
-                f"python run.py -m experiment={table.name} writes"
-            )
-        selection = select(records, table.wanted)
-        csv, page = write(table, selection, given.out, given.command or shlex.join(default))
+
+    def work(options: argparse.Namespace) -> None:
+        selection = select(records_of(options.runs, table.name), table.wanted)
+        csv, page = write(table, selection, options.out, made_with(parser, options, "runs", "out"))
         print(page.read_text(encoding="utf-8"), end="")
         for entry in selection.refused:
             print(f"warning: refused {entry.record.name}: {entry.reason}", file=sys.stderr)
         if selection.shown:
             newest = max(selection.shown, key=lambda record: record.run["finished"]).config
             tracking = TrackingConfig(**newest["tracking"])
-            log_table(
-                csv, page, replace(tracking, mode=given.tracking or tracking.mode), newest["group"]
-            )
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+            mode = options.tracking or tracking.mode
+            log_table(csv, page, replace(tracking, mode=mode), newest["group"])
+
+    return run_command(parser, work, arguments)
 
 
-def write(table: Table, selection: Selection, out: Path, made_by: str) -> tuple[Path, Path]:
-    """Writes `<name>.csv` and `<name>.md`, each whole or not at all; see the tables' `write`."""
+def table_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Returns a parser of the options that the commands of all tables have.
+
+    Args:
+        name: Name of the table's module.
+        description: Sentence that `--help` shows.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m qvlm.tables.{name}", description=description)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        help="folder for the files (default: %(default)s)",
+    )
+    parser.add_argument("--command", help="command that the page names (default: this one)")
+    return parser
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of tables that are made from records."""
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("results/runs"),
+        help="folder of records (default: %(default)s)",
+    )
+
+
+def made_with(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> str:
+    """Returns the command that a page names: `--command`, or this command.
+
+    Args:
+        parser: Parser of the command.
+        options: Options of the command.
+        names: Names of the options that the command repeats where they have a value.
+    """
+    words = parser.prog.split()
+    for name in names:
+        value = getattr(options, name)
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return options.command or shlex.join(words)
+
+
+def records_of(runs: Path, experiment: str) -> list[Record]:
+    """Returns the records of a folder.
+
+    Args:
+        runs: Folder of records.
+        experiment: Experiment whose sweep writes the records that the table needs.
+
+    Raises:
+        UserError: If there are none.
+        RunError: If one of them is damaged.
+    """
+    records = find_records(runs)
+    if not records:
+        raise UserError(
+            f"--runs: {runs} holds no records. Give the folder that "
+            f"`python run.py -m experiment={experiment}` writes."
+        )
+    return records
+
+
+def write(table: Table, selection: Selection, out: Path, made_with: str) -> tuple[Path, Path]:
+    """Writes `<name>.csv` and `<name>.md`, each of them whole or not at all.
+
+    Returns:
+        Paths of the two files.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
     csv = table.long(selection).to_csv(index=False, float_format="%.2f", lineterminator="\n")
     paths = out / f"{table.name}.csv", out / f"{table.name}.md"
-    write_files(dict(zip(paths, (csv, table.render(selection, made_by)), strict=True)))
+    write_files(dict(zip(paths, (csv, table.render(selection, made_with)), strict=True)))
     return paths
 
 
 def write_files(texts: Mapping[Path, str]) -> None:
-    """Writes files of one folder beside their places, then moves them there: all whole or none.
+    """Writes the files of one folder, each of them whole or not at all.
 
     Raises:
-        UserError: if the folder, which is made if need be, cannot be written.
+        UserError: If the folder, which is created if needed, cannot be written.
     """
     folder = next(iter(texts)).parent
     with files.explained(f"--out: {folder}", UserError, "choose a folder that can be written"):

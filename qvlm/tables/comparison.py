@@ -1,8 +1,8 @@
-"""Do two methods really differ? Paired tests on the questions that both answered.
+"""Whether two methods really differ: paired tests on the questions that both answered.
 
-Per model and bit width one family of comparisons: the hero against every other method, or, where
-there is none, every method against the baseline. Full precision is no rival and not in the family;
-how far each method drops below it is stated with its own interval.
+Each pair of model and bit widths has one family of comparisons. Q-VLM is compared with every other
+method or, where there is no Q-VLM, every method with the baseline. Full precision does not belong
+to the family: the difference of each method from it has an interval of its own.
 """
 
 from collections.abc import Sequence
@@ -19,21 +19,22 @@ from qvlm.evaluation.metrics import (
     paired_difference,
 )
 from qvlm.records.record import Record
-from qvlm.tables.selection import BASELINE, FULL_PRECISION, HERO
+from qvlm.tables.labels import BASELINE, FP, QVLM
 
 SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method against another.
+    """One method compared with another.
 
     Attributes:
-        first, second: names of the methods.
-        difference: accuracy of the first minus that of the second, in points; the intervals of a
-            family hold 95 % together.
-        test: the exact test.
-        p_holm: its p-value, corrected for the size of the family.
+        first: Name of the first method.
+        second: Name of the second method.
+        difference: Accuracy of the first minus that of the second, in points. The intervals of a
+            family hold together at 95 %.
+        test: Exact McNemar test.
+        p_holm: Its p-value, adjusted for the size of the family.
     """
 
     first: str
@@ -44,7 +45,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """In words, at a corrected level of 5 %."""
+        """Result in words, at an adjusted level of 5 %."""
         if self.p_holm >= SIGNIFICANCE:
             return "not told apart"
         ahead = self.first if self.test.only_a > self.test.only_b else self.second
@@ -52,14 +53,14 @@ class Comparison:
 
 
 def compare(records: Sequence[Record]) -> tuple[list[Comparison], list[str]]:
-    """Table 2's family of comparisons among the records of one model and bit width.
+    """Makes Table 2's family of comparisons among the records of one model and bit widths.
 
     Returns:
-        The comparisons, and a sentence for each that cannot be made.
+        The comparisons, and a sentence for each comparison that is not possible.
     """
-    methods = [record.method for record in records if record.method != FULL_PRECISION]
-    if HERO in methods:
-        return compare_pairs(records, [(HERO, other) for other in methods if other != HERO])
+    methods = [record.method for record in records if record.method != FP]
+    if QVLM in methods:
+        return compare_pairs(records, [(QVLM, other) for other in methods if other != QVLM])
     if BASELINE in methods:
         return compare_pairs(records, [(other, BASELINE) for other in methods if other != BASELINE])
     return [], []
@@ -68,10 +69,14 @@ def compare(records: Sequence[Record]) -> tuple[list[Comparison], list[str]]:
 def compare_pairs(
     records: Sequence[Record], pairs: Sequence[tuple[str, str]]
 ) -> tuple[list[Comparison], list[str]]:
-    """A family of comparisons of methods by name; pairs that are not both there are left out.
+    """Makes a family of comparisons.
+
+    Args:
+        records: Records of one model and bit widths.
+        pairs: Names of the methods of each comparison. A pair without both records is left out.
 
     Returns:
-        As `compare`.
+        The comparisons, and a sentence for each comparison that is not possible.
     """
     methods = {record.method: record for record in records}
     asked, impossible = {}, []
@@ -84,18 +89,19 @@ def compare_pairs(
         else:
             asked[first, second] = answers
     tests = [mcnemar(*answers) for answers in asked.values()]
-    corrected = holm([test.p_value for test in tests])
+    adjusted = holm([test.p_value for test in tests])
     made = [
         Comparison(*names, paired_difference(*answers, len(asked)), test, p_holm)
-        for (names, answers), test, p_holm in zip(asked.items(), tests, corrected, strict=True)
+        for (names, answers), test, p_holm in zip(asked.items(), tests, adjusted, strict=True)
     ]
     return made, impossible
 
 
 def paired(first: Record, second: Record) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
-    """Which questions each answered rightly, [questions], joined by `question_id`.
+    """Returns which questions each record answered correctly, joined by `question_id`.
 
-    None if the questions or their right answers are not the same.
+    Returns:
+        Two arrays [questions], or None if the questions or their right answers differ.
     """
     a, b = (r.predictions.set_index("question_id").sort_index() for r in (first, second))
     if not (a.index.equals(b.index) and a.index.is_unique and a["answer"].equals(b["answer"])):
@@ -104,6 +110,6 @@ def paired(first: Record, second: Record) -> tuple[NDArray[np.bool_], NDArray[np
 
 
 def drop(record: Record, reference: Record | None) -> PairedDifference | None:
-    """How far a method is below full precision, or None if that is not known."""
+    """Returns a method's accuracy minus that of full precision, or None if that is not known."""
     answers = paired(record, reference) if reference is not None else None
     return None if answers is None else paired_difference(*answers)

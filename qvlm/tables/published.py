@@ -1,7 +1,7 @@
-"""The paper's numbers, as data, and two checks of Table 2 that anyone can repeat.
+"""The paper's numbers as data, and two checks of its Table 2 that anyone can repeat.
 
-They stand in `paper/*.csv` as printed, inconsistencies included; `paper/README.md` says where they
-come from. What a table shows of them is always on a row that names the paper's model.
+The numbers are in `paper/*.csv` as printed, including their inconsistencies. `paper/README.md` says
+where they come from. A table shows them only in rows that name the paper's model.
 """
 
 from pathlib import Path
@@ -9,70 +9,87 @@ from typing import Any
 
 import pandas as pd
 
+from qvlm.data.scienceqa import PUBLISHED_TEST
 from qvlm.errors import UserError
+from qvlm.records.record import Record
 
 FOLDER = Path(__file__).resolve().parent / "paper"
 
-# Questions in ScienceQA's test split; NAT, SOC and LAN are all 4,241 of them.
-CLASS_SIZES = {"NAT": 2252, "SOC": 889, "LAN": 1100, "IMG": 2017}
 SUBJECTS = ("NAT", "SOC", "LAN")
-ROW = ["model", "bits", "method"]
+# Questions in ScienceQA's test split. Every question belongs to one of the three subjects.
+CLASS_SIZES = {name: PUBLISHED_TEST[name] for name in (*SUBJECTS, "IMG")}
+TEST_QUESTIONS = sum(CLASS_SIZES[name] for name in SUBJECTS)
+_ROW = ["model", "bits", "method"]
 
 
 def published(name: str) -> pd.DataFrame:
-    """One file of the folder: "table1" to "table6", "models" or "variants"."""
+    """Returns one file of the folder: "table1" to "table6", "models" or "variants"."""
     return pd.read_csv(FOLDER / f"{name}.csv")
 
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a file as dictionaries."""
+    """Returns the rows of a file as dictionaries."""
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def label(model: str) -> str:
-    """How the paper calls one of its models: "LLaVA-13B".
+    """Returns the paper's name of one of its models, such as "LLaVA-13B".
 
     Raises:
-        UserError: if it has no such model.
+        UserError: If the paper has no such model.
     """
     labels = published("models").set_index("model")["label"]
     if model not in labels.index:
         raise UserError(
-            f"model.stands_for: {model!r} is no model of the paper; accepted are null, "
-            f"{', '.join(labels.index)}"
+            f"model.stands_for={model} is not a model of the paper. "
+            f"Choose one of: null, {', '.join(labels.index)}."
         )
     return str(labels[model])
 
 
+def paper_model(record: Record) -> str | None:
+    """Returns the model of the paper that a record's model stands for, or None."""
+    return record.config["model"].get("stands_for")
+
+
 def table2_values(model: str) -> dict[tuple[str, str], dict[str, float]]:
-    """Table 2 of one of the paper's models: (bits, method) -> class -> accuracy in percent."""
+    """Returns Table 2 of one of the paper's models.
+
+    Returns:
+        Accuracy in percent by class, by (bits, method).
+    """
     own = published("table2").query("model == @model").drop(columns="model")
     return {(row.pop("bits"), row.pop("method")): row for row in rows(own)}
 
 
 def average_gaps(table: pd.DataFrame, tolerance: float = 0.05) -> pd.DataFrame:
-    """Rows whose Avg is not the mean of their subjects, weighted by the number of questions.
+    """Finds rows whose Avg is not the mean of their subjects, weighted by numbers of questions.
 
     Args:
-        table: rows of `published("table2")`.
-        tolerance: the gap that rounding may explain, in points.
+        table: Rows of `published("table2")`.
+        tolerance: Gap that rounding may explain, in points.
 
     Returns:
-        `model`, `bits`, `method`, `printed`, `computed` and `gap` = printed - computed.
+        One row per gap, with the columns `model`, `bits`, `method`, `printed`, `computed`, and
+        `gap`, which is printed - computed.
     """
     questions = pd.Series({name: CLASS_SIZES[name] for name in SUBJECTS})
     computed = (table[list(SUBJECTS)] * questions).sum(axis=1) / questions.sum()
-    gaps = table[ROW].assign(printed=table["Avg"], computed=computed, gap=table["Avg"] - computed)
+    gaps = table[_ROW].assign(printed=table["Avg"], computed=computed, gap=table["Avg"] - computed)
     return gaps[gaps["gap"].abs() > tolerance].reset_index(drop=True)
 
 
 def fractional_questions(table: pd.DataFrame) -> pd.DataFrame:
-    """Class accuracies that no whole number of right answers gives, to two decimals.
+    """Finds accuracies of a class that no whole number of correct answers gives, to two decimals.
+
+    Args:
+        table: Rows of `published("table2")`.
 
     Returns:
-        `model`, `bits`, `method`, `class` and `accuracy`, for the classes of `CLASS_SIZES`.
+        One row per such accuracy, with the columns `model`, `bits`, `method`, `class` and
+        `accuracy`, for the classes of `CLASS_SIZES`.
     """
-    cells = table.melt(ROW, list(CLASS_SIZES), var_name="class", value_name="accuracy")
+    cells = table.melt(_ROW, list(CLASS_SIZES), var_name="class", value_name="accuracy")
     n = cells["class"].map(CLASS_SIZES)
     right = (cells["accuracy"] * n / 100).round()
     whole = (100 * right / n - cells["accuracy"]).abs() < 0.005 + 1e-9

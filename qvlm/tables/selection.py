@@ -1,35 +1,27 @@
-"""Which records a table may show: one setting per model, one record per cell, every one proven.
+"""Which records a table may show: one setting per model, one record per cell, each of them proven.
 
-A folder of runs gathers more than one table: a quick try on five questions, cells from before the
-weights were retrained, a method with other parameters. A row is comparable with its neighbours only
-if everything but bit width and method is the same, so per model the setting with the most cells is
-shown, in its newest form; what is set aside is named with the reason.
+A folder of runs holds more than one table needs: a quick try on five questions, cells from before
+the weights were retrained, a method with other parameters. Rows are comparable only if everything
+but bit widths and method is the same. Per model, the table therefore shows the setting with the
+most cells, in its newest form. It names the records that it sets aside, and the reason.
 
-Then the proof: a record whose layers were seen to take more values than its bits allow is refused,
-whatever it scored. An older record never takes its place: the newest code could not prove it.
+The chosen records are then checked (`qvlm.tables.proof`). A record whose layers take more values
+than its bits allow is refused, whatever its accuracy. An older record of the same cell never takes
+its place, because the newest code could not prove the cell.
 
-Left out: damaged records, which `find_records` does not return but raises.
+Damaged records do not get here: `find_records` raises an error for them.
 """
 
-import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qvlm.evaluation.metrics import CLASSES
+from qvlm.bits import BitWidths
 from qvlm.records.record import Record
-
-FULL_PRECISION = "FP"
-HERO = "Q-VLM"
-BASELINE = "RTN"
-# The paper's order, controls first; any other method comes after these, the hero last.
-_METHODS = (FULL_PRECISION, BASELINE, "AWQ", "QLoRA", "Layer-wise")
-# What the parts of Q-VLM are called, each switched on alone (see `qvlm.methods.qvlm`).
-CDM = f"{HERO}, CDM only"
-VEO = f"{HERO}, VEO only"
-ERROR_PROXY = f"{CDM}, error proxy"
+from qvlm.tables.labels import bits_order, is_part_of_qvlm, method_order
+from qvlm.tables.proof import fault
+from qvlm.validation import shown
 
 
 @dataclass(frozen=True)
@@ -42,33 +34,33 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a folder of runs has to say to a table.
+    """The records of a folder, divided for one table.
 
     Attributes:
-        shown: by model, bit width (widest first) and method.
-        refused: cells of the table whose record proves nothing.
-        set_aside: records of another setting, and older ones.
+        shown: Records that the table shows, sorted by model, bit widths (widest first) and method.
+        refused: Records of the table's cells that fail the checks of `qvlm.tables.proof`.
+        set_aside: Records of another setting, and older records of a shown cell.
     """
 
     shown: list[Record] = field(default_factory=list)
     refused: list[LeftOut] = field(default_factory=list)
     set_aside: list[LeftOut] = field(default_factory=list)
 
-    def by_cell(self) -> dict[str, dict[str, list[Record]]]:
-        """model -> bit width -> records shown, full precision under its own width."""
-        cells: dict[str, dict[str, list[Record]]] = {}
+    def by_cell(self) -> dict[str, dict[BitWidths, list[Record]]]:
+        """Returns the shown records by model and bit widths, in the order of `shown`."""
+        cells: dict[str, dict[BitWidths, list[Record]]] = {}
         for record in self.shown:
-            cells.setdefault(record.model, {}).setdefault(record.bits, []).append(record)
+            cells.setdefault(record.model, {}).setdefault(record.bit_widths, []).append(record)
         return cells
 
 
-def whole_method(record: Record) -> bool:
-    """Whether a record is of a method, and not of a part of Q-VLM, which has tables of its own."""
-    return not record.method.startswith(f"{HERO}, ") and is_ordinary(record)
+def of_whole_method(record: Record) -> bool:
+    """Whether a record is of a whole method and not of a part of Q-VLM."""
+    return not is_part_of_qvlm(record.method) and is_ordinary(record)
 
 
 def is_ordinary(record: Record) -> bool:
-    """Whether a record is of simulation, and not one of many draws: those have their own pages."""
+    """Whether a record is of simulated execution and not of a draw. Those have their own pages."""
     return execution(record) == "simulated" and not is_draw(record)
 
 
@@ -78,16 +70,18 @@ def is_draw(record: Record) -> bool:
 
 
 def execution(record: Record) -> str:
-    """How quantized layers computed: see `RunConfig.execution`."""
+    """How the quantized layers of a record computed (see `RunConfig.execution`)."""
     return str(record.run.get("execution", "simulated"))
 
 
-def select(records: Iterable[Record], wanted: Callable[[Record], bool] = whole_method) -> Selection:
-    """Chooses and proves; the same records in any order give the same selection.
+def select(
+    records: Iterable[Record], wanted: Callable[[Record], bool] = of_whole_method
+) -> Selection:
+    """Chooses the records of a table and checks them. The order of the records has no effect.
 
     Args:
-        records: of a folder of runs.
-        wanted: which of them are a table's affair; the others are not mentioned.
+        records: Records of a folder of runs.
+        wanted: Whether a record concerns the table. The selection does not mention other records.
     """
     models: defaultdict[str, list[Record]] = defaultdict(list)
     for record in sorted(filter(wanted, records), key=lambda record: record.name):
@@ -106,79 +100,17 @@ def select(records: Iterable[Record], wanted: Callable[[Record], bool] = whole_m
     return selection
 
 
-def fault(record: Record, proven: Mapping[str, str]) -> str | None:
-    """Why a record must not be shown, or None.
-
-    Args:
-        record: of any method.
-        proven: every layer that a record of this model proves, and the name of that record.
-    """
-    reason = _metrics_fault(record)
-    if reason or record.bits == FULL_PRECISION:
-        return reason
-    if not record.layers:
-        return "its proof of bits is empty"
-    claim = re.fullmatch(r"W(\d+)A(\d+)", record.bits)
-    if claim is None:
-        return f"{record.bits} is no bit width"
-    faults = []
-    for row in record.layers:
-        for part, width, levels, most in (
-            ("weight", row["w_bits"], row["weight_levels"], int(claim[1])),
-            ("input", row["a_bits"], row["input_levels"], int(claim[2])),
-        ):
-            if width > most:
-                faults.append(f"{row['layer']}: {width} bits per {part} value")
-            elif levels < 1:
-                faults.append(f"{row['layer']}: {part} never seen")
-            elif levels > 2**width:
-                faults.append(
-                    f"{row['layer']}: {levels} {part} values per scale, {2**width} allowed"
-                )
-    absent = sorted(proven.keys() - {row["layer"] for row in record.layers})
-    faults += [f"{layer}: missing from the proof, which {proven[layer]} has" for layer in absent]
-    if not faults:
-        return None
-    return faults[0] + (f" (and {len(faults) - 1} more)" if faults[1:] else "")
-
-
-def _metrics_fault(record: Record) -> str | None:
-    for name in CLASSES:
-        row = record.metrics.get("classes", {}).get(name)
-        if row is None:
-            return f"class {name} is missing from its metrics"
-        for key in ("accuracy", "ci_low", "ci_high", "unparsable") if row["n"] else ():
-            value = row[key]
-            if value is None or not (math.isfinite(value) and 0 <= value <= 100):
-                return f"{key} of class {name} is {value}"
-    overall = record.metrics["classes"]["Avg"]
-    right, n = int(record.predictions["correct"].sum()), len(record.predictions)
-    if overall["n"] != n or (n and abs(overall["accuracy"] - 100 * right / n) > 1e-6):
-        return f"its metrics do not follow from its predictions ({right} of {n} right)"
-    return None
-
-
 def _order(record: Record) -> tuple[Any, ...]:
-    return (*bits_order(record.bits), method_order(record.method))
-
-
-def bits_order(bits: str) -> tuple[int, ...]:
-    """Sorts bit widths as the paper does: full precision, then wide to narrow."""
-    return tuple(-int(width) for width in re.findall(r"\d+", bits)) if bits != "FP" else (-99,)
-
-
-def method_order(method: str) -> tuple[int, str]:
-    """Sorts methods: controls, the paper's baselines, any other, Q-VLM."""
-    rank = _METHODS.index(method) if method in _METHODS else len(_METHODS) + (method == HERO)
-    return rank, method
+    return *bits_order(record.bit_widths), method_order(record.method)
 
 
 def _one_setting(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
-    """The records of one model in the setting with the most cells, and the others.
+    """Returns one model's records in the setting with the most cells, and the other records.
 
-    Full precision knows neither quantizer nor calibration, so quantized records decide first.
+    Records in full precision have no quantizer and no calibration. Quantized records therefore
+    decide, if there are any.
     """
-    quantized = [record for record in records if record.bits != FULL_PRECISION]
+    quantized = [record for record in records if not record.bit_widths.is_full_precision]
     main = _most(quantized or records, _setting)
     kept, aside = [], []
     for record in records:
@@ -197,18 +129,18 @@ def _one_setting(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]
 
 
 def _differences(record: Record, main: Record) -> list[str]:
-    """In what the setting of a record is not that of `main`, in words."""
+    """Says where the setting of a record differs from that of `main`."""
     own, wanted = _shared(record), _shared(main)
-    if record.bits == FULL_PRECISION:
+    if record.bit_widths.is_full_precision:
         wanted = {key: value for key, value in wanted.items() if key in own}
     return _unlike(own, wanted)
 
 
 def _unlike(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Where two configurations differ, in words."""
+    """Says where two configurations differ."""
     a, b = _flat(own), _flat(wanted)
     return [
-        f"{key} is {_word(a.get(key))}, not {_word(b.get(key))}"
+        f"{key} is {shown(a.get(key))}, not {shown(b.get(key))}"
         for key in sorted(a.keys() | b.keys())
         if a.get(key) != b.get(key)
     ]
@@ -217,7 +149,11 @@ def _unlike(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 def _one_per_cell(
     records: Sequence[Record], aside: list[LeftOut]
 ) -> tuple[list[Record], list[LeftOut]]:
-    """The newest record of each bit width and method, in the parameters that most cells have."""
+    """Chooses the newest record of each cell, with the parameters that most cells of a method have.
+
+    Returns:
+        The chosen records, and those set aside: `aside` and the ones not chosen.
+    """
     chosen: list[Record] = []
     for method in sorted({record.method for record in records}):
         own = [record for record in records if record.method == method]
@@ -237,7 +173,7 @@ def _one_per_cell(
 
 
 def _most(records: Sequence[Record], key: Callable[[Record], Hashable]) -> Record:
-    """The newest record whose key is shared by the most cells; the newest of them in a tie."""
+    """Returns the newest record among those whose key is shared by the most cells."""
     cells: defaultdict[Hashable, set[tuple[str, str]]] = defaultdict(set)
     for record in records:
         cells[key(record)].add((record.bits, record.method))
@@ -249,26 +185,30 @@ def _age(record: Record) -> tuple[str, str]:
 
 
 def _shared(record: Record) -> dict[str, Any]:
-    """What rows of one table must have in common."""
+    """Returns the part of the configuration that the rows of one table have in common."""
     influences = record.run["influences"]
     return {key: value for key, value in influences.items() if key not in ("method", "bits")}
 
 
 def _setting(record: Record) -> Hashable:
-    return frozenset((key, repr(value)) for key, value in _flat(_shared(record)).items())
+    return _hashable(_shared(record))
 
 
 def _parameters(record: Record) -> Hashable:
-    return frozenset((key, repr(value)) for key, value in _flat(_own(record)).items())
+    return _hashable(_own(record))
+
+
+def _hashable(nested: Mapping[str, Any]) -> Hashable:
+    return frozenset((key, repr(value)) for key, value in _flat(nested).items())
 
 
 def _own(record: Record) -> dict[str, Any]:
-    """What the method was told."""
+    """Returns the method's node of the configuration."""
     return record.run["influences"]["method"]
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """Turns {"a": {"b": 1}} into {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
@@ -276,7 +216,3 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -1,7 +1,7 @@
 """Table 1: `python -m qvlm.tables.table1` shows what each part of Q-VLM brings.
 
-The paper adds its parts to the QLoRA baseline. Here they are added to the layer-wise search with
-the weights that Q-VLM itself has, so that nothing but the part differs; QLoRA is shown beside it.
+The paper adds the parts to the QLoRA baseline. Here they are added to layer-wise search with the
+same weights as Q-VLM, so that only the part differs. QLoRA has a row of its own.
 """
 
 import sys
@@ -9,22 +9,22 @@ from collections.abc import Sequence
 
 from qvlm.tables import command
 from qvlm.tables.ablation import Ablation, Printed
+from qvlm.tables.labels import CDM, LAYERWISE, QVLM, VEO
 from qvlm.tables.published import published, rows
-from qvlm.tables.selection import CDM, HERO, VEO
 
 HEAD = """\
 # Table 1: what the parts of Q-VLM bring
 
-CDM: cross-layer dependency mining, dependent layers searched jointly. VEO: visual encoder
-optimisation. *Layer-wise* is Q-VLM with neither, the control; *QLoRA* has NormalFloat weights and
-no search. Accuracy in percent on all questions; an answer that names no choice counts as wrong.
-Search is the wall time of choosing ranges, fine-tuning included; memory the peak of the whole
-process while it quantizes in simulation, which is not the size of the quantized model.
+CDM is cross-layer dependency mining: dependent layers are searched jointly. VEO is visual encoder
+optimization. *Layer-wise* is the control, Q-VLM without both. *QLoRA* has NormalFloat weights and
+no search. Accuracy is in percent on all questions, and an answer that names no choice counts as
+wrong. Search is the wall time of choosing ranges, fine-tuning included. Memory is the peak of the
+whole process while it quantizes in simulation, which is not the size of the quantized model.
 
-Rows that begin with *paper* are what the paper prints, for another, larger model, whose parts are
-added to QLoRA; its memory is that of the packed model."""
+Rows that begin with *paper* are what the paper prints for a larger model, where the parts are added
+to QLoRA. There, memory is that of the packed model."""
 
-OURS = {"QLoRA": "QLoRA", "QLoRA+CDM": CDM, "QLoRA+VEO": VEO, "Q-VLM": HERO}
+OURS = {"QLoRA": "QLoRA", "QLoRA+CDM": CDM, "QLoRA+VEO": VEO, "Q-VLM": QVLM}
 ABLATION = Ablation(
     head=HEAD,
     printed={
@@ -39,17 +39,17 @@ ABLATION = Ablation(
         ]
         for row in rows(published("table1"))
     },
-    methods=("QLoRA", "Layer-wise", CDM, VEO, HERO),
+    methods=("QLoRA", LAYERWISE, CDM, VEO, QVLM),
     pairs=(
-        *((part, "Layer-wise") for part in (CDM, VEO, HERO)),
-        *((HERO, other) for other in ("QLoRA", CDM, VEO)),
+        *((part, LAYERWISE) for part in (CDM, VEO, QVLM)),
+        *((QVLM, other) for other in ("QLoRA", CDM, VEO)),
     ),
 )
-TABLE = command.Table("table1", "Table 1", ABLATION.wanted, ABLATION.long, ABLATION.render)
+TABLE = ABLATION.table("table1", "Table 1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     return command.run(TABLE, arguments)
 
 

@@ -5,19 +5,20 @@ from collections.abc import Sequence
 
 from qvlm.tables import command
 from qvlm.tables.ablation import Ablation, Printed
+from qvlm.tables.labels import CDM, ERROR_PROXY
 from qvlm.tables.published import published, rows
-from qvlm.tables.selection import CDM, ERROR_PROXY
 
 HEAD = """\
 # Table 5: entropy or quantization error as the proxy of dependency
 
-Both rows group layers into blocks by a proxy of how much they depend on each other and search each
-block jointly, without visual encoder optimisation: *CDM only* by the conditional entropy of eq. 4,
-*error proxy* by the mean relative quantization error of the two activations. Accuracy in percent on
-all questions; an answer that names no choice counts as wrong. Search is the wall time of mining and
-searching; memory the peak of the whole process while it quantizes in simulation.
+Both rows group layers into blocks by a proxy of how much they depend on each other, and search each
+block jointly, without visual encoder optimization. The proxy of *CDM only* is the conditional
+entropy of eq. 4, that of *error proxy* the mean relative quantization error of the two activations.
+Accuracy is in percent on all questions, and an answer that names no choice counts as wrong. Search
+is the wall time of mining and searching. Memory is the peak of the whole process while it quantizes
+in simulation.
 
-Rows that begin with *paper* are what the paper prints for other, larger models."""
+Rows that begin with *paper* are what the paper prints for larger models."""
 
 OURS = {"entropy": CDM, "quantization error": ERROR_PROXY}
 ABLATION = Ablation(
@@ -36,11 +37,11 @@ ABLATION = Ablation(
     methods=(ERROR_PROXY, CDM),
     pairs=((CDM, ERROR_PROXY),),
 )
-TABLE = command.Table("table5", "Table 5", ABLATION.wanted, ABLATION.long, ABLATION.render)
+TABLE = ABLATION.table("table5", "Table 5")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     return command.run(TABLE, arguments)
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from qvlm.packing.kernels import names
 from qvlm.records.record import Record
-from qvlm.tables import table4
 from qvlm.tables.cost import COLUMNS
+from qvlm.tables.table4 import measure
+from qvlm.tables.table4.__main__ import main
+from qvlm.tables.table4.subjects import Subject
 from tests.helpers.cells import SPLITS, run
 
 pytestmark = [pytest.mark.usefixtures("tracked"), pytest.mark.instruction_set]
@@ -22,7 +24,7 @@ def test_the_table(
 ) -> None:
     results = tmp_path / "results"
     monkeypatch.setattr(
-        table4, "load_scienceqa", lambda source, split, limit, seed: SPLITS[split].select([0, 1])
+        measure, "load_scienceqa", lambda source, split, limit, seed: SPLITS[split].select([0, 1])
     )
     run(cell("method=fp"))
     run(cell("bits=w4a4"))
@@ -33,7 +35,8 @@ def test_the_table(
     stray.mkdir()
     (stray / "qvlm.json").write_text('{"hash": "unknown"}')
 
-    assert table4.main(["--results", str(results), "--repeats", "2", "--questions", "2"]) == 0
+    runs = ["--runs", str(results / "runs"), "--out", str(results)]
+    assert main([*runs, "--repeats", "2", "--questions", "2"]) == 0
     assert "stray: its cell is not recorded" in capsys.readouterr().err
     frame = pd.read_csv(results / "table4.csv")
     assert tuple(frame.columns) == COLUMNS
@@ -58,9 +61,10 @@ def test_the_table(
 def test_without_packed_models_there_is_no_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert table4.main(["--results", str(tmp_path)]) == 2
-    assert "holds no packed models" in capsys.readouterr().err
-    assert table4.main(["--repeats", "0"]) == 2
+    assert main(["--runs", str(tmp_path / "runs")]) == 2
+    assert f"{tmp_path / 'packed'} holds no packed models" in capsys.readouterr().err
+    assert main(["--repeats", "0"]) == 2
+    assert "--repeats=0 is not a whole number" in capsys.readouterr().err
 
 
 def test_questions_that_are_answered_otherwise_are_named(cell: Any, tmp_path: Path) -> None:
@@ -68,7 +72,7 @@ def test_questions_that_are_answered_otherwise_are_named(cell: Any, tmp_path: Pa
     changed = record.predictions.copy()
     changed.loc[3, "prediction"] = (changed["prediction"].fillna(0)[3] + 1) % 5
     other = replace(record, predictions=changed)
-    subject = table4.Subject(record, "", "cpu")
+    subject = Subject(record, "", "cpu")
     assert subject.disagreements() == {}
     expected = [str(changed["question_id"][3])]
     both = {"simulated": other, "exact": record}

@@ -6,6 +6,7 @@ import logging
 import random
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,10 @@ def test_predictions_describe_the_dataset_in_its_order(
         }
     )
     pd.testing.assert_frame_equal(predictions[expected.columns.tolist()], expected)
-    assert predictions.columns.tolist() == [*expected.columns, "prediction", "correct", "text"]
+    assert predictions.columns.tolist() == [
+        *expected.columns,
+        *("prediction", "correct", "text", "cut"),
+    ]
     for row in predictions.itertuples():
         named = LETTERS.find(row.text) if len(row.text) == 1 else -1
         parsable = 0 <= named < row.n_choices
@@ -330,11 +334,11 @@ def test_a_model_without_one_readable_answer_is_an_error(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("unparsable", "skip", r"evaluation\.unparsable: 'skip' .* wrong, random"),
-        ("batch_size", 0, r"evaluation\.batch_size: 0"),
-        ("max_new_tokens", -1, r"evaluation\.max_new_tokens: -1"),
-        ("temperature", -0.5, r"evaluation\.temperature: -0\.5"),
-        ("temperature", float("nan"), r"evaluation\.temperature: nan"),
+        ("unparsable", "skip", r"evaluation\.unparsable='skip' .* wrong, random"),
+        ("batch_size", 0, r"evaluation\.batch_size=0"),
+        ("max_new_tokens", -1, r"evaluation\.max_new_tokens=-1"),
+        ("temperature", -0.5, r"evaluation\.temperature=-0\.5"),
+        ("temperature", float("nan"), r"evaluation\.temperature=nan"),
     ],
 )
 def test_bad_options_are_named(
@@ -342,6 +346,23 @@ def test_bad_options_are_named(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run(loaded, dataset, **{option: value})
+
+
+def test_answers_that_reach_the_limit_are_counted_and_reported(
+    loaded: LoadedModel, dataset: datasets.Dataset
+) -> None:
+    """A larger limit changes the text of cut answers only, and changes that of some."""
+    some = dataset.select(range(24))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        short = evaluate(loaded, some, 8, 2, progress=False)
+        longer = evaluate(loaded, some, 8, 4, progress=False)
+    cut = short.predictions["cut"]
+    changed = short.predictions["text"] != longer.predictions["text"]
+    assert not (changed & ~cut).any()
+    assert (changed & cut).any()
+    assert short.metrics["cut"] == pytest.approx(100 * cut.mean())
+    assert any("evaluation.max_new_tokens=2" in str(warning.message) for warning in caught)
 
 
 def test_no_questions_are_an_error(loaded: LoadedModel, dataset: datasets.Dataset) -> None:

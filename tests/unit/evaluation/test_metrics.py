@@ -269,5 +269,5 @@ def test_holm_by_hand() -> None:
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan")])
 def test_holm_refuses_what_is_no_probability(bad: float) -> None:
-    with pytest.raises(ValueError, match="no p-value"):
+    with pytest.raises(ValueError, match="not a p-value"):
         holm([0.5, bad])

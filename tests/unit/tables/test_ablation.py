@@ -9,8 +9,9 @@ from qvlm.records.record import Record
 from qvlm.tables import table1, table2, table5
 from qvlm.tables.ablation import COLUMNS
 from qvlm.tables.command import Table
+from qvlm.tables.labels import CDM, ERROR_PROXY, VEO
 from qvlm.tables.published import published
-from qvlm.tables.selection import CDM, ERROR_PROXY, VEO, select
+from qvlm.tables.selection import select
 from tests.helpers.records import make_record
 
 ACCURACY = {

@@ -7,7 +7,7 @@ import pytest
 
 from qvlm.records.record import Record
 from qvlm.tables import claims
-from qvlm.tables.selection import CDM
+from qvlm.tables.labels import CDM
 from tests.helpers.records import cells, make_record
 
 ACCURACY = {"RTN": 60.0, "Layer-wise": 60.0, "AWQ": 40.0, "QLoRA": 60.0, "Q-VLM": 80.0}
@@ -65,21 +65,39 @@ def test_draws_are_compared_within_a_draw(tmp_path: Path) -> None:
     text = claims.draws_table(drawn)
     found = [cells(line) for line in text.splitlines()]
     a, b, c, d = (record.metrics["classes"]["Avg"]["accuracy"] for record in drawn)
-    assert found[2][1:] == ["RTN", "2", claims.spread([a, c]), "", ""]
+    assert found[2][1:] == ["RTN", "2", claims.mean_and_deviation([a, c]), "", ""]
     over = [b - a, d - c]
     each = f"{over[0]:+.1f}, {over[1]:+.1f}"
-    assert found[3][1:] == [CDM, "2", claims.spread([b, d]), each, claims.spread(over, "+")]
-    assert "Over draws" in claims.page(drawn)
+    assert found[3][1:] == [
+        CDM,
+        "2",
+        claims.mean_and_deviation([b, d]),
+        each,
+        claims.mean_and_deviation(over, "+"),
+    ]
+    assert "Over draws" in claims.page(drawn, "make claims")
 
 
 def test_a_spread_is_of_draws() -> None:
-    assert claims.spread([55.0, 62.0]) == "58.50 +- 4.95"
-    assert claims.spread([2.0], "+") == "+2.00"
+    assert claims.mean_and_deviation([55.0, 62.0]) == "58.50 +- 4.95"
+    assert claims.mean_and_deviation([2.0], "+") == "+2.00"
 
 
 def test_no_records_are_the_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert claims.main(["--results", str(tmp_path)]) == 2
+    assert claims.main(["--runs", str(tmp_path)]) == 2
     assert "holds no records" in capsys.readouterr().err
+
+
+def test_the_command_writes_the_page_and_names_itself(
+    records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, out = records[0].path.parent, tmp_path / "out"
+    assert claims.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "claims.md").read_text()
+    assert capsys.readouterr().out == text
+    assert f"`python -m qvlm.tables.claims --runs {runs} --out {out}`" in text
+    assert claims.main(["--runs", str(runs), "--out", str(out), "--command", "make claims"]) == 0
+    assert "Command: `make claims`" in (out / "claims.md").read_text()
 
 
 def test_what_the_paper_says_is_read_from_its_tables() -> None:

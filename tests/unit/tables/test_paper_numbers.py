@@ -112,7 +112,7 @@ def test_variants_name_cells_that_are_printed() -> None:
 
 def test_models_have_labels() -> None:
     assert (label("llava_13b"), label("moe_llava")) == ("LLaVA-13B", "MoE-LLaVA-1.6B")
-    with pytest.raises(UserError, match=r"stands_for: 'x' .* llava_13b"):
+    with pytest.raises(UserError, match="stands_for=x is not a model of the paper.*llava_13b"):
         label("x")
 
 

@@ -10,10 +10,10 @@ import pytest
 from scipy.stats import binomtest
 
 from qvlm.errors import RunError, UserError
-from qvlm.records.record import Record, find_records
+from qvlm.markdown import table
+from qvlm.records.record import Record, find_records, write_record
 from qvlm.tables import table2
 from qvlm.tables.comparison import compare, paired
-from qvlm.tables.markdown import table
 from qvlm.tables.selection import select
 from qvlm.tables.table2 import COLUMNS, build, main, write
 from tests.helpers.records import LAYERS, STANDS_FOR, cells, make_layers, make_record
@@ -114,9 +114,20 @@ def test_the_page_shows_values_intervals_and_counts(runs: Path) -> None:
     assert low < float(rows[at][11]) < high
     (cost,) = (row for row in rows if row[0] == "RTN")
     assert cost[1:] == [
-        *(f"{classes['Avg']['unparsable']:.2f}", "2.0", "7", "1.5", "700", "5", "16 / 15"),
-        *("0", "0"),
+        *(f"{classes['Avg']['unparsable']:.2f}", "not recorded", "2.0", "7", "1.5", "700", "5"),
+        *("16 / 15", "0", "0"),
     ]
+
+
+def test_the_share_of_cut_answers_is_shown(runs: Path) -> None:
+    record = make_record(runs)
+    metrics = {**record.metrics, "cut": 12.345}
+    write_record(record.path, record.config, record.run, metrics, record.predictions, record.layers)
+    lines = section(page(runs), "### mini_llava, W4A4").splitlines()
+    rows = [cells(line) for line in lines if line.startswith("|")]
+    (header,) = (row for row in rows if "unparsable, %" in row)
+    (cost,) = (row for row in rows if row[0] == "RTN")
+    assert dict(zip(header, cost, strict=True))["cut, %"] == "12.35"
 
 
 def test_a_class_without_questions_is_no_fault(runs: Path) -> None:

@@ -1,6 +1,7 @@
 """Table 4 at full scale, in toy size: what is placed, how it is timed, what is written."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -10,7 +11,14 @@ from qvlm.models.architectures import architecture
 from qvlm.packing import packed_layers, weight_bytes
 from qvlm.planning import footprint
 from qvlm.planning.footprint import FULL, VARIANTS, Variant
-from qvlm.tables import table4_scale as scale
+from qvlm.tables.cost import COLUMNS
+from qvlm.tables.table4_scale import measure
+from qvlm.tables.table4_scale.__main__ import main
+from qvlm.tables.table4_scale.clock import Clock, QuestionTimes, ask
+from qvlm.tables.table4_scale.measure import Row
+from qvlm.tables.table4_scale.models import OURS, PEER, changer, place, shapes_of, shortened
+from qvlm.tables.table4_scale.page import targets
+from qvlm.tables.table4_scale.search import estimate_search
 
 pytestmark = pytest.mark.instruction_set
 
@@ -19,23 +27,24 @@ pytestmark = pytest.mark.instruction_set
 @pytest.mark.parametrize("model", ["mini_llava", "mini_moe_llava"])
 def test_a_placed_model_weighs_what_is_predicted(model: str, variant: Variant) -> None:
     built = architecture(model)
-    placed = scale.place(built, scale.changer(model, variant), "cpu")
+    placed = place(built, changer(model, variant), "cpu")
     config = footprint.configuration(model, variant.bits)
     config.model.dtype = "bfloat16"
     assert weight_bytes(placed) == pytest.approx(
         footprint.predict(built, config, variant, 8).weights, rel=0.05
     )
     assert bool(packed_layers(placed)) == (variant != FULL)
-    seconds = scale.ask(scale.Clock(placed, scale.shapes_of(built), whole=True), 44, 2)
-    assert seconds.question > seconds.prefill > 0
+    times = ask(Clock(placed, shapes_of(built), whole=True), 44, 2)
+    assert times.question > times.prefill > 0
 
 
 def test_layers_that_did_not_run_count() -> None:
     built = architecture("mini_moe_llava")
-    shapes = scale.shapes_of(built)
-    small = scale.shortened(built, 2, 2)
-    placed = scale.place(small, scale.changer("mini_moe_llava", FULL), "cpu")
-    clock = scale.Clock(placed, shapes, whole=False)
+    shapes = shapes_of(built)
+    small = shortened(built, 2, 2)
+    placed = place(small, changer("mini_moe_llava", FULL), "cpu")
+    now = [0.0]
+    clock = Clock(placed, shapes, whole=False, timer=lambda: now[0])
     present = dict(placed.named_modules())
     names = [name for name in shapes if name in present and "language_model" in name]
     assert len(names) == 2
@@ -50,58 +59,64 @@ def test_layers_that_did_not_run_count() -> None:
             for hook in part._forward_hooks.values():
                 hook(part, (), None)
 
-    now = [0.0]
-    clock._now = lambda: now[0]
     layers = [shape for name, shape in shapes.items() if "language_model" in name]
-    assert clock(("language_model",), call)[1] == sum(3 if "experts" in s else 1 for s in layers)
+    seconds = clock("language_model", call)[1]
+    assert seconds == sum(3 if "experts" in shape else 1 for shape in layers)
+    assert not any(present[name]._forward_hooks for name in names)
 
 
 def test_the_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--models", "mini_llava", "--repeats", "1", "--layers", "2", "--prompt", "50"]
-    monkeypatch.setattr(scale, "in_fresh_process", lambda function, *given: function(*given))
-    assert scale.main([*arguments, "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(measure, "in_fresh_process", lambda function, *given: function(*given))
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
     frame = pd.read_csv(tmp_path / "table4_scale.csv")
-    assert list(frame.columns) == list(scale.COLUMNS)
+    assert tuple(frame.columns) == COLUMNS
     assert frame["accuracy"].isna().all()
     assert (frame["extrapolated"] == "time").all()  # two layers of six
     assert (frame["speed_ratio"].iloc[0], frame["memory_ratio"].iloc[0]) == (1, 1)
-    own = frame[frame["method"] != scale.PEER.method]
-    assert len(own) == len(scale.OURS)
+    own = frame[frame["method"] != PEER.method]
+    assert len(own) == len(OURS)
     assert (own["peak_memory_gib"] > own["weight_gib"]).all()
     page = capsys.readouterr().out
     assert page == (tmp_path / "table4_scale.md").read_text()
     assert "on a GPU: not measured" in page
+    assert "qvlm.tables.table4_scale --models mini_llava --repeats 1 --layers 2" in page
 
 
 def test_bad_options_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert scale.main(["--repeats", "0"]) == 2
-    assert scale.main(["--device", "cuda:9"]) == 2
-    assert scale.main(["--models", "mini_llava", "--prompt", "36"]) == 2
+    assert main(["--repeats", "0"]) == 2
+    assert main(["--memory", "0"]) == 2
+    assert main(["--device", "cuda:9"]) == 2
+    assert main(["--models", "mini_llava", "--prompt", "36"]) == 2
     assert "36 image tokens" in capsys.readouterr().err
 
 
+def row(bits: str, method: str, **columns: Any) -> Row:
+    own = {"model": "llava_13b", "bits": bits, "method": method}
+    own |= {"weight_gib": 1.0, "memory_ratio": 4.0, **columns}
+    return Row(own, 1.0, prefill_ratios=[1.0, 1.1], decoding_ratios=[4.0, 5.0])
+
+
 def test_targets_need_llava_13b() -> None:
-    assert scale.targets([{"model": "mini_llava"}]) == []
-    row = {"model": "llava_13b", "weight_gib": 1.0, "memory_ratio": 4.0}
-    row |= {"decoding ratios": [4.0, 5.0], "prefill ratios": [1.0, 1.1]}
+    assert targets([row("W4A4", "uniform", model="mini_llava")]) == []
     rows = [
-        {**row, "bits": bits, "method": method}
+        row(bits, method)
         for bits in ("W8A8", "W4A4")
         for method in ("uniform", "uniform, per channel")
     ]
-    rows += [{**row, "bits": "FP", "method": "FP"}]
-    rows[-2] |= {"prefill ratios": [1.4, 1.5]}
-    met = {(target, method): verdict for target, method, _, _, verdict in scale.targets(rows)}
+    rows[-1].prefill_ratios[:] = [1.4, 1.5]
+    rows += [row("FP", "FP")]
+    met = {(target, method): verdict for target, method, _, _, verdict in targets(rows)}
     assert met["decoding faster, W4A4", "uniform"] == "yes"
     assert met["prefill faster, W4A4", "uniform"] == "no"
     assert met["prefill faster, W4A4", "uniform, per channel"] == "yes"
 
 
 def test_a_search_is_estimated_from_what_layers_took() -> None:
-    once = scale.Seconds(vision=2.0, prefill=3.0, token=0.0)
-    found = scale.search_seconds("llava_13b", [once], prompt=512)
+    once = QuestionTimes(vision=2.0, prefill=3.0, token=0.0)
+    found = estimate_search("llava_13b", [once], prompt=512)
     # 7 linears of a decoder layer: 35 settings, or 2 x 125 + 5; 6 of a vision layer: 30, or 250.
     language, vision = 3.0 * 4096 / 512, 2.0 * 4096 / 256
     assert found.alone == pytest.approx(35 * language + 30 * vision)

@@ -1,15 +1,15 @@
-"""Markdown tables that read well raw too: columns padded to their widest cell."""
+"""Markdown tables whose columns line up in the source text, and lists."""
 
 from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Writes a table.
+    """Returns a Markdown table. Each column is padded to its widest cell, and pipes are escaped.
 
     Args:
-        header: one cell per column.
-        rows: as many cells each.
-        left: so many columns are aligned left, the others right.
+        header: Title of each column.
+        rows: Cells of each row, one per column.
+        left: Number of columns that are aligned to the left. The others are aligned to the right.
     """
     header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
     widths = [max(3, *(len(cell) for cell in cells)) for cells in zip(header, *rows, strict=True)]
@@ -29,5 +29,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def bullets(sentences: Sequence[str]) -> str:
-    """Writes a list."""
+    """Returns a list with one item per sentence."""
     return "\n".join(f"- {sentence}" for sentence in sentences)
