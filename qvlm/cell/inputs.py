@@ -30,8 +30,9 @@ from qvlm.data.scienceqa import load_scienceqa, require_published
 from qvlm.errors import UserError
 from qvlm.methods.base import Method
 from qvlm.models.checkpoints.hub import local_folder
-from qvlm.models.load import LoadedModel, embedded, load_model
-from qvlm.models.placement import room, spread
+from qvlm.models.load import embedded, load_model
+from qvlm.models.loaded import LoadedModel
+from qvlm.models.placement import distribute, memory_limits
 from qvlm.packing import read_origin
 from qvlm.quantization import QuantizationConfig, QuantSpec
 from qvlm.records import provenance
@@ -65,7 +66,7 @@ def check_options(config: RunConfig) -> None:
     prompting(config)
     find_device(config.device)
     if config.device == MAP:
-        room(config.max_memory)
+        memory_limits(config.max_memory)
     if not config.full_precision:
         quantization_config(config)
     require_writable(config.runs_dir)
@@ -333,7 +334,7 @@ def keep_few_primitives() -> None:
 
 
 def load(config: RunConfig, device: str) -> LoadedModel:
-    """The model in floating point, or as it was packed; of a streamed cell, hollow.
+    """Loads the model in floating point or packed; a streamed cell leaves out decoder layers.
 
     Raises:
         UserError: if a file of the checkpoint is missing, truncated or does not fit.
@@ -349,11 +350,11 @@ def load(config: RunConfig, device: str) -> LoadedModel:
         image_size=model.image_size,
         image_fit=model.image_fit,
         expert_capacity=model.expert_capacity,
-        hollow=config.stream,
+        meta_layers=config.stream,
     )
     if device == MAP:
         simulated = not config.full_precision and model.packed is None
-        spread(loaded.model, room(config.max_memory), to_be_quantized=simulated)
+        distribute(loaded.model, memory_limits(config.max_memory), to_be_quantized=simulated)
     return loaded
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from qvlm.cell import inputs as prepare
 from qvlm.config.schema import RunConfig
 from qvlm.methods.base import Method, MethodReport
-from qvlm.models.load import LoadedModel, save_encoding
-from qvlm.models.meta import fill
+from qvlm.models.loaded import LoadedModel
+from qvlm.models.meta import materialize
+from qvlm.models.packed import save_encoding
 from qvlm.packing import PackedStream, read_origin
 from qvlm.quantization import Block, QuantizationConfig, batch_by_length, expected_layers
 from qvlm.quantization.block import advance
@@ -32,10 +33,10 @@ from qvlm.runtime.stages import ShownWalk, Stages
 
 
 class StreamedWalk(ShownWalk):
-    """A walk over a hollow model that begins where its stream ends, and adds every block to it.
+    """A walk that begins where its stream ends, and adds every block to it.
 
     Args:
-        loaded: hollow.
+        loaded: Model whose decoder layers are on the meta device.
         batches, quantization: see `Walk`.
         stream: of the same model.
     """
@@ -67,7 +68,7 @@ class StreamedWalk(ShownWalk):
                 inputs = self._catch(name)
             if kind == "language":
                 self.model.to("meta")  # nothing but the inputs is needed any more
-                fill(module, name, self.tensors, self.device)
+                materialize(module, name, self.tensors, self.device)
                 self.tensors.close()
             block = Block({name: module}, kind, inputs, None, self.quantization, self.uncalibrated)
             yield block

@@ -25,7 +25,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.answers import KeptAnswers
-from qvlm.models.load import LoadedModel
+from qvlm.models.loaded import LoadedModel
 from qvlm.runtime.workers import Deal, everywhere, is_first
 
 _IMAGE = datasets.Image(mode="RGB")

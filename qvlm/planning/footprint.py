@@ -40,10 +40,10 @@ from torch.utils._pytree import tree_leaves
 from qvlm.cell import inputs as prepare
 from qvlm.config.schema import CONF, RunConfig, canonical, from_hydra, register
 from qvlm.errors import RunError, UserError
-from qvlm.models.architectures import architecture, image_tokens
-from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.architectures import architecture
+from qvlm.models.llava import Llava, LlavaArchitecture, image_tokens
 from qvlm.models.load import embedded
-from qvlm.models.meta import skeleton
+from qvlm.models.meta import meta_model
 from qvlm.models.mixture import MixtureOfExperts
 from qvlm.packing.model import pack_model, packed_layers, weight_bytes
 from qvlm.packing.plan import blind, plan
@@ -136,8 +136,8 @@ def predict(
     """
     dtype = getattr(torch, config.model.dtype)
     prompt = image_tokens(built) + text_tokens
-    model = skeleton(built, dtype)
-    cache, activations = _running(skeleton(built, dtype), prompt)
+    model = meta_model(built, dtype)
+    cache, activations = _running(meta_model(built, dtype), prompt)
     if variant != FULL:
         quantization = prepare.quantization_config(config)
         plan(model, quantization, variant.normal_float)

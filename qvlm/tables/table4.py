@@ -36,7 +36,8 @@ from transformers import DynamicCache
 from qvlm.cell.inputs import find_device
 from qvlm.data.scienceqa import load_scienceqa
 from qvlm.errors import RunError, UserError
-from qvlm.models.load import LoadedModel, load_model
+from qvlm.models.load import load_model
+from qvlm.models.loaded import LoadedModel
 from qvlm.packing import ORIGIN, kernels_used, read_origin, weight_bytes
 from qvlm.planning.footprint import GIB
 from qvlm.records.provenance import revision_in_words, surroundings

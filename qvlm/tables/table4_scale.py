@@ -43,9 +43,9 @@ from transformers import DynamicCache
 from qvlm.cell import inputs as prepare
 from qvlm.config.schema import RunConfig
 from qvlm.errors import RunError, UserError
-from qvlm.models.architectures import architecture, image_tokens
-from qvlm.models.llava import Llava, LlavaArchitecture
-from qvlm.models.meta import skeleton
+from qvlm.models.architectures import architecture
+from qvlm.models.llava import Llava, LlavaArchitecture, image_tokens
+from qvlm.models.meta import meta_model
 from qvlm.packing import PackedLinear, weight_bytes
 from qvlm.packing.plan import blind
 from qvlm.planning import footprint as fit
@@ -158,7 +158,7 @@ def place(built: LlavaArchitecture, change: Callable[[str, nn.Module], None], de
         count = getattr(built, part).num_hidden_layers
         getattr(model.config, part).num_hidden_layers = count
     made: dict[str, nn.Module] = {}
-    for name, (kind, block) in block_layers(skeleton(built, torch.bfloat16), True).items():
+    for name, (kind, block) in block_layers(meta_model(built, torch.bfloat16), True).items():
         shape = str(block)
         if shape in made:
             block = copy.deepcopy(made[shape])
@@ -318,7 +318,7 @@ def ask(clock: Clock, prompt: int, tokens: int) -> Seconds:
 
 def shapes_of(built: LlavaArchitecture) -> dict[str, str]:
     """What each block of a model looks like, by name."""
-    blocks = block_layers(skeleton(built, torch.bfloat16), True)
+    blocks = block_layers(meta_model(built, torch.bfloat16), True)
     return {name: str(block) for name, (_, block) in blocks.items()}
 
 
@@ -450,7 +450,7 @@ def search_seconds(model: str, simulated: Sequence[Seconds], prompt: int) -> Sea
     each linear; joint search at most all settings of three linears together.
     """
     built = architecture(model)
-    blocks = block_layers(skeleton(built, torch.bfloat16), True).values()
+    blocks = block_layers(meta_model(built, torch.bfloat16), True).values()
     once = {"language": 0.0, "vision": 0.0}
     once["language"] = statistics.median(s.prefill for s in simulated) * SEARCH_TOKENS / prompt
     once["vision"] = statistics.median(s.vision for s in simulated) * SEARCH_TOKENS

@@ -29,7 +29,7 @@ from qvlm.data import miniature
 from qvlm.data.scienceqa import FEATURES
 from qvlm.errors import UserError
 from qvlm.methods.base import MethodReport
-from qvlm.models.load import save_packed_model
+from qvlm.models.packed import save_packed_model
 from qvlm.packing import PackedLinear, pack_model, read_origin
 from qvlm.packing.stream import PARTIAL, PROGRESS, PackedStream
 from qvlm.quantization import (

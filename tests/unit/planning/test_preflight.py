@@ -255,7 +255,7 @@ def test_what_is_nowhere_is_one_sentence(
     assert "HF_HUB_OFFLINE" in err
     assert "model.path=FOLDER" in err
     assert main(["model.path=nowhere", "preflight=true"]) == 2
-    assert "model.path: nowhere is no folder" in capfd.readouterr().err
+    assert "model.path: nowhere is not a folder" in capfd.readouterr().err
     assert main(["method.foo=1", "preflight=true"]) == 2
     assert capfd.readouterr().out == ""
 
