@@ -11,7 +11,6 @@ import os
 import random
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qvlm.config.schema import MAP, RunConfig, canonical, influences
 from qvlm.data.prompts import Prompting
-from qvlm.data.scienceqa import load_scienceqa, require_published
+from qvlm.data.scienceqa import load_scienceqa, open_scienceqa, require_published
 from qvlm.errors import UserError
 from qvlm.methods.base import Method
 from qvlm.models.checkpoints.hub import local_folder
@@ -378,12 +377,11 @@ def draw_calibration(config: RunConfig) -> tuple[list[dict[str, Any]], list[int]
         UserError: if the split has fewer.
     """
     data, calibration = config.data, config.calibration
-    pool = load_scienceqa(data.source, calibration.split, None, data.seed)
+    pool = open_scienceqa(data.source, calibration.split, data.seed)
     count = calibration.samples
     order = random.Random(calibration.seed).sample(range(len(pool)), len(pool))
     if calibration.images == "only":
-        # In small steps: a picture is decoded to be looked at.
-        order = list(islice((row for row in order if pool[row]["image"] is not None), count))
+        order = [row for row in order if pool.has_image[row]]
     if count > len(order):
         raise UserError(
             f"calibration.samples: {count} is more than split {calibration.split} has"
@@ -394,4 +392,4 @@ def draw_calibration(config: RunConfig) -> tuple[list[dict[str, Any]], list[int]
             )
         )
     rows = sorted(order[:count])
-    return [pool[row] for row in rows], rows
+    return list(pool.take(rows)), rows

@@ -23,9 +23,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from qvlm.config.schema import TrackingConfig
+from qvlm.data.prompts import LETTERS
 from qvlm.records.record import Record
 
-LETTERS = "ABCDEFGHIJ"
 CONNECT_SECONDS = 30
 UPLOAD_SECONDS = 120
 

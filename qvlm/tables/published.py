@@ -9,13 +9,14 @@ from typing import Any
 
 import pandas as pd
 
+from qvlm.data.scienceqa import PUBLISHED_CLASSES
+from qvlm.data.scienceqa import SUBJECTS as SCIENCEQA_SUBJECTS
 from qvlm.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent / "paper"
 
-# Questions in ScienceQA's test split; NAT, SOC and LAN are all 4,241 of them.
-CLASS_SIZES = {"NAT": 2252, "SOC": 889, "LAN": 1100, "IMG": 2017}
-SUBJECTS = ("NAT", "SOC", "LAN")
+CLASS_SIZES = PUBLISHED_CLASSES
+SUBJECTS = tuple(SCIENCEQA_SUBJECTS.values())
 ROW = ["model", "bits", "method"]
 
 

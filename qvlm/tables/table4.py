@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from qvlm.cell.inputs import find_device
-from qvlm.data.scienceqa import load_scienceqa
+from qvlm.data.scienceqa import PUBLISHED_QUESTIONS, load_scienceqa
 from qvlm.errors import RunError, UserError
 from qvlm.models.load import load_model
 from qvlm.models.loaded import LoadedModel
@@ -50,7 +50,6 @@ from qvlm.tables.published import label, published
 from qvlm.tables.report import stands_for
 from qvlm.tables.selection import FULL_PRECISION, execution, fault, is_draw, select
 
-TEST_QUESTIONS = 4241  # of ScienceQA's test split, which the paper's hours are for
 NOT_PACKED = ("simulated", "exact")
 
 
@@ -294,7 +293,8 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
         f"{given.questions} questions, one at a time, all models of a kind in turn, "
         f"{given.repeats} repeats; seconds are medians, the speed-up is that within a repeat: "
         "median (lowest to highest), above 1 is faster than full precision. Full precision is "
-        "bfloat16. *hours* is the time of 4,241 questions at this speed. Peak memory is that of a "
+        f"bfloat16. *hours* is the time of {PUBLISHED_QUESTIONS:,} questions at this speed. "
+        "Peak memory is that of a "
         "fresh process, whose libraries alone take what stands in the last column; at this size "
         "they are nearly all of it, and the weights tell more. Accuracy in percent, of the packed "
         "model on all questions of the test split; that of full precision is float32's. *as "
@@ -322,7 +322,7 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
                 *(row["bits"], row["method"], f"{row['seconds_per_question']:.4f}"),
                 *(f"{row[part + '_s']:.4f}" for part in ("vision", "prefill", "decode")),
                 f"{row['tokens_per_s']:.0f}",
-                f"{row['seconds_per_question'] * TEST_QUESTIONS / 3600:.3f}",
+                f"{row['seconds_per_question'] * PUBLISHED_QUESTIONS / 3600:.3f}",
                 spread(row["ratios"]),
                 f"{row['weights'] / MIB:.2f}",
                 f"{row['weight ratio']:.2f}x",

@@ -42,6 +42,7 @@ from transformers import DynamicCache
 
 from qvlm.cell import inputs as prepare
 from qvlm.config.schema import RunConfig
+from qvlm.data.scienceqa import PUBLISHED_QUESTIONS
 from qvlm.errors import RunError, UserError
 from qvlm.models.architectures import architecture
 from qvlm.models.llava import Llava, LlavaArchitecture, image_tokens
@@ -564,7 +565,8 @@ def page(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, device: s
         "sorted channels share a scale, and weights are grouped cluster by cluster. *per channel*: "
         "each has its scale, folded into the weights, as in the released code "
         "(`quantizer.language.granularity=per_channel`).",
-        "*paper* columns are what the paper prints, hours for 4,241 questions on its own hardware.",
+        f"*paper* columns are what the paper prints, hours for {PUBLISHED_QUESTIONS:,} questions "
+        "on its own hardware.",
         "Peak is the resident set of a fresh process while it answers, Python and its libraries "
         "included; *predicted* is the sum of `make fit` and what such a process takes without a "
         "model.",

@@ -18,12 +18,14 @@ from qvlm.cell import inputs as prepare
 from qvlm.cell import pipeline
 from qvlm.cell.pipeline import run_cell
 from qvlm.config.schema import RunConfig
+from qvlm.data.sources import Split
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.methods.base import MethodReport
 from qvlm.quantization import Walk, expected_layers
 from qvlm.records.record import Record, find_records
 from qvlm.runtime.stages import Stages
+from tests.helpers.splits import split_of
 from tests.unit.config.test_config import load
 from tests.unit.evaluation.test_evaluation import make_dataset, make_model, make_problems
 
@@ -57,7 +59,12 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> Tracked:
         assert (source, seed) == ("miniature", 0)
         return SPLITS[split] if limit is None else SPLITS[split].select(range(limit))
 
+    def open_split(source: str, split: str, seed: int) -> Split:
+        assert (source, seed) == ("miniature", 0)
+        return split_of(SPLITS[split], split)
+
     monkeypatch.setattr(prepare, "load_scienceqa", load_split)
+    monkeypatch.setattr(prepare, "open_scienceqa", open_split)
     monkeypatch.setattr(pipeline, "track", lambda *arguments: calls.append(arguments))
     return calls
 

@@ -26,7 +26,8 @@ from qvlm.cell.streaming import stream_cell
 from qvlm.cli import main
 from qvlm.config.schema import RunConfig
 from qvlm.data import miniature
-from qvlm.data.scienceqa import FEATURES
+from qvlm.data.scienceqa import COLUMNS
+from qvlm.data.sources import Split
 from qvlm.errors import UserError
 from qvlm.methods.base import MethodReport
 from qvlm.models.packed import save_packed_model
@@ -42,6 +43,7 @@ from qvlm.quantization import (
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuantizer
 from qvlm.runtime.stages import Stages
+from tests.helpers.splits import split_of
 from tests.helpers.standins import write
 from tests.unit.config.test_config import load
 
@@ -61,13 +63,18 @@ PROBLEMS: dict[str, Any] = {}
 def few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     """Problems are generated once, and few."""
     monkeypatch.setattr(prepare, "load_scienceqa", problems)
+    monkeypatch.setattr(prepare, "open_scienceqa", opened)
 
 
 def problems(source: str, split: str, limit: int | None, seed: int) -> Any:
     if "rows" not in PROBLEMS:
         rows = miniature.generate("test", 8, seed=0)
-        PROBLEMS["rows"] = Dataset.from_list(rows, features=FEATURES)
+        PROBLEMS["rows"] = Dataset.from_list(rows, features=COLUMNS)
     return PROBLEMS["rows"] if limit is None else PROBLEMS["rows"].select(range(limit))
+
+
+def opened(source: str, split: str, seed: int) -> Split:
+    return split_of(problems(source, split, None, seed), split)
 
 
 def streamed(folder: Path, *overrides: str) -> RunConfig:
@@ -179,6 +186,7 @@ def test_a_streamed_cell_may_end_once_it_is_written(
 def killed(folder: Path, overrides: list[str], writes: int) -> None:
     """In a process of its own: streams until so many files are written, then dies."""
     prepare.load_scienceqa = problems  # type: ignore[assignment]
+    prepare.open_scienceqa = opened  # type: ignore[assignment]
     torch.set_num_threads(1)
     whole, left = PackedStream._write, [writes]
 
@@ -358,6 +366,7 @@ def peak(folder: Path, layers: int) -> None:
     )
     experiment.write_checkpoint(folder, content, vision)
     prepare.load_scienceqa = problems  # type: ignore[assignment]
+    prepare.open_scienceqa = opened  # type: ignore[assignment]
     torch.set_num_threads(1)
     # Everything large is mapped, and given back when freed: what the allocator would keep for
     # later, several layers at times, is not what is measured here.
