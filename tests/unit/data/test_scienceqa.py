@@ -319,19 +319,19 @@ def first_picture(folder: Path) -> Path:
         (break_json("problems.json", lambda p: p.pop("7")), "problems.json lacks problem 7"),
         (
             break_json("problems.json", lambda p: p["7"].pop("hint")),
-            "problem 7: column 'hint' is missing",
+            "7: column 'hint' is missing",
         ),
         (
             break_json("problems.json", lambda p: p["7"].update(answer="B")),
-            "problem 7, .*'B' is not an",
+            ".*'B' is not an",
         ),
         (
             break_json("problems.json", lambda p: p["7"].update(answer=9)),
-            "problem 7, column 'answer': 9 is not the",
+            "column 'answer': 9 is",
         ),
         (
             break_json("pid_splits.json", lambda p: p.pop("test")),
-            "has no split test, only train, val",
+            "no split test, only train",
         ),
         (lambda folder: first_picture(folder).unlink(), "image.png is missing"),
         (lambda folder: first_picture(folder).write_bytes(b"x"), "problem .* it does not decode"),
@@ -374,12 +374,12 @@ def published_split() -> datasets.Dataset:
     """4,241 questions in the classes of the real test split, 2,017 of them with a picture."""
     picture = {"path": None, "bytes": b"never decoded"}
     subjects = ["natural science"] * 2252 + ["social science"] * 889 + ["language science"] * 1100
-    blank = dict.fromkeys(FEATURES, "") | {"choices": ["a", "b"], "answer": 0}
+    blank = dict.fromkeys(COLUMNS, "") | {"choices": ["a", "b"], "answer": 0}
     rows = [
         {**blank, "subject": subject, "image": picture if row < 2017 else None}
         for row, subject in enumerate(subjects)
     ]
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    return datasets.Dataset.from_list(rows, features=COLUMNS)
 
 
 def test_published_classes_have_their_sizes() -> None:
@@ -411,7 +411,7 @@ def test_class_sizes_are_checked_where_the_whole_published_split_is_used(
     options: list[str],
     checked: bool,
 ) -> None:
-    data = datasets.Dataset.from_list(problems, features=FEATURES)
+    data = datasets.Dataset.from_list(problems, features=COLUMNS)
     monkeypatch.setattr(prepare, "load_scienceqa", lambda *_: data)
     config = compose(*options)
     if checked:

@@ -63,8 +63,8 @@ def check(*rows: dict[str, Any], folder: Path | None = None) -> datasets.Dataset
     [
         ("question", None, "the value is null. Give a text."),
         ("question", 5, "5 is not a text"),
-        ("question", "\ud800", "is not valid Unicode"),
-        ("hint", ["a"], r"\\['a'\\] is not a text. Give a text, or null"),
+        ("question", "\ud800", ".* is not valid Unicode"),
+        ("hint", ["a"], r"\['a'\] is not a text. Give a text, or null"),
         ("choices", None, "the value is null. Give a list of 1 to 10 texts"),
         ("choices", "yes", "'yes' is not a list"),
         ("choices", [], "the list has 0 choices"),
@@ -77,8 +77,8 @@ def check(*rows: dict[str, Any], folder: Path | None = None) -> datasets.Dataset
         ("answer", "A", "'A' is not an index"),
         ("answer", True, "True is not an index"),
         ("answer", float("nan"), "nan is not an index"),
-        ("image", {"bytes": b"no image", "path": None}, r"it does not decode \\("),
-        ("image", {"bytes": encoded()["bytes"][:60], "path": None}, r"it does not decode \\("),
+        ("image", {"bytes": b"no image", "path": None}, r"it does not decode \("),
+        ("image", {"bytes": encoded()["bytes"][:60], "path": None}, r"it does not decode \("),
         ("image", {"bytes": None, "path": None}, "it has no content"),
         ("image", {"bytes": None, "path": "https://x/a.png"}, "it has no content"),
         ("image", "a.png", "'a.png' is not an image"),
@@ -95,7 +95,7 @@ def test_a_fault_is_one_sentence_with_row_and_column(column: str, value: Any, sa
 def test_optional_texts_that_are_null_read_as_empty() -> None:
     data = check(row(**dict.fromkeys(OPTIONAL_TEXTS)))
     assert {data[0][column] for column in OPTIONAL_TEXTS} == {""}
-    assert Prompting().target(data[0]) == " The answer is A.</s>"
+    assert Prompting().target(data[0]) == Prompting().target(row())
     assert "None" not in Prompting().prompt(data[0])
 
 
