@@ -40,7 +40,7 @@ from qvlm.errors import RunError
 from qvlm.models.architectures import KNOWN, clip_tower
 from qvlm.models.checkpoints.families import read_blueprint
 from qvlm.models.load import load_model
-from qvlm.models.meta import skeleton
+from qvlm.models.meta import meta_model
 from qvlm.packing import measure_packed_bits, read_origin
 from qvlm.quantization import check_bits
 from qvlm.quantization.targets import block_layers
@@ -77,7 +77,7 @@ def write_checkpoint(
     size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     CLIPImageProcessorPil(**size).save_pretrained(tower)
 
-    empty = skeleton(built, torch.float16)
+    empty = meta_model(built, torch.float16)
     blocks = list(block_layers(empty, vision_tower=True))
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in [*blocks, ""]}
     for name, tensor in empty.state_dict().items():

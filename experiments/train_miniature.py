@@ -46,7 +46,8 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qvlm.data.miniature import SKILLS, generate, stream, vocabulary
-from qvlm.data.prompts import IMAGE_TOKEN, LETTERS, Prompting
+from qvlm.data.prompts import IMAGE_TOKEN, Prompting
+from qvlm.data.prompts import OFFICIAL_LETTERS as LETTERS
 from qvlm.models import Llava, LlavaArchitecture, LoadedModel, MoeStableLmConfig
 from qvlm.models.load import MINIATURES
 from qvlm.models.mixture import MixtureOfExperts
@@ -54,11 +55,6 @@ from qvlm.models.mixture import MixtureOfExperts
 IGNORED = -100
 VALIDATION_PROBLEMS = 500
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN]
-SYSTEM_SENTENCE, _, _ = (
-    Prompting()
-    .prompt({"image": None, "question": "", "choices": [], "hint": ""})
-    .partition(" USER:")
-)
 # One token each: phrases of the prompt format that never vary.
 PHRASES = [
     Prompting()

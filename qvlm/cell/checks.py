@@ -11,7 +11,7 @@ from pathlib import Path
 from qvlm.cell.inputs import find_device, prompting, quantization_config
 from qvlm.cell.method import build_method, not_streamable
 from qvlm.config.schema import MAP, RunConfig
-from qvlm.models.placement import room
+from qvlm.models.placement import memory_limits
 from qvlm.packing import kernels
 from qvlm.records.record import require_writable
 from qvlm.validation import one_of
@@ -30,7 +30,7 @@ def check_options(config: RunConfig) -> None:
     prompting(config)
     find_device(config.device)
     if config.device == MAP:
-        room(config.max_memory)
+        memory_limits(config.max_memory)
     if not config.full_precision:
         quantization_config(config)
     require_writable(config.runs_dir)

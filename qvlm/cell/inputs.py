@@ -2,7 +2,6 @@
 
 import os
 import random
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import transformers
 
 from qvlm.config.schema import MAP, RunConfig
 from qvlm.data.prompts import Prompting
-from qvlm.data.scienceqa import load_scienceqa, require_published
+from qvlm.data.scienceqa import load_scienceqa, open_scienceqa, require_published
 from qvlm.errors import UserError
 from qvlm.models.checkpoints.hub import local_folder
-from qvlm.models.load import LoadedModel, embedded, load_model
-from qvlm.models.placement import room, spread
+from qvlm.models.load import embedded, load_model
+from qvlm.models.loaded import LoadedModel
+from qvlm.models.placement import distribute, memory_limits
 from qvlm.quantization import QuantizationConfig, QuantSpec
 from qvlm.runtime import workers
 
@@ -146,7 +146,7 @@ def load(config: RunConfig, device: str) -> LoadedModel:
     loaded = _load(config, folder, "cpu" if device == MAP else device)
     if device == MAP:
         simulated = not config.full_precision and packed is None
-        spread(loaded.model, room(config.max_memory), to_be_quantized=simulated)
+        distribute(loaded.model, memory_limits(config.max_memory), to_be_quantized=simulated)
     return loaded
 
 
@@ -156,10 +156,10 @@ def load_for_streaming(config: RunConfig, device: str) -> LoadedModel:
     Raises:
         UserError: if a file of the checkpoint is missing, truncated or does not fit.
     """
-    return _load(config, checkpoint_folder(config), device, hollow=True)
+    return _load(config, checkpoint_folder(config), device, meta_layers=True)
 
 
-def _load(config: RunConfig, folder: Path, device: str, hollow: bool = False) -> LoadedModel:
+def _load(config: RunConfig, folder: Path, device: str, meta_layers: bool = False) -> LoadedModel:
     model = config.model
     return load_model(
         folder,
@@ -167,11 +167,11 @@ def _load(config: RunConfig, folder: Path, device: str, hollow: bool = False) ->
         prompting(config),
         device,
         model.dtype,
-        vision_tower=model.vision_tower if hollow or config.packed_source is None else None,
+        vision_tower=model.vision_tower if meta_layers or config.packed_source is None else None,
         image_size=model.image_size,
         image_fit=model.image_fit,
         expert_capacity=model.expert_capacity,
-        hollow=hollow,
+        meta_layers=meta_layers,
     )
 
 
@@ -198,12 +198,11 @@ def draw_calibration(config: RunConfig) -> tuple[list[dict[str, Any]], list[int]
         UserError: if the split has fewer.
     """
     data, calibration = config.data, config.calibration
-    pool = load_scienceqa(data.source, calibration.split, None, data.seed)
+    pool = open_scienceqa(data.source, calibration.split, data.seed)
     count = calibration.samples
     order = random.Random(calibration.seed).sample(range(len(pool)), len(pool))
     if calibration.images == "only":
-        # One row at a time, because an image is decoded when its row is read.
-        order = list(islice((row for row in order if pool[row]["image"] is not None), count))
+        order = [row for row in order if pool.has_image[row]]
     if count > len(order):
         images = calibration.images == "only"
         raise UserError(
@@ -212,4 +211,4 @@ def draw_calibration(config: RunConfig) -> tuple[list[dict[str, Any]], list[int]
             f"{', or calibration.images=any' if images else ''}."
         )
     rows = sorted(order[:count])
-    return [pool[row] for row in rows], rows
+    return list(pool.take(rows)), rows

@@ -29,7 +29,8 @@ from qvlm.cell.streaming import stream_cell
 from qvlm.cell.walk import ProgressWalk
 from qvlm.evaluation import Evaluation, evaluate
 from qvlm.methods.base import Method
-from qvlm.models.load import LoadedModel, save_packed_model
+from qvlm.models.loaded import LoadedModel
+from qvlm.models.packed import save_packed_model
 from qvlm.packing import (
     force_kernel,
     kernels_used,

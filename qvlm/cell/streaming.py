@@ -24,8 +24,9 @@ from qvlm.cell.identity import Cell
 from qvlm.cell.method import not_streamable
 from qvlm.cell.walk import ProgressWalk
 from qvlm.methods.base import Method, MethodReport
-from qvlm.models.load import LoadedModel, save_encoding
-from qvlm.models.meta import fill
+from qvlm.models.loaded import LoadedModel
+from qvlm.models.meta import materialize
+from qvlm.models.packed import save_encoding
 from qvlm.packing import PartialCheckpoint, read_origin
 from qvlm.quantization import Block, QuantizationConfig, batch_by_length, expected_layers
 from qvlm.quantization.block import advance
@@ -73,7 +74,7 @@ class StreamedWalk(ProgressWalk):
                 calls = self._catch(name)
             if kind == "language":
                 self.model.to("meta")  # only the hidden states are needed from here on
-                fill(module, name, self.tensors, self.device)
+                materialize(module, name, self.tensors, self.device)
                 self.tensors.close()
             block = Block({name: module}, kind, calls, None, self.quantization, self.uncalibrated)
             yield block

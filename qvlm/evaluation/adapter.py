@@ -23,7 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.answers import Answer, KeptAnswers
-from qvlm.models.load import LoadedModel
+from qvlm.models.loaded import LoadedModel
 from qvlm.runtime.workers import WorkQueue, is_rank_zero, run_on_all_ranks
 
 _IMAGE = datasets.Image(mode="RGB")

@@ -29,7 +29,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.evaluation.answers import KeptAnswers
 from qvlm.evaluation.metrics import class_metrics
-from qvlm.models.load import LoadedModel
+from qvlm.models.loaded import LoadedModel
 
 _TASK = "scienceqa"
 # Percentage of cut answers above which a user is warned.

@@ -27,7 +27,10 @@ def _subject(name: str) -> Callable[[pd.DataFrame], pd.Series]:
 
 
 def _grades(low: int, high: int) -> Callable[[pd.DataFrame], pd.Series]:
-    return lambda frame: frame["grade"].str.removeprefix("grade").astype("int64").between(low, high)
+    """A grade that is not "grade" and a number belongs to no class."""
+    return lambda frame: pd.to_numeric(
+        frame["grade"].str.extract(r"^grade([0-9]+)$", expand=False)
+    ).between(low, high)
 
 
 # The paper's columns. TXT and IMG overlap. Subjects and grades each partition the questions.

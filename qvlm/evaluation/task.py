@@ -36,8 +36,11 @@ def documents(
         which is the choice that is scored if the answer is unparsable (None scores it as wrong).
     """
     rows = dataset.select_columns(list(COLUMNS)).cast_column("image", datasets.Image(decode=False))
-    prefix = f"{dataset.split}-" if dataset.split is not None else ""
-    ids = [f"{prefix}{index}" for index in range(len(rows))]
+    if "question_id" in dataset.column_names:
+        ids = list(dataset["question_id"])
+    else:  # a data set that was made in Python
+        prefix = f"{dataset.split}-" if dataset.split is not None else ""
+        ids = [f"{prefix}{index}" for index in range(len(rows))]
     prompts, guesses = [], []
     for question_id, row in zip(ids, rows, strict=True):
         prompts.append(prompting.prompt(row))

@@ -1,12 +1,15 @@
 """Vision-language models in floating point: architectures, checkpoints, text and image encoding.
 
-Nothing here knows of quantization. Importing this package registers our architectures with
-transformers, so that `AutoConfig` and `from_pretrained` find them.
+Open `load` first: `load_model` turns a folder into a `LoadedModel`. `llava`, `mixture` and
+`moe_language_models` are the networks, `checkpoints` reads files. Only `packed`, which saves and
+loads packed models, may import `qvlm.packing`; nothing here imports methods or evaluation.
+Importing this package registers our architectures with transformers.
 """
 
 from qvlm.models.llava import Llava, LlavaArchitecture
-from qvlm.models.load import LoadedModel, load_model
-from qvlm.models.moe import MoePhiConfig, MoeQwenConfig, MoeStableLmConfig, MoeStableLmModel
+from qvlm.models.load import load_model
+from qvlm.models.loaded import LoadedModel
+from qvlm.models.moe_language_models import MoePhiConfig, MoeQwenConfig, MoeStableLmConfig
 
 __all__ = [
     "Llava",
@@ -15,6 +18,5 @@ __all__ = [
     "MoePhiConfig",
     "MoeQwenConfig",
     "MoeStableLmConfig",
-    "MoeStableLmModel",
     "load_model",
 ]

@@ -1,8 +1,8 @@
-"""The architectures of the known checkpoints, built without one.
+"""The architectures of the known checkpoints, built without their files.
 
-What a size or a speed hangs on is public: it stands in the config.json of each checkpoint and of
-CLIP's two towers, and the entries that matter are repeated here. They take the same way as a real
-config.json (`families`), and end in the same classes.
+Memory and speed depend on entries of each checkpoint's config.json and of CLIP's two towers, which
+are public. Those entries are repeated here, and go through the same reader (`families`) into the
+same classes as a real config.json.
 """
 
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from transformers import CLIPVisionConfig
 
 from qvlm.errors import UserError
-from qvlm.models.checkpoints.families import read_blueprint
+from qvlm.models.checkpoints.families import read_blueprint, read_config
+from qvlm.models.checkpoints.own import read_architecture
 from qvlm.models.llava import LlavaArchitecture
 from qvlm.models.load import MINIATURES, embedded
 
@@ -83,29 +84,29 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def architecture(name: str) -> LlavaArchitecture:
-    """The configuration of an embedded miniature or of a model of `KNOWN`.
+    """Returns the configuration of an embedded miniature or of a model in `KNOWN`.
 
     Raises:
-        UserError: if there is none of this name.
+        UserError: If there is no such model.
     """
+    owner = f"model {name}"
     if name in KNOWN:
-        blueprint = read_blueprint(KNOWN[name], f"model {name}")
-        return blueprint.architecture(clip_tower(str(blueprint.vision_tower)), f"model {name}")
+        blueprint = read_blueprint(KNOWN[name], owner)
+        return blueprint.architecture(clip_tower(str(blueprint.vision_tower)), owner)
     if folder := embedded(name):
-        return LlavaArchitecture.from_pretrained(folder)
-    here = sorted(folder.name for folder in MINIATURES.iterdir() if folder.is_dir())
-    raise UserError(f"model {name!r} is not known; accepted are {', '.join([*here, *KNOWN])}")
-
-
-def image_tokens(architecture: LlavaArchitecture) -> int:
-    """Positions that one image takes in the language model: its patches."""
-    vision = architecture.vision_config
-    whole = architecture.vision_feature_select_strategy == "full"
-    return (vision.image_size // vision.patch_size) ** 2 + whole
+        return read_architecture(read_config(folder, owner), owner)
+    miniatures = sorted(folder.name for folder in MINIATURES.iterdir() if folder.is_dir())
+    raise UserError(
+        f"model {name!r} is not known. Choose one of: {', '.join([*miniatures, *KNOWN])}."
+    )
 
 
 def clip_tower(repository: str) -> CLIPVisionConfig:
-    """CLIP ViT-L/14, at 336 pixels where the repository's name says so."""
+    """Returns the configuration of CLIP ViT-L/14.
+
+    Args:
+        repository: Repository of the tower. If its name ends in "-336", images have 336 pixels.
+    """
     return CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,

@@ -1,13 +1,13 @@
 """Attention of a single token on a CPU in bf16, where PyTorch's fused kernel is slow.
 
-While an answer is decoded, each token attends to everything before it: a product of one row. For
-the 620 positions of a LLaVA-13B layer in bf16 the fused kernel of `scaled_dot_product_attention`
-(PyTorch 2.13, two threads) takes 2.9 ms, two plain products with a softmax between them 0.9 to 1.2;
-the packed linears of that layer take 5 to 6. In float32 both take as long, and where there are few
-keys, or many queries, the fused kernel wins.
+While an answer is decoded, each token attends to everything before it, which is a product of one
+row. For the 620 positions of a LLaVA-13B layer in bf16 the fused kernel of
+`scaled_dot_product_attention` (PyTorch 2.13, two threads) takes 2.9 ms. Two plain products with a
+softmax between them take 0.9 to 1.2 ms, beside 5 to 6 ms for the packed linears of that layer. In
+float32 both take equally long, and with few keys or many queries the fused kernel is faster.
 
-So this is transformers' `sdpa` but for such calls, which get transformers' own `eager`. Both are
-within the rounding of bf16 of each other. Left out: anything of ours.
+This module therefore calls transformers' `sdpa`, except for such calls, which go to transformers'
+`eager`. Their results agree within the rounding of bf16. There is no attention code of our own.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 NAME = "sdpa_or_eager"
-# Elements of the keys from which plain products are faster.
+# Number of elements in the keys from which plain products are faster.
 MANY_KEYS = 2**18
 
 
@@ -32,21 +32,21 @@ def attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function of transformers, by the rule above.
+    """Computes attention by the rule above; an attention function of transformers.
 
     Args:
-        module: the attention layer; says how many heads share keys and values.
-        query: [batch, heads, queries, width].
-        key, value: [batch, key heads, keys, width].
-        attention_mask: true where a key may be attended to, [batch, 1, queries, keys]; None if
-            every key may.
-        options: what the layer passes on, `scaling` and `dropout` among it.
+        module: Attention layer, which says how many heads share keys and values.
+        query: Queries [batch, heads, queries, width].
+        key, value: Keys and values [batch, key heads, keys, width].
+        attention_mask: Mask [batch, 1, queries, keys] that is true where a query may attend to a
+            key; None allows every key.
+        options: Further arguments of the layer, such as `scaling` and `dropout`.
 
     Returns:
-        The output [batch, queries, heads, width], and weights if they were made.
+        Output [batch, queries, heads, width], and the attention weights if they were computed.
     """
-    one = query.shape[2] == 1 and key.numel() >= MANY_KEYS
-    if not one or query.dtype != torch.bfloat16 or query.device.type != "cpu":
+    one_query = query.shape[2] == 1 and key.numel() >= MANY_KEYS
+    if not one_query or query.dtype != torch.bfloat16 or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min

@@ -1,16 +1,16 @@
-"""LLaVA with the projector that its checkpoint has.
+"""LLaVA with the projector of its checkpoint.
 
 transformers' LLaVA always builds a two-layer projector. LLaVA-v1.3 has a single linear layer
-(`mm_projector_type: linear`), LLaVA-v1.5 and MoE-LLaVA two layers around a GELU (`mlp2x_gelu`).
-The rest is transformers' own: a CLIP tower whose features are taken from layer -2 without the
-class token, and any causal language model that `text_config` names.
+(`mm_projector_type: linear`); LLaVA-v1.5 and MoE-LLaVA have two layers around a GELU
+(`mlp2x_gelu`). Everything else is transformers' own: a CLIP tower whose features come from layer -2
+without the class token, and any causal language model that `text_config` names.
 """
 
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
@@ -25,8 +25,25 @@ class LlavaArchitecture(LlavaConfig):
     projector_type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
 
 
+def image_tokens(architecture: LlavaArchitecture) -> int:
+    """Returns the number of positions that one image takes in the language model."""
+    return image_token_count(
+        architecture.vision_config, architecture.vision_feature_select_strategy
+    )
+
+
+def image_token_count(vision: CLIPVisionConfig, strategy: str) -> int:
+    """Returns the number of features that a vision tower gives for one image.
+
+    Args:
+        vision: Configuration of the tower.
+        strategy: "default" keeps one feature per patch, "full" also that of the class token.
+    """
+    return (vision.image_size // vision.patch_size) ** 2 + (strategy == "full")
+
+
 class LinearProjector(nn.Module):
-    """One linear layer from vision to language width (LLaVA, arXiv 2304.08485, eq. 1)."""
+    """One linear layer from vision width to language width (LLaVA, arXiv 2304.08485, eq. 1)."""
 
     def __init__(self, vision_width: int, language_width: int, bias: bool = True) -> None:
         super().__init__()
@@ -38,10 +55,10 @@ class LinearProjector(nn.Module):
 
 
 class PlaceholderEmbedding(nn.Embedding):
-    """An embedding for which `<image>` is an id beyond its rows.
+    """An embedding that accepts the id of `<image>`, which lies beyond its rows.
 
-    The original checkpoints know no such token. Its vector does not matter, because the image's
-    features replace it, so it borrows the last row.
+    The vocabularies of the original checkpoints have no such token. Its vector does not matter,
+    because the image's features replace it, so the last row stands for it.
     """
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -49,10 +66,11 @@ class PlaceholderEmbedding(nn.Embedding):
         return super().forward(ids.clamp(max=self.num_embeddings - 1))
 
 
-def _apart(head: nn.Module, args: tuple[Tensor]) -> Tensor:
-    """The output head's input, copied where it is a slice of what was computed.
+def _make_contiguous(head: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """Copies the output head's input where it is a slice of the hidden states.
 
-    With such strides PyTorch multiplies batch by batch, and copies the whole weight to do so.
+    For the strides of a slice PyTorch multiplies row by row of the batch, and copies the whole
+    weight to do so.
     """
     (x,) = args
     sliced = x.ndim == 3 and x.stride(0) != x.shape[1] * x.stride(1)
@@ -60,7 +78,7 @@ def _apart(head: nn.Module, args: tuple[Tensor]) -> Tensor:
 
 
 class Llava(LlavaForConditionalGeneration):
-    """A LLaVA of any family: see `LlavaArchitecture`."""
+    """A LLaVA of any family, as its `LlavaArchitecture` describes it."""
 
     config: LlavaArchitecture
     config_class = LlavaArchitecture
@@ -69,8 +87,8 @@ class Llava(LlavaForConditionalGeneration):
         super().__init__(config)
         text = config.text_config
         if config.image_token_id >= text.vocab_size:
-            # Takes the place of the one that is there, whose weight is not copied: a checkpoint's
-            # weights come after this.
+            # The weight of the embedding that this one replaces is not copied, because the
+            # checkpoint's weights are loaded afterwards.
             embedding = PlaceholderEmbedding(text.vocab_size, text.hidden_size, text.pad_token_id)
             self.set_input_embeddings(embedding)
             self.post_init()
@@ -81,7 +99,7 @@ class Llava(LlavaForConditionalGeneration):
                 bias=config.multimodal_projector_bias,
             )
             self.post_init()
-        self.lm_head.register_forward_pre_hook(_apart)
+        self.lm_head.register_forward_pre_hook(_make_contiguous)
         if text._attn_implementation == "sdpa":  # transformers' default
             text._attn_implementation = attention.NAME
 

@@ -1,8 +1,8 @@
-"""Models whose layers are not there yet: shapes without memory, filled when they are needed.
+"""Models on torch's meta device: modules with shapes and without memory.
 
-`skeleton` has every module on torch's meta device. `hollow` has weights for everything but the
-decoder layers, which hold nearly all of a large model; `fill` reads one of them from the
-checkpoint.
+`meta_model` puts the whole model there, which is enough to count and measure. A streamed cell uses
+`model_with_meta_layers`, where only the decoder layers, which hold nearly all weights of a large
+model, are on the meta device. `materialize` reads one of them from the checkpoint.
 """
 
 import copy
@@ -17,8 +17,14 @@ from qvlm.models.mixture import MixtureOfExperts
 LAYERS = "model.language_model.layers"
 
 
-def skeleton(architecture: LlavaArchitecture, dtype: torch.dtype) -> Llava:
-    """The model on the meta device, in evaluation mode; routers in float32, as when loaded."""
+def meta_model(architecture: LlavaArchitecture, dtype: torch.dtype) -> Llava:
+    """Builds the model on the meta device, in evaluation mode.
+
+    Args:
+        architecture: Configuration of the model.
+        dtype: Type of all weights except those of routers, which stay in float32 as in a loaded
+            model.
+    """
     with torch.device("meta"):
         model = Llava(architecture)
     model.to(dtype).eval()
@@ -28,13 +34,16 @@ def skeleton(architecture: LlavaArchitecture, dtype: torch.dtype) -> Llava:
     return model
 
 
-def hollow(
+def model_with_meta_layers(
     architecture: LlavaArchitecture, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str
 ) -> Llava:
-    """The model with its decoder layers on the meta device.
+    """Loads the model except for its decoder layers, which stay on the meta device.
 
     Args:
-        tensors: of the whole model, by name; those of decoder layers are not read.
+        architecture: Configuration of the model.
+        tensors: Tensors of the whole model by name. Those of the decoder layers are not read.
+        dtype: Type of the loaded weights.
+        device: Device of the loaded weights.
     """
     short = copy.deepcopy(architecture)
     text = short.text_config
@@ -42,25 +51,29 @@ def hollow(
     if getattr(text, "moe_layers", None) is not None:
         text.moe_layers = []
     state = {name: tensors[name] for name in tensors if not name.startswith(f"{LAYERS}.")}
-    # Loaded as any other model is; only then given its layers, and told how many they are.
-    model = Llava.from_pretrained(None, config=short, state_dict=state, dtype=dtype).to(device)
-    layers = skeleton(architecture, dtype).get_submodule(LAYERS)
-    assert not list(layers.buffers()), "a buffer that is not saved would stay empty"
+    # The model is loaded without layers, as any other model is. Layers are added afterwards.
+    model = Llava.from_pretrained(
+        None, config=short, state_dict=state, dtype=dtype, trust_remote_code=False
+    ).to(device)
+    layers = meta_model(architecture, dtype).get_submodule(LAYERS)
+    assert not list(layers.buffers()), "a buffer that is not saved would never be filled"
     model.set_submodule(LAYERS, layers)
-    for part in ("num_hidden_layers", "moe_layers"):
-        if hasattr(text, part):
-            setattr(model.config.text_config, part, getattr(architecture.text_config, part))
+    for key in ("num_hidden_layers", "moe_layers"):
+        if hasattr(text, key):
+            setattr(model.config.text_config, key, getattr(architecture.text_config, key))
     return model.eval()
 
 
 @torch.no_grad()
-def fill(module: nn.Module, name: str, tensors: Mapping[str, Tensor], device: str) -> None:
-    """Gives a module on the meta device its weights.
+def materialize(module: nn.Module, name: str, tensors: Mapping[str, Tensor], device: str) -> None:
+    """Moves a module from the meta device to a real one and fills in its weights.
 
     Args:
-        name: of the module in the model.
-        tensors: of the whole model, by name.
+        module: Module of a model, on the meta device.
+        name: Full name of the module in the model.
+        tensors: Tensors of the whole model by name.
+        device: Device of the weights.
     """
     module.to_empty(device=device)
-    for part, place in module.state_dict().items():
-        place.copy_(tensors[f"{name}.{part}"])
+    for key, weight in module.state_dict().items():
+        weight.copy_(tensors[f"{name}.{key}"])

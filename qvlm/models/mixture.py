@@ -1,16 +1,16 @@
-"""The mixture of experts of MoE-LLaVA, whatever language model it is built into.
+"""The mixture of experts of MoE-LLaVA, for any language model.
 
 MoE-LLaVA (arXiv 2401.15947) replaces the MLP of every other decoder layer by four copies of it and
-a linear router; each token goes to its top two. As in DeepSpeed's `top2gating`, the two gate values
-are the softmax over all experts, renormalised to sum to one.
+a linear router, which sends each token to its top two experts. As in DeepSpeed's `top2gating`, the
+two gate values are the softmax over all experts, renormalized to sum to one.
 
-`capacity_factor` chooses what happens when many tokens want the same expert. None: nothing, no
-token is dropped, so an answer does not depend on what else is in its batch. A number: DeepSpeed's
-rule at evaluation, see `within_capacity`. What is left out of DeepSpeed 0.9.5 is the Gumbel noise
-on the second choice, which makes two evaluations of one model differ.
+`capacity_factor` decides what happens when many tokens choose the same expert. With None no token
+is dropped, so an answer does not depend on the rest of its batch. With a number, DeepSpeed's rule
+for evaluation applies: see `within_capacity`. We leave out the Gumbel noise that DeepSpeed 0.9.5
+adds to the second choice, because it makes two evaluations of one model differ.
 
-Experts stay separate modules rather than one fused tensor, so that each of their linears can be
-calibrated with the tokens routed to it.
+Experts are separate modules rather than one fused tensor, so that each of their linears can be
+calibrated with the tokens that are routed to it.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from transformers import PretrainedConfig
 
 
 class MixtureConfig(PretrainedConfig):
-    """What a language model's configuration says of its mixtures, beside its own facts.
+    """The part of a language model's configuration that describes its mixtures.
 
     Attributes:
-        num_experts: per layer.
-        num_experts_per_token: 2 in every released checkpoint.
-        moe_layers: which layers have a mixture; None is every other, from the first.
-        capacity_factor: DeepSpeed's `eval_capacity_factor`; None is routing without a limit.
-        min_capacity: tokens that an expert takes at least, where there is a limit.
+        num_experts: Number of experts per mixture.
+        num_experts_per_token: Number of experts per token, 2 in every released checkpoint.
+        moe_layers: Indices of the layers with a mixture; None is every other layer, from the first.
+        capacity_factor: DeepSpeed's `eval_capacity_factor`; None sets no limit.
+        min_capacity: Least number of tokens that an expert takes where there is a limit.
     """
 
     num_experts: int = 4
@@ -38,26 +38,39 @@ class MixtureConfig(PretrainedConfig):
     min_capacity: int = 0
 
 
+def set_expert_capacity(config: PretrainedConfig, rule: str) -> None:
+    """Applies the option `model.expert_capacity` to a language model's configuration.
+
+    Args:
+        config: Configuration of a language model, with or without mixtures.
+        rule: "checkpoint" keeps the checkpoint's limit, "unlimited" removes it.
+    """
+    if rule == "unlimited" and isinstance(config, MixtureConfig):
+        config.capacity_factor = None
+
+
 def within_capacity(
     chosen: Tensor, experts: int, capacity_factor: float, min_capacity: int
 ) -> Tensor:
-    """Which choices are served when an expert takes a limited number of tokens.
+    """Finds the choices that are served when an expert takes a limited number of tokens.
 
-    An expert takes `max(ceil(tokens / experts * choices * capacity_factor), min_capacity)` tokens:
-    first those that chose it first, then those that chose it second, each in the order of the
-    batch. Padding counts as any token. With 4 experts, 2 choices and a factor of 2 the limit is the
-    number of tokens, and nothing is ever dropped.
+    An expert takes `max(ceil(tokens / experts * choices * capacity_factor), min_capacity)` tokens.
+    Tokens that chose it first come before tokens that chose it second, each group in the order of
+    the batch. Padding counts as a token. With 4 experts, 2 choices and a factor of 2 the limit is
+    the number of tokens, and nothing is dropped.
 
     Source: `top2gating` and `_capacity` of DeepSpeed 0.9.5.
 
     Args:
-        chosen: the experts of each token, best first, [tokens, choices].
+        chosen: Experts of each token, best first, [tokens, choices].
+        experts: Number of experts.
+        capacity_factor, min_capacity: Limits as in `MixtureConfig`.
 
     Returns:
-        [tokens, choices], true where the choice is served.
+        Mask [tokens, choices] that is true where the choice is served.
     """
     tokens, choices = chosen.shape
-    # In float32, as DeepSpeed: 100 tokens, 4 experts and a factor of 1.1 make 55, not 56.
+    # In float32, as in DeepSpeed: 100 tokens, 4 experts and a factor of 1.1 give 55, not 56.
     share = torch.tensor(choices * capacity_factor) * (tokens / experts)
     capacity = max(int(share.ceil()), min_capacity)
     wanted = chosen.T.flatten()  # all first choices, then all second ones
@@ -70,12 +83,12 @@ class MixtureOfExperts(nn.Module):
     """`num_experts` MLPs behind a linear router.
 
     In training mode `balance_loss` holds the load-balancing loss of the last forward pass (Switch
-    Transformer, arXiv 2101.03961, eq. 4): `E * sum_e f_e P_e`, one when the load is even, where
-    f_e is the share of tokens whose first choice is e and P_e the mean gate of e.
+    Transformer, arXiv 2101.03961, eq. 4). It is `E * sum_e f_e P_e`, where f_e is the share of
+    tokens whose first choice is e and P_e the mean gate of e. It is one when the load is even.
 
     Args:
-        config: of the language model, a `MixtureConfig` as well.
-        expert: builds its MLP.
+        config: Configuration of the language model, which is also a `MixtureConfig`.
+        expert: Function that builds the language model's MLP.
     """
 
     def __init__(
@@ -130,11 +143,11 @@ def add_mixtures(
     config: PretrainedConfig,
     expert: Callable[[PretrainedConfig], nn.Module],
 ) -> None:
-    """Puts a mixture in the place of the MLP of the decoder layers that `config.moe_layers` names.
+    """Replaces the MLP by a mixture in the decoder layers that `config.moe_layers` names.
 
     Args:
-        layers: all decoder layers, each with its `mlp`.
-        config, expert: as in `MixtureOfExperts`.
+        layers: All decoder layers of the model, each with an `mlp`.
+        config, expert: Arguments of `MixtureOfExperts`.
     """
     every_other = range(0, config.num_hidden_layers, 2)
     for index in every_other if config.moe_layers is None else config.moe_layers:

@@ -16,12 +16,12 @@ from transformers import CLIPVisionConfig
 
 from qvlm.config.schema import ModelConfig, RunConfig
 from qvlm.errors import UserError
-from qvlm.models.architectures import KNOWN, clip_tower, image_tokens
+from qvlm.models.architectures import KNOWN, clip_tower
 from qvlm.models.checkpoints.families import Blueprint, read_blueprint, read_config, vision_config
-from qvlm.models.checkpoints.original import has_tower
+from qvlm.models.checkpoints.tensors import has_tower
 from qvlm.models.checkpoints.weights import Weights
-from qvlm.models.llava import Llava, LlavaArchitecture
-from qvlm.models.meta import LAYERS, skeleton
+from qvlm.models.llava import Llava, LlavaArchitecture, image_tokens
+from qvlm.models.meta import LAYERS, meta_model
 from qvlm.planning.footprint import FULL, TEXT_TOKENS, Need, Variant, predict
 from qvlm.planning.sources import local_copy
 from qvlm.quantization import expected_layers
@@ -78,7 +78,7 @@ def find_shape(config: ModelConfig) -> Shape | None:
         if blueprint.vision is None and not (folder and _carries(folder, blueprint, owner)):
             tower = config.vision_tower or blueprint.vision_tower
         architecture = blueprint.architecture(_tower(blueprint, config), owner)
-    model = skeleton(architecture, getattr(torch, config.dtype))
+    model = meta_model(architecture, getattr(torch, config.dtype))
     of_tower = sum(p.numel() for p in model.model.vision_tower.parameters())
     whole = sum(p.numel() for p in model.parameters())
     return Shape(architecture, model, whole, tower, of_tower)

@@ -37,9 +37,9 @@ from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.schema import RunConfig, canonical
 from qvlm.errors import RunError, UserError
 from qvlm.markdown import table
-from qvlm.models.architectures import architecture, image_tokens
-from qvlm.models.llava import Llava, LlavaArchitecture
-from qvlm.models.meta import skeleton
+from qvlm.models.architectures import architecture
+from qvlm.models.llava import Llava, LlavaArchitecture, image_tokens
+from qvlm.models.meta import meta_model
 from qvlm.models.mixture import MixtureOfExperts
 from qvlm.packing.model import packed_layers, weight_bytes
 from qvlm.packing.uncalibrated import put_empty_layers
@@ -134,8 +134,8 @@ def predict(
     """
     dtype = getattr(torch, config.model.dtype)
     prompt = image_tokens(built) + text_tokens
-    model = skeleton(built, dtype)
-    cache, activations = _running(skeleton(built, dtype), prompt)
+    model = meta_model(built, dtype)
+    cache, activations = _running(meta_model(built, dtype), prompt)
     if variant != FULL:
         quantization = prepare.quantization_config(config)
         put_empty_layers(model, quantization, variant.normal_float)

@@ -18,7 +18,7 @@ from qvlm.data.scienceqa import (
     MINIATURE_SIZES,
     OFFICIAL_FILES,
     OFFICIAL_SPLITS,
-    PUBLISHED_TEST,
+    PUBLISHED_QUESTIONS,
 )
 from qvlm.errors import UserError
 from qvlm.models.checkpoints.hub import SMALL_FILES
@@ -111,7 +111,7 @@ def question_count(config: RunConfig) -> int | None:
     if place == "miniature":
         return MINIATURE_SIZES[split]
     if config.data.published and split == "test":
-        return PUBLISHED_TEST["questions"]
+        return PUBLISHED_QUESTIONS
     folder = Path(place)
     try:
         if (folder / OFFICIAL_FILES[1]).is_file():

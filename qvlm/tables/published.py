@@ -9,16 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from qvlm.data.scienceqa import PUBLISHED_TEST
+from qvlm.data.scienceqa import PUBLISHED_CLASSES
+from qvlm.data.scienceqa import SUBJECTS as SCIENCEQA_SUBJECTS
 from qvlm.errors import UserError
 from qvlm.records.record import Record
 
 FOLDER = Path(__file__).resolve().parent / "paper"
 
-SUBJECTS = ("NAT", "SOC", "LAN")
-# Questions in ScienceQA's test split. Every question belongs to one of the three subjects.
-CLASS_SIZES = {name: PUBLISHED_TEST[name] for name in (*SUBJECTS, "IMG")}
-TEST_QUESTIONS = sum(CLASS_SIZES[name] for name in SUBJECTS)
+SUBJECTS = tuple(SCIENCEQA_SUBJECTS.values())
 _ROW = ["model", "bits", "method"]
 
 
@@ -73,7 +71,7 @@ def average_gaps(table: pd.DataFrame, tolerance: float = 0.05) -> pd.DataFrame:
         One row per gap, with the columns `model`, `bits`, `method`, `printed`, `computed`, and
         `gap`, which is printed - computed.
     """
-    questions = pd.Series({name: CLASS_SIZES[name] for name in SUBJECTS})
+    questions = pd.Series({name: PUBLISHED_CLASSES[name] for name in SUBJECTS})
     computed = (table[list(SUBJECTS)] * questions).sum(axis=1) / questions.sum()
     gaps = table[_ROW].assign(printed=table["Avg"], computed=computed, gap=table["Avg"] - computed)
     return gaps[gaps["gap"].abs() > tolerance].reset_index(drop=True)
@@ -87,10 +85,10 @@ def fractional_questions(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per such accuracy, with the columns `model`, `bits`, `method`, `class` and
-        `accuracy`, for the classes of `CLASS_SIZES`.
+        `accuracy`, for the classes of `PUBLISHED_CLASSES`.
     """
-    cells = table.melt(_ROW, list(CLASS_SIZES), var_name="class", value_name="accuracy")
-    n = cells["class"].map(CLASS_SIZES)
+    cells = table.melt(_ROW, list(PUBLISHED_CLASSES), var_name="class", value_name="accuracy")
+    n = cells["class"].map(PUBLISHED_CLASSES)
     right = (cells["accuracy"] * n / 100).round()
     whole = (100 * right / n - cells["accuracy"]).abs() < 0.005 + 1e-9
     return cells[~whole].reset_index(drop=True)

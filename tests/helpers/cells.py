@@ -9,8 +9,10 @@ import pytest
 from qvlm.cell import inputs, pipeline
 from qvlm.cell.identity import Cell
 from qvlm.config.schema import RunConfig
+from qvlm.data.sources import Split
 from tests.helpers.configs import load
 from tests.helpers.problems import make_dataset, make_model, make_problems
+from tests.helpers.splits import split_of
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,12 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> Tracked:
         assert (source, seed) == ("miniature", 0)
         return SPLITS[split] if limit is None else SPLITS[split].select(range(limit))
 
+    def open_split(source: str, split: str, seed: int) -> Split:
+        assert (source, seed) == ("miniature", 0)
+        return split_of(SPLITS[split], split)
+
     monkeypatch.setattr(inputs, "load_scienceqa", load_split)
+    monkeypatch.setattr(inputs, "open_scienceqa", open_split)
     monkeypatch.setattr(pipeline, "track", lambda *arguments: calls.append(arguments))
     return calls
 

@@ -21,7 +21,7 @@ import pytest
 
 from qvlm.cli import main
 from qvlm.data import miniature
-from qvlm.data.scienceqa import FEATURES
+from qvlm.data.scienceqa import COLUMNS
 from qvlm.records.record import find_records
 from qvlm.tables import table2
 
@@ -66,7 +66,7 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
     source = tmp_path_factory.mktemp("data")
     for split, count in (("test", 64), ("train", 16)):
         problems = miniature.generate(split, count, seed=0)
-        rows = datasets.Dataset.from_list(problems, features=FEATURES)
+        rows = datasets.Dataset.from_list(problems, features=COLUMNS)
         rows.to_parquet(source / f"{split}.parquet")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

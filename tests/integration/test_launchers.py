@@ -16,7 +16,7 @@ from qvlm.cell import identity
 from qvlm.cell.identity import Cell
 from qvlm.cli import main
 from qvlm.data import miniature
-from qvlm.data.scienceqa import FEATURES
+from qvlm.data.scienceqa import COLUMNS
 from qvlm.errors import RunError, UserError
 from qvlm.records.locks import Held, Lock, Watch
 from qvlm.records.record import find_records
@@ -110,7 +110,7 @@ def write_problems(folder: Path) -> None:
     """Writes a data set of 16 problems in each split."""
     folder.mkdir()
     for split in ("test", "train"):
-        rows = datasets.Dataset.from_list(miniature.generate(split, 16, seed=0), features=FEATURES)
+        rows = datasets.Dataset.from_list(miniature.generate(split, 16, seed=0), features=COLUMNS)
         rows.to_parquet(folder / f"{split}.parquet")
 
 

@@ -24,9 +24,7 @@ from tests.helpers.cells import SPLITS, Tracked, run
 from tests.helpers.configs import load
 from tests.helpers.problems import make_model
 
-pytestmark = pytest.mark.usefixtures("tracked")
-
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.usefixtures("tracked"), pytest.mark.instruction_set]
 
 QUANTIZED_STAGES = ["load", "calibrate", "quantize", "prove", "evaluate"]
 

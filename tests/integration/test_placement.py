@@ -11,7 +11,7 @@ from qvlm.cell import inputs as prepare
 from qvlm.cell.checks import check_options
 from qvlm.errors import UserError
 from qvlm.models import LoadedModel, load_model, placement
-from qvlm.models.placement import room, spread
+from qvlm.models.placement import distribute, memory_limits
 from qvlm.packing import weight_bytes
 from qvlm.records.record import Record
 from tests.helpers.cells import run
@@ -34,7 +34,7 @@ def ask(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 def in_two(loaded: LoadedModel, folder: Path) -> dict[str, Any]:
     """Keeps half of a model in main memory and half on the disk."""
-    spread(loaded.model, {"cpu": weight_bytes(loaded.model) // 2}, folder=folder)
+    distribute(loaded.model, {"cpu": weight_bytes(loaded.model) // 2}, folder=folder)
     return loaded.model.hf_device_map
 
 
@@ -50,7 +50,7 @@ def test_layers_stay_in_one_piece(tmp_path: Path) -> None:
     parts = load_model("mini_moe_llava", "m")
     size = weight_bytes(parts.model)
     language = weight_bytes(parts.model.model.language_model)
-    spread(parts.model, {"cpu": size - language // 5}, folder=tmp_path)
+    distribute(parts.model, {"cpu": size - language // 5}, folder=tmp_path)
     split = [part for part in parts.model.hf_device_map if ".language_model.layers." in part]
     assert split
     assert all(part.rpartition(".")[2].isdigit() for part in split)
@@ -97,11 +97,11 @@ def test_a_cell_with_hooks_everywhere_is_the_same_cell(
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     loaded = load_model("mini_llava", "m")
-    with pytest.raises(UserError, match="has no room for the whole model .* max_memory"):
-        spread(loaded.model, {"cpu": 1000})
+    with pytest.raises(UserError, match="too little memory for the whole model.* max_memory"):
+        distribute(loaded.model, {"cpu": 1000})
     assert loaded.model.device.type == "cpu"
     with pytest.raises(UserError, match="all weights in float32 .* model.packed=FOLDER"):
-        spread(loaded.model, {"cpu": 1000}, to_be_quantized=True, folder=tmp_path)
+        distribute(loaded.model, {"cpu": 1000}, to_be_quantized=True, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -118,17 +118,19 @@ def test_a_map_needs_a_card(words: list[str], said: str, monkeypatch: pytest.Mon
         check_options(load(*words))
 
 
-def test_room_is_what_is_free_unless_it_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limits_are_what_is_free_unless_sizes_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     true = placement.get_max_memory
     free = {0: 100, 1: 200, "cpu": 300}
     monkeypatch.setattr(
         placement, "get_max_memory", lambda given=None: true(given) if given else free
     )
-    assert room([]) == {0: 90, 1: 180, "cpu": 300}
-    assert room(["2KiB", "3KB"]) == {0: 2048, 1: 3000, "cpu": 300}
-    with pytest.raises(UserError, match="4 sizes are too many; .* each of the 2 cards"):
-        room(["1GiB"] * 4)
+    assert memory_limits([]) == {0: 90, 1: 180, "cpu": 300}
+    assert memory_limits(["2KiB", "3KB"]) == {0: 2048, 1: 3000, "cpu": 300}
+    with pytest.raises(UserError, match="4 sizes are too many. .* each of the 2 GPUs"):
+        memory_limits(["1GiB"] * 4)
     with pytest.raises(
-        UserError, match="max_memory: 'much' is no size; accepted are such as 20GiB"
+        UserError, match="max_memory: 'much' is not a size. Give sizes such as 20GiB"
     ):
-        room(["much"])
+        memory_limits(["much"])

@@ -20,7 +20,7 @@ import pytest
 
 from qvlm.cli import main
 from qvlm.data import miniature
-from qvlm.data.scienceqa import FEATURES
+from qvlm.data.scienceqa import COLUMNS
 from qvlm.records.record import find_records
 
 LONGEST = 300.0  # seconds that a sweep may take on a slow machine
@@ -97,7 +97,7 @@ def shared(tmp_path: Path) -> Shared:
     (tmp_path / "data").mkdir()
     for split, count in (("test", QUESTIONS), ("train", 16)):
         problems = miniature.generate(split, count, seed=0)
-        rows = datasets.Dataset.from_list(problems, features=FEATURES)
+        rows = datasets.Dataset.from_list(problems, features=COLUMNS)
         rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

@@ -27,10 +27,11 @@ from qvlm.cell.streaming import stream_cell
 from qvlm.cli import main
 from qvlm.config.schema import RunConfig
 from qvlm.data import miniature
-from qvlm.data.scienceqa import FEATURES
+from qvlm.data.scienceqa import COLUMNS
+from qvlm.data.sources import Split
 from qvlm.errors import UserError
 from qvlm.methods.base import MethodReport
-from qvlm.models.load import save_packed_model
+from qvlm.models.packed import save_packed_model
 from qvlm.packing import PackedLinear, pack_model, read_origin
 from qvlm.packing.partial import PARTIAL, PROGRESS, PartialCheckpoint
 from qvlm.quantization import (
@@ -45,6 +46,7 @@ from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuanti
 from qvlm.runtime.stages import Stages
 from tests.helpers.cells import run
 from tests.helpers.configs import load
+from tests.helpers.splits import split_of
 from tests.helpers.standins import write
 
 pytestmark = pytest.mark.instruction_set
@@ -65,13 +67,18 @@ PROBLEMS: dict[str, Any] = {}
 def few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     """Problems are generated once, and few."""
     monkeypatch.setattr(inputs, "load_scienceqa", problems)
+    monkeypatch.setattr(inputs, "open_scienceqa", opened)
 
 
 def problems(source: str, split: str, limit: int | None, seed: int) -> Any:
     if "rows" not in PROBLEMS:
         rows = miniature.generate("test", 8, seed=0)
-        PROBLEMS["rows"] = Dataset.from_list(rows, features=FEATURES)
+        PROBLEMS["rows"] = Dataset.from_list(rows, features=COLUMNS)
     return PROBLEMS["rows"] if limit is None else PROBLEMS["rows"].select(range(limit))
+
+
+def opened(source: str, split: str, seed: int) -> Split:
+    return split_of(problems(source, split, None, seed), split)
 
 
 def streamed(folder: Path, *overrides: str) -> RunConfig:
@@ -191,6 +198,7 @@ def test_a_streamed_cell_may_end_once_it_is_written(
 def killed(folder: Path, overrides: list[str], writes: int) -> None:
     """In a process of its own: streams until so many files are written, then dies."""
     inputs.load_scienceqa = problems  # type: ignore[assignment]
+    inputs.open_scienceqa = opened  # type: ignore[assignment]
     torch.set_num_threads(1)
     whole, left = PartialCheckpoint._write, [writes]
 
@@ -374,6 +382,7 @@ def peak(folder: Path, layers: int) -> None:
     )
     experiment.write_checkpoint(folder, content, vision)
     inputs.load_scienceqa = problems  # type: ignore[assignment]
+    inputs.open_scienceqa = opened  # type: ignore[assignment]
     torch.set_num_threads(1)
     # Everything large is mapped, and given back when freed: what the allocator would keep for
     # later, several layers at times, is not what is measured here.

@@ -14,7 +14,7 @@ import torch
 from qvlm.cell import inputs as prepare
 from qvlm.cli import main
 from qvlm.data import miniature
-from qvlm.data.scienceqa import FEATURES
+from qvlm.data.scienceqa import COLUMNS
 from qvlm.errors import UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.records.record import find_records
@@ -46,7 +46,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     for split, count in (("test", 11), ("train", 8)):
         problems = miniature.generate(split, count, seed=0)
-        rows = datasets.Dataset.from_list(problems, features=FEATURES)
+        rows = datasets.Dataset.from_list(problems, features=COLUMNS)
         rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
     options = [
         "evaluation.batch_size=2",

@@ -1,4 +1,4 @@
-"""A contact sheet of generated problems, to look at: `python -m qvlm.data.preview`.
+"""A contact sheet of generated problems, to look at: `python -m qvlm.data.miniature.preview`.
 
 A row per skill, a few problems each: the picture three times as large, question, hint, options with
 the right one marked, and the reasoning that the model is tuned to write.

@@ -1,7 +1,7 @@
-"""A folder for what a configuration names: a local path, or a repository of the Hugging Face hub.
+"""The folder of a checkpoint: a local path, or a downloaded repository of the Hugging Face hub.
 
-Only files that hold data are fetched, never code. With `HF_HUB_OFFLINE=1` the hub's local cache is
-the only source, and a mirror is simply a local path.
+Only files that hold data are downloaded, never code. With `HF_HUB_OFFLINE=1` repositories come from
+the local cache alone. A mirror is a local path.
 """
 
 import json
@@ -25,21 +25,23 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def local_folder(source: str | Path, option: str, weights: bool = True) -> Path:
-    """The folder of a checkpoint, downloaded first if it is a repository's name.
+    """Returns the folder of a checkpoint, which is downloaded first if it is on the hub.
 
     Args:
-        source: a folder, or "owner/name" on the hub.
-        option: the configuration's key, for messages.
-        weights: whether the weights are needed too.
+        source: Folder, or "owner/name" on the hub.
+        option: Key of the configuration, for messages.
+        weights: Whether the weights are needed as well.
 
     Raises:
-        UserError: if there is no such folder or repository, or it cannot be read; with the remedy.
+        UserError: If there is no such folder or repository, or it cannot be downloaded. The message
+            says what to do.
     """
     if Path(source).is_dir():
         return Path(source)
     if not _REPOSITORY.fullmatch(str(source)):
         raise UserError(
-            f"{option}: {source} is no folder; give one with a checkpoint, or owner/name on the hub"
+            f"{option}: {source} is not a folder. Give a folder with a checkpoint, or owner/name "
+            "on the hub."
         )
     folder = _fetch(str(source), option, SMALL_FILES)
     if not weights:
@@ -60,21 +62,21 @@ def _fetch(repository: str, option: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise UserError(
-            f"{option}: {repository} asks for consent; accept its terms on its page and log in "
-            f"with `hf auth login`, {remedy}"
+            f"{option}: {repository} asks for consent. Accept its terms on its page and log in "
+            f"with `hf auth login`, {remedy}."
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{option}: the hub has no {repository}, or it is private; mend the name, log in with "
-            f"`hf auth login`, {remedy}"
+            f"{option}: the hub has no {repository}, or it is private. Correct the name, log in "
+            f"with `hf auth login`, {remedy}."
         ) from error
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{option}: {repository} is not in the local cache and the hub cannot be reached; go "
-            f"online without HF_HUB_OFFLINE, {remedy}"
+            f"{option}: {repository} is not in the local cache and the hub cannot be reached. Go "
+            f"online without HF_HUB_OFFLINE, {remedy}."
         ) from error
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{option}: {repository} cannot be downloaded ({reason}); try again, {remedy}"
+            f"{option}: {repository} cannot be downloaded ({reason}). Try again, {remedy}."
         ) from error

@@ -1,45 +1,47 @@
-"""The tokenizer of an original checkpoint, from whichever file it comes in, without remote code.
+"""The tokenizer of a checkpoint, from whichever file it comes in, without remote code.
 
 Four kinds of file are read:
 
-- `tokenizer.json`: as it is.
-- `tokenizer.model`: a sentencepiece BPE model, as LLaMA has. Its pieces are read from the protocol
-  buffer and become the same BPE in the `tokenizers` library.
-- `vocab.json` and `merges.txt`: Phi-2's, by transformers' own CodeGen tokenizer.
-- `*.tiktoken`: byte pairs with ranks, as StableLM-2 and Qwen have. The released tokenizers are
-  Python files that a loader would have to execute; here their rules are written out.
+- `tokenizer.json` is loaded as it is.
+- `tokenizer.model` is a sentencepiece BPE model, as LLaMA has. Its pieces become the same BPE in
+  the `tokenizers` library.
+- `vocab.json` and `merges.txt` belong to Phi-2, and transformers' CodeGen tokenizer reads them.
+- `*.tiktoken` holds byte pairs with ranks, as StableLM-2 and Qwen have. Their released tokenizers
+  are Python files that a loader would have to execute, so their rules are written out here.
+  transformers' `TikTokenConverter` makes other merges.
 
-A text is tokenized in the pieces around `<image>`, as the released code does: the image's own
-positions are put between them as ids, so no tokenizer needs to know an image.
+A text is tokenized in the pieces around `<image>`, as in the released code. The ids of the image
+are put between the pieces, so a tokenizer does not need a token for images.
 """
 
 import base64
 import itertools
 import json
-import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import CodeGenTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from qvlm.errors import UserError
 
-_BLANK = "\u2581"  # sentencepiece's visible blank
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of a sentencepiece piece
-_BPE = 2  # sentencepiece's number for that kind of model
+_BLANK = "\u2581"  # stands for a blank in sentencepiece
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of pieces in sentencepiece_model.proto
 
-# How StableLM-2 and Qwen cut a text before byte pairs are merged: digits stand alone.
-_CUT = (
+# How StableLM-2 and Qwen split a text before byte pairs are merged. Every digit is on its own.
+_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _END_OF_TEXT = "<|endoftext|>"
 _QWEN_FILE = "qwen.tiktoken"
-# What follows Qwen's byte pairs, in this order; MoE-LLaVA tuned with the fourth as padding.
+# The tokens after Qwen's byte pairs, in order. MoE-LLaVA used the fourth as padding.
 _QWEN_SPECIAL = (
     _END_OF_TEXT,
     "<|im_start|>",
@@ -58,19 +60,21 @@ class TextEncoding:
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any], owner: str) -> TextEncoding:
-    """Reads the tokenizer of a checkpoint folder.
+    """Reads the tokenizer of an original checkpoint.
 
     Args:
-        config: the checkpoint's config.json; a `.tiktoken` file does not say which id ends a text.
-        owner: what messages call the checkpoint.
+        folder: Folder of the checkpoint.
+        config: Content of its config.json, because a `.tiktoken` file does not say which id ends a
+            text.
+        owner: Name of the checkpoint in messages.
 
     Raises:
-        UserError: if there is none, or its file is damaged or of another kind.
+        UserError: If the folder has no tokenizer, or its file is damaged or of another kind.
     """
     tiktoken = sorted(folder.glob("*.tiktoken"))
-    try:
+    with _readable(folder, owner):
         if (folder / "tokenizer.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer = _from_saved(folder)
             begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         elif (folder / "tokenizer.model").is_file():
             tokenizer = _from_sentencepiece(folder)
@@ -83,15 +87,39 @@ def load_tokenizer(folder: Path, config: dict[str, Any], owner: str) -> TextEnco
             begins = False
         else:
             raise UserError(
-                f"{owner}: {folder} has no tokenizer; accepted are tokenizer.json, "
-                "tokenizer.model, vocab.json with merges.txt, and *.tiktoken"
+                f"{owner}: {folder} has no tokenizer. Give one of: tokenizer.json, "
+                "tokenizer.model, vocab.json with merges.txt, *.tiktoken."
             )
-    except (OSError, ValueError, KeyError, IndexError, struct.error, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{owner}: the tokenizer in {folder} cannot be read: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return TextEncoding(tokenizer, begins)
+
+
+def read_saved_tokenizer(folder: Path, begins_with_bos: bool, owner: str) -> TextEncoding:
+    """Reads a tokenizer that transformers saved, tokenizer.json and tokenizer_config.json.
+
+    Raises:
+        UserError: If a file is damaged.
+    """
+    with _readable(folder, owner):
+        return TextEncoding(_from_saved(folder), begins_with_bos)
+
+
+@contextmanager
+def _readable(folder: Path, owner: str) -> Iterator[None]:
+    """Turns the errors of a damaged tokenizer into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain `Exception`s
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{owner}: the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def _from_saved(folder: Path) -> PreTrainedTokenizerFast:
+    # This class reads files only. `AutoTokenizer` would look for a class that the folder names.
+    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
@@ -140,84 +168,54 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _add_tokens(backend: Tokenizer, file: Path) -> None:
-    """Adds the tokens that a checkpoint was tuned with, such as `<im_start>`, at their ids."""
+    """Adds the tokens that a checkpoint was tuned with, such as `<im_start>`, with their ids."""
     if not file.is_file():
         return
     for token, index in sorted(json.loads(file.read_text()).items(), key=lambda item: item[1]):
         backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         if backend.token_to_id(token) != index:
-            raise ValueError(f"{file.name} puts {token} at {index}, where there is no room")
+            raise ValueError(f"{file.name} gives {token} the id {index}, which is not free")
 
 
 def _read_sentencepiece(file: Path) -> list[tuple[str, float, int]]:
-    """The pieces of a model, in order: text, score, type.
+    """Reads the pieces of a sentencepiece BPE model.
 
-    Source: sentencepiece_model.proto. ModelProto: 1 pieces, 2 trainer, 3 normalizer; a piece:
-    1 text, 2 score, 3 type; trainer: 3 kind of model; normalizer: 2 table, 3 blank in front.
+    Returns:
+        Text, score and type of each piece, in the order of their ids.
+
+    Raises:
+        ValueError: If the file is of another kind, or normalizes texts unlike LLaMA's.
     """
-    pieces, kind = [], None
-    for number, value in _fields(file.read_bytes()):
-        if number == 1:
-            piece = {1: b"", 2: struct.pack("<f", 0.0), 3: _NORMAL, **dict(_fields(value))}
-            (score,) = struct.unpack("<f", piece[2])
-            pieces.append((piece[1].decode(), score, piece[3]))
-        elif number == 2:
-            kind = dict(_fields(value)).get(3)
-        elif number == 3:
-            normalizer = dict(_fields(value))
-            if normalizer.get(2) or not normalizer.get(3, 1):
-                raise ValueError("it normalizes texts in a way that LLaMA's does not")
-    if kind != _BPE or not pieces:
-        raise ValueError("it is no sentencepiece BPE model")
-    return pieces
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol buffer: number and value, an integer or bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        key = varint()
-        wire = key & 7
-        if wire == 0:
-            yield key >> 3, varint()
-            continue
-        if wire not in (1, 2, 5):
-            raise ValueError("it is no protocol buffer")
-        size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-        if at + size > len(message):
-            raise ValueError("it ends too early")
-        yield key >> 3, message[at : at + size]
-        at += size
+    try:
+        model = import_protobuf().ModelProto.FromString(file.read_bytes())
+    except DecodeError as error:
+        raise ValueError("it is not a sentencepiece model, or it is damaged") from error
+    if model.trainer_spec.model_type != model.trainer_spec.BPE or not model.pieces:
+        raise ValueError("it is not a sentencepiece BPE model")
+    normalizer = model.normalizer_spec
+    if normalizer.precompiled_charsmap or not normalizer.add_dummy_prefix:
+        raise ValueError("it normalizes texts in a way that LLaMA's does not")
+    return [(piece.piece, piece.score, piece.type) for piece in model.pieces]
 
 
 def _from_merges(folder: Path) -> PreTrainedTokenizerFast:
-    """Phi-2's tokenizer, which is CodeGen's with runs of blanks and tabs as further tokens."""
+    """Reads Phi-2's tokenizer, which is CodeGen's with tokens for runs of blanks and tabs."""
     kind = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
     if kind not in ("CodeGenTokenizer", "CodeGenTokenizerFast"):
-        raise ValueError(f"tokenizer_config.json names {kind}; accepted is CodeGenTokenizer")
-    # Read here: what transformers cannot find it replaces by an empty vocabulary, without a word.
+        raise ValueError(f"tokenizer_config.json names {kind}, which is not CodeGenTokenizer")
+    # transformers silently takes an empty vocabulary for a missing file, so both are read here.
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     _, *merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     if len(merges) + 256 > len(vocabulary):
-        raise ValueError("merges.txt makes more tokens than vocab.json has")
-    # Its files ask to take blanks before punctuation out of answers; texts stay as they are.
-    tokenizer = CodeGenTokenizer.from_pretrained(folder, clean_up_tokenization_spaces=False)
+        raise ValueError("merges.txt has more tokens than vocab.json")
+    # Its files ask to remove blanks before punctuation from answers, which we do not do.
+    tokenizer = CodeGenTokenizer.from_pretrained(
+        folder, clean_up_tokenization_spaces=False, trust_remote_code=False
+    )
     added = folder / "added_tokens.json"
     for token, index in json.loads(added.read_text()).items() if added.is_file() else ():
         if tokenizer.convert_tokens_to_ids(token) != index:
-            raise ValueError(f"{added.name} puts {token!r} at {index}, where it is not")
+            raise ValueError(f"{added.name} gives {token!r} the id {index}, which it does not have")
     return tokenizer
 
 
@@ -244,7 +242,7 @@ def _from_tiktoken(file: Path, config: dict[str, Any]) -> PreTrainedTokenizerFas
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_CUT), "isolated"),
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -264,10 +262,10 @@ def _from_tiktoken(file: Path, config: dict[str, Any]) -> PreTrainedTokenizerFas
 def _special_tokens(
     file: Path, ranks: Mapping[bytes, int], config: Mapping[str, Any]
 ) -> dict[str, int]:
-    """The special tokens that belong to a `.tiktoken` file, which does not hold them.
+    """Returns the special tokens that belong to a `.tiktoken` file, which does not hold them.
 
-    Source: `tokenization_qwen.py`. Qwen's config.json does not say which id ends a text, but its
-    generation_config.json does; a file of byte pairs that lacks a line is found by it.
+    Qwen's config.json does not say which id ends a text, but its generation_config.json does. A
+    file of byte pairs that lacks a line contradicts it. Source: `tokenization_qwen.py`.
     """
     if file.name != _QWEN_FILE:
         return {_END_OF_TEXT: int(config["eos_token_id"])}
@@ -277,14 +275,14 @@ def _special_tokens(
         end = json.loads(generation.read_text())["eos_token_id"]
         if first not in (end if isinstance(end, list) else [end]):
             raise ValueError(
-                f"{file.name} has byte pairs up to {first - 1}, but generation_config.json puts "
-                f"{_END_OF_TEXT} at {end}"
+                f"{file.name} has byte pairs up to {first - 1}, but generation_config.json gives "
+                f"{_END_OF_TEXT} the id {end}"
             )
     return {token: first + index for index, token in enumerate(_QWEN_SPECIAL)}
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts whose merge makes a token: merging by rank, stopped one step before it."""
+    """Returns the two parts that merge into a token: merging by rank stops one step before it."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(left + right) for left, right in itertools.pairwise(parts)]
@@ -297,7 +295,7 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in byte-level BPE: itself where it can be printed."""
+    """Returns the letter for each byte in byte-level BPE, which is the byte if it is printable."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from qvlm.data.scienceqa import load_scienceqa
-from qvlm.models.load import LoadedModel
+from qvlm.models.loaded import LoadedModel
 from qvlm.packing import kernels_used, weight_bytes
 from qvlm.planning.footprint import GIB
 from qvlm.records.record import Record

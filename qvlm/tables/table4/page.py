@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from qvlm.data.scienceqa import PUBLISHED_QUESTIONS
 from qvlm.markdown import bullets, table
 from qvlm.planning.footprint import GIB
 from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.runtime.stages import MIB
 from qvlm.tables.cost import median_and_range
-from qvlm.tables.published import TEST_QUESTIONS
 from qvlm.tables.table4.measure import Measured
 from qvlm.tables.table4.subjects import NOT_PACKED
 
@@ -62,7 +62,9 @@ class Setting:
 
 def page(rows: Sequence[Measured], setting: Setting) -> str:
     """Returns the page."""
-    head = HEAD.format(questions=setting.questions, repeats=setting.repeats, test=TEST_QUESTIONS)
+    head = HEAD.format(
+        questions=setting.questions, repeats=setting.repeats, test=PUBLISHED_QUESTIONS
+    )
     parts = [head]
     for model in dict.fromkeys(row.record.model for row in rows):
         own = [row for row in rows if row.record.model == model]
@@ -83,7 +85,7 @@ def _costs(rows: Sequence[Measured]) -> str:
                 *(columns["bits"], columns["method"], f"{columns['seconds_per_question']:.4f}"),
                 *(f"{columns[part + '_s']:.4f}" for part in ("vision", "prefill", "decode")),
                 f"{columns['tokens_per_s']:.0f}",
-                f"{columns['seconds_per_question'] * TEST_QUESTIONS / 3600:.3f}",
+                f"{columns['seconds_per_question'] * PUBLISHED_QUESTIONS / 3600:.3f}",
                 median_and_range(row.ratios),
                 f"{row.alone.weights / MIB:.2f}",
                 f"{row.weight_ratio:.2f}x",

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qvlm.errors import UserError
-from qvlm.models.load import LoadedModel, load_model
+from qvlm.models.load import load_model
+from qvlm.models.loaded import LoadedModel
 from qvlm.packing import ORIGIN, read_origin
 from qvlm.records.record import Record, find_records
 from qvlm.tables.labels import FP, bits_order

@@ -10,7 +10,7 @@ from torch import nn
 from qvlm.cell import inputs as prepare
 from qvlm.config.schema import RunConfig
 from qvlm.models.llava import Llava, LlavaArchitecture
-from qvlm.models.meta import skeleton
+from qvlm.models.meta import meta_model
 from qvlm.packing import PackedLinear
 from qvlm.packing.uncalibrated import quantize_uncalibrated
 from qvlm.planning import footprint
@@ -61,7 +61,7 @@ def place(built: LlavaArchitecture, change: Callable[[str, nn.Module], None], de
         count = getattr(built, part).num_hidden_layers
         getattr(model.config, part).num_hidden_layers = count
     made: dict[str, nn.Module] = {}
-    for name, (kind, block) in block_layers(skeleton(built, torch.bfloat16), True).items():
+    for name, (kind, block) in block_layers(meta_model(built, torch.bfloat16), True).items():
         shape = str(block)
         if shape in made:
             block = copy.deepcopy(made[shape])
@@ -133,5 +133,5 @@ def _bitsandbytes(kind: str, block: nn.Module) -> None:
 
 def shapes_of(built: LlavaArchitecture) -> dict[str, str]:
     """Returns a description of each block of a model, by name. Blocks of one shape share it."""
-    blocks = block_layers(skeleton(built, torch.bfloat16), True)
+    blocks = block_layers(meta_model(built, torch.bfloat16), True)
     return {name: str(block) for name, (_, block) in blocks.items()}

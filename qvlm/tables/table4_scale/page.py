@@ -4,12 +4,12 @@ import statistics
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from qvlm.data.scienceqa import PUBLISHED_QUESTIONS
 from qvlm.markdown import bullets, table
 from qvlm.planning.footprint import ANSWER_TOKENS, SCALE_ANSWER
 from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.tables.cost import median_and_range
 from qvlm.tables.labels import FP
-from qvlm.tables.published import TEST_QUESTIONS
 from qvlm.tables.table4_scale.measure import SIDE_BY_SIDE, Measured, Row, Setting
 from qvlm.tables.table4_scale.models import PEER, PER_CHANNEL
 from qvlm.tables.table4_scale.search import SEARCH_TOKENS, SearchEstimate
@@ -66,8 +66,8 @@ def _notes(setting: Setting, threads: int) -> str:
         "128 sorted channels share a scale, and weights are grouped cluster by cluster. In *per "
         "channel*, each channel has a scale of its own, folded into the weights, as in the "
         "released code (`quantizer.language.granularity=per_channel`).",
-        f"*paper* columns are what the paper prints, hours for {TEST_QUESTIONS:,} questions on its "
-        "own hardware.",
+        f"*paper* columns are what the paper prints, hours for {PUBLISHED_QUESTIONS:,} questions on "
+        "its own hardware.",
         "Peak is the resident set of a fresh process while it answers, including Python and its "
         "libraries. *predicted* is the sum of `make fit` and what such a process takes without a "
         "model.",

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qvlm.models.architectures import architecture, image_tokens
-from qvlm.models.meta import skeleton
+from qvlm.models.architectures import architecture
+from qvlm.models.llava import image_tokens
+from qvlm.models.meta import meta_model
 from qvlm.quantization.targets import block_layers, quantizable
 from qvlm.tables.table4_scale.clock import QuestionTimes
 
@@ -45,7 +46,7 @@ def estimate_search(model: str, simulated: Sequence[QuestionTimes], prompt: int)
         prompt: Number of tokens of that question.
     """
     built = architecture(model)
-    blocks = block_layers(skeleton(built, torch.bfloat16), True).values()
+    blocks = block_layers(meta_model(built, torch.bfloat16), True).values()
     per_token = {
         "language": statistics.median(times.prefill for times in simulated) / prompt,
         "vision": statistics.median(times.vision for times in simulated) / image_tokens(built),

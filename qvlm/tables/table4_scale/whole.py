@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from qvlm.cell import inputs as prepare
-from qvlm.models.architectures import architecture, image_tokens
+from qvlm.models.architectures import architecture
+from qvlm.models.llava import image_tokens
 from qvlm.packing import weight_bytes
 from qvlm.planning import footprint
 from qvlm.planning.footprint import FULL, SCALE_ANSWER, Variant

@@ -147,6 +147,23 @@ def test_official_parser(text: str, choice: int | None) -> None:
     assert Prompting().parse(text, 2) == choice
 
 
+@pytest.mark.parametrize(
+    ("text", "choice"), [("F. the sixth. The answer is A.", 0), ("F", None), ("J", None)]
+)
+def test_letters_beyond_the_official_five_need_as_many_choices(
+    text: str, choice: int | None
+) -> None:
+    assert Prompting().parse(text, 3) == choice
+    assert Prompting().parse("F", 6) == 5
+    assert Prompting().parse("F. the sixth", 6) == 5
+
+
+def test_reasoning_formats_have_room_for_a_lecture() -> None:
+    rooms = {name: Prompting(name).max_new_tokens for name in ("QCM-LEA", "QCM-LEPA", "CQM-A")}
+    assert rooms["QCM-LEA"] == rooms["QCM-LEPA"] == 1024
+    assert rooms["CQM-A"] < 1024
+
+
 def test_plain_layout_has_its_own_pattern() -> None:
     assert Prompting("QCM-LEPA").parse("SOLUTION: air.\n###\nANSWER: A.", 2) == 0
     assert Prompting("QCM-LEPA").parse("The answer is A.", 2) is None
@@ -154,5 +171,7 @@ def test_plain_layout_has_its_own_pattern() -> None:
 
 @pytest.mark.parametrize("option", ["format", "conversation"])
 def test_unknown_names_are_refused_with_the_accepted_ones(option: str) -> None:
-    with pytest.raises(UserError, match=r"'nonsense': accepted are .*(QCM-LEA|vicuna_v1)"):
+    with pytest.raises(
+        UserError, match=r"'nonsense' is not known. Choose one of: .*(QCM-LEA|vicuna_v1)"
+    ):
         Prompting(**{option: "nonsense"})

@@ -205,7 +205,7 @@ def test_a_text_beyond_seq_length_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("kv_channels", 16, ["kv_channels", "accepted are 8"]),
+        ("kv_channels", 16, ["kv_channels", "Choose one of: 8."]),
         ("no_bias", False, ["no_bias"]),
         ("rotary_pct", 0.25, ["rotary_pct"]),
         ("seq_length", None, ["lacks seq_length"]),
@@ -273,7 +273,7 @@ def test_a_short_file_of_byte_pairs_is_found(tmp_path: Path) -> None:
     standin = write("moe_llava_qwen", tmp_path)
     file = standin.folder / "qwen.tiktoken"
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
-    refused(lambda: read(standin), "qwen.tiktoken has byte pairs up to", f"at {QWEN_END}")
+    refused(lambda: read(standin), "qwen.tiktoken has byte pairs up to", f"the id {QWEN_END}")
 
 
 @pytest.mark.parametrize(
@@ -303,10 +303,10 @@ def test_phis_tokens_are_codegens_and_runs_of_blanks(
     ("file", "content", "words"),
     [
         ("vocab.json", None, ["vocab.json"]),
-        ("vocab.json", "{}", ["merges.txt makes more tokens"]),
+        ("vocab.json", "{}", ["merges.txt has more tokens"]),
         ("merges.txt", None, ["no tokenizer", "vocab.json with merges.txt"]),
         ("tokenizer_config.json", '{"tokenizer_class": "BartTokenizer"}', ["BartTokenizer"]),
-        ("added_tokens.json", '{"  ": 7}', ["puts '  ' at 7"]),
+        ("added_tokens.json", '{"  ": 7}', ["gives '  ' the id 7"]),
     ],
 )
 def test_damaged_tokenizer_of_phi(

@@ -26,7 +26,7 @@ from qvlm.methods.qvlm.vision import Tuning, loss_terms, reference
 from qvlm.models import load_model
 from qvlm.models.checkpoints import hub
 from qvlm.models.checkpoints.tokenizer import load_tokenizer
-from qvlm.models.load import pad_to_square
+from qvlm.models.loaded import pad_to_square
 from qvlm.models.mixture import MixtureOfExperts
 from tests.helpers import standins
 from tests.helpers.checkpoints import PLAIN, PROBLEM, STABLELM, change, read, refused
@@ -281,7 +281,7 @@ def test_pad_and_crop_are_what_they_say(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"prompting": STABLELM}, ["model.conversation", "stablelm", "<|endoftext|>", "</s>"]),
-        ({"image_size": 336}, ["model.image_size", "336", "accepted is 224"]),
+        ({"image_size": 336}, ["model.image_size", "336", "model.image_size=224"]),
         ({"vision_tower": "nowhere"}, ["model.vision_tower", "nowhere"]),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_second_projector_layer_is_unexpected_in_a_linear_one(tmp_path: Path) 
         ("num_hidden_layers", 2, ["layers.2", "no place"]),
         ("num_key_value_heads", 2, ["asks for (16, 32)"]),
         ("rope_theta", 500.0, ["inv_freq", "follows from config.json"]),
-        ("mm_hidden_size", 30, ["model.vision_tower", "width 30", "has 24"]),
+        ("mm_hidden_size", 30, ["model.vision_tower", "width 30", "has width 24"]),
         ("hidden_size", None, ["lacks hidden_size"]),
         ("hidden_size", "wide", ["config.json", "hidden_size"]),
         ("rope_scaling", {"kind": "x"}, ["config.json", "type"]),
@@ -367,7 +367,7 @@ def test_config_that_is_not_the_weights(
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("top_k_experts", 1, ["top_k_experts", "accepted are 2"]),
+        ("top_k_experts", 1, ["top_k_experts", "Choose one of: 2."]),
         ("num_experts", [4, 2], ["num_experts"]),
         ("use_residual", True, ["use_residual"]),
         ("eval_capacity_factor", None, ["lacks eval_capacity_factor"]),
@@ -387,13 +387,13 @@ def test_other_mixtures_are_refused_with_the_accepted_ones(tmp_path: Path) -> No
     standin = write("moe_llava", tmp_path)
     change(standin.folder / "config.json", architectures=["MoELLaVAMistralForCausalLM"])
     accepted = [f"MoELLaVA{name}ForCausalLM" for name in ("Stablelm", "Phi", "QWen")]
-    refused(lambda: read(standin), "MoELLaVAMistralForCausalLM", "accepted are", *accepted)
+    refused(lambda: read(standin), "MoELLaVAMistralForCausalLM", "Choose one of", *accepted)
 
 
 def test_missing_shard(tmp_path: Path) -> None:
     standin = write("llava", tmp_path)
     first_shard(standin).unlink()
-    refused(lambda: read(standin), "pytorch_model-00001-of-00002.bin is missing", "download it")
+    refused(lambda: read(standin), "pytorch_model-00001-of-00002.bin is missing", "Download it")
 
 
 @pytest.mark.parametrize("safetensors", [False, True])
@@ -452,12 +452,12 @@ def test_missing_file(tmp_path: Path, file: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("config.json", b"{", ["config.json is no JSON"]),
-        ("config.json", b"[]", ["no JSON object"]),
+        ("config.json", b"{", ["config.json is not JSON"]),
+        ("config.json", b"[]", ["not a JSON object"]),
         ("tokenizer.model", b"\x0a\xff", ["tokenizer", "cannot be read"]),
-        ("tokenizer.model", b"", ["tokenizer", "no sentencepiece BPE model"]),
-        ("pytorch_model.bin.index.json", b"{}", ["no index of shards"]),
-        ("added_tokens.json", b'{"<im_start>": 7}', ["<im_start>", "no room"]),
+        ("tokenizer.model", b"", ["tokenizer", "not a sentencepiece BPE model"]),
+        ("pytorch_model.bin.index.json", b"{}", ["not an index of shards"]),
+        ("added_tokens.json", b'{"<im_start>": 7}', ["<im_start>", "the id 7, which is not free"]),
     ],
 )
 def test_damaged_file(tmp_path: Path, file: str, content: bytes, words: list[str]) -> None:
@@ -492,7 +492,7 @@ def test_a_tower_that_is_no_clip_is_refused(tmp_path: Path) -> None:
     standin = write("moe_llava", tmp_path)
     assert standin.tower is not None
     change(standin.tower / "config.json", model_type="siglip")
-    refused(lambda: read(standin), "vision tower", "a siglip", "accepted is a CLIP")
+    refused(lambda: read(standin), "vision tower", "a siglip", "Give a CLIP")
 
 
 def test_half_a_tower_is_missing_tensors(tmp_path: Path) -> None:
@@ -556,10 +556,10 @@ RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (GatedRepoError("no", response=RESPONSE), ["accept its terms", "hf auth login"]),
+        (GatedRepoError("no", response=RESPONSE), ["Accept its terms", "hf auth login"]),
         (RepositoryNotFoundError("no", response=RESPONSE), ["the hub has no owner/model"]),
         (LocalEntryNotFoundError("no"), ["HF_HUB_OFFLINE", "local cache"]),
-        (OSError("disk full"), ["disk full", "try again"]),
+        (OSError("disk full"), ["disk full", "Try again"]),
     ],
 )
 def test_what_the_hub_refuses_has_a_remedy(

@@ -13,7 +13,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from qvlm.cell import inputs as prepare
 from qvlm.errors import UserError
 from qvlm.models.architectures import architecture
-from qvlm.models.meta import skeleton
+from qvlm.models.meta import meta_model
 from qvlm.packing import weight_bytes
 from qvlm.packing.checkpoint import load_packed, save_packed
 from qvlm.packing.kernels.int4_weight_only import layout_is_known
@@ -105,7 +105,7 @@ def test_loading_takes_little_more_than_the_packed_model(tmp_path: Path) -> None
     built = architecture("llava_7b")
     built.text_config.num_hidden_layers, built.text_config.vocab_size = 2, 512
     built.vision_config.num_hidden_layers, built.image_token_id = 3, 511
-    model = skeleton(built, torch.bfloat16)
+    model = meta_model(built, torch.bfloat16)
     put_empty_layers(model, prepare.quantization_config(configuration("llava_7b", "w4a4")), False)
     model = model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):

@@ -8,8 +8,9 @@ import torch
 
 from qvlm.cell import inputs as prepare
 from qvlm.methods import RTN
-from qvlm.models.architectures import KNOWN, architecture, image_tokens
-from qvlm.models.meta import skeleton
+from qvlm.models.architectures import KNOWN, architecture
+from qvlm.models.llava import image_tokens
+from qvlm.models.meta import meta_model
 from qvlm.packing import pack_model, packed_layers, weight_bytes
 from qvlm.packing.uncalibrated import put_empty_layers
 from qvlm.planning import footprint, measured
@@ -46,7 +47,7 @@ def test_prediction_holds_for_a_calibrated_model(model: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS[1:], ids=str)
 def test_planned_forms_are_the_packed_ones(variant: Variant) -> None:
     config = footprint.configuration("mini_moe_llava", variant.bits)
-    planned = skeleton(architecture("mini_moe_llava"), torch.float32)
+    planned = meta_model(architecture("mini_moe_llava"), torch.float32)
     put_empty_layers(planned, prepare.quantization_config(config), variant.normal_float)
     packed = prepare.load(config, "cpu").model
     measured.pack_blindly(packed, config, variant)
@@ -68,7 +69,7 @@ def test_known_architectures_have_the_published_size(
     model: str, billions: float, tokens: int
 ) -> None:
     built = architecture(model)
-    count = sum(weight.numel() for weight in skeleton(built, torch.bfloat16).parameters())
+    count = sum(weight.numel() for weight in meta_model(built, torch.bfloat16).parameters())
     assert count / 1e9 == pytest.approx(billions, rel=0.02)
     assert image_tokens(built) == tokens
 
@@ -78,7 +79,7 @@ def test_known_architectures_have_the_published_size(
 )
 def test_a_mixture_activates_what_its_authors_say(model: str, billions: float) -> None:
     """Billions of weights that a token meets outside the tower, from MoE-LLaVA's model zoo."""
-    parameters = skeleton(architecture(model), torch.bfloat16).named_parameters()
+    parameters = meta_model(architecture(model), torch.bfloat16).named_parameters()
     met = sum(
         weight.numel() / (2 if ".experts." in name else 1)  # two of four experts
         for name, weight in parameters

@@ -17,7 +17,7 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record as Entry
 
 from qvlm.config.schema import TrackingConfig
-from qvlm.data.scienceqa import FEATURES
+from qvlm.data.scienceqa import COLUMNS
 from qvlm.records.record import Record
 from qvlm.records.tracking import example_rows, log_table, track
 from qvlm.tables.table2 import main
@@ -93,7 +93,7 @@ def make_questions(record: Record) -> datasets.Dataset:
     """The questions of a record; each image has a colour of its own."""
     rows = [
         {
-            **dict.fromkeys(FEATURES, "x"),
+            **dict.fromkeys(COLUMNS, "x"),
             "image": Image.new("RGB", (8, 8), (row, 0, 0)) if pictured else None,
             "question": f"Question {row}?",
             "choices": ["red", "green", "blue"],
@@ -104,7 +104,7 @@ def make_questions(record: Record) -> datasets.Dataset:
             zip(record.predictions["has_image"], record.predictions["answer"], strict=True)
         )
     ]
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    return datasets.Dataset.from_list(rows, features=COLUMNS)
 
 
 def test_a_cell_is_read_back_from_disk(

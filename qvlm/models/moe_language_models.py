@@ -1,11 +1,11 @@
-"""The language models of MoE-LLaVA: transformers' own, with a mixture in some of their layers.
+"""The language models of MoE-LLaVA: transformers' own, with mixtures in some of their layers.
 
-- StableLM-2: a norm before attention and one before the MLP, partial rotary positions.
-- Phi-2: one norm for both, whose outputs are added; biases everywhere; an ungated MLP.
-- Qwen, the first: a LLaMA with biases on query, key and value, which is what Qwen2 is. Two habits
-  of the first have no place in the second: beyond `seq_length` tokens its code scales queries by a
-  logarithm and stretches the rotary base. Up to there the two compute the same; longer texts are
-  refused rather than answered by another model.
+- StableLM-2 has a norm before attention, another before the MLP, and partial rotary positions.
+- Phi-2 has one norm for attention and MLP, adds the outputs of both, has biases everywhere and an
+  MLP without a gate.
+- The first Qwen is a LLaMA with biases on query, key and value, as Qwen2 is. Beyond `seq_length`
+  tokens its code also scales queries by a logarithm and stretches the rotary base, which Qwen2 does
+  not. Up to that length both compute the same. Longer texts are refused.
 """
 
 from typing import Any
@@ -22,25 +22,28 @@ from qvlm.models.mixture import MixtureConfig, add_mixtures
 
 
 class MoeStableLmConfig(StableLmConfig, MixtureConfig):
-    """`StableLmConfig` plus the mixture."""
+    """`StableLmConfig` plus the fields of `MixtureConfig`."""
 
     model_type = "qvlm_moe_stablelm"
 
 
 class MoePhiConfig(PhiConfig, MixtureConfig):
-    """`PhiConfig` plus the mixture."""
+    """`PhiConfig` plus the fields of `MixtureConfig`."""
 
     model_type = "qvlm_moe_phi"
 
 
 class MoeQwenConfig(Qwen2Config, MixtureConfig):
-    """`Qwen2Config` plus the mixture; `max_position_embeddings` is Qwen's `seq_length`."""
+    """`Qwen2Config` plus the fields of `MixtureConfig`.
+
+    `max_position_embeddings` holds the `seq_length` of Qwen's config.json.
+    """
 
     model_type = "qvlm_moe_qwen"
 
 
 class MoeStableLmModel(StableLmModel):
-    """StableLM whose `moe_layers` have a `MixtureOfExperts` for an MLP."""
+    """StableLM with a `MixtureOfExperts` as the MLP of its `moe_layers`."""
 
     config: MoeStableLmConfig
     config_class = MoeStableLmConfig
@@ -53,7 +56,7 @@ class MoeStableLmModel(StableLmModel):
 
 
 class MoePhiModel(PhiModel):
-    """Phi whose `moe_layers` have a `MixtureOfExperts` for an MLP."""
+    """Phi with a `MixtureOfExperts` as the MLP of its `moe_layers`."""
 
     config: MoePhiConfig
     config_class = MoePhiConfig
@@ -66,7 +69,7 @@ class MoePhiModel(PhiModel):
 
 
 class MoeQwenModel(Qwen2Model):
-    """Qwen whose `moe_layers` have a `MixtureOfExperts` for an MLP."""
+    """Qwen with a `MixtureOfExperts` as the MLP of its `moe_layers`."""
 
     config: MoeQwenConfig
     config_class = MoeQwenConfig
@@ -78,19 +81,19 @@ class MoeQwenModel(Qwen2Model):
         self.post_init()
 
     def forward(self, input_ids: Tensor | None = None, **inputs: Any) -> Any:
-        """As `Qwen2Model.forward`.
+        """Calls `Qwen2Model.forward`.
 
         Raises:
-            UserError: for a text of more tokens than `max_position_embeddings`.
+            UserError: If the text has more tokens than `max_position_embeddings`.
         """
         given = inputs["inputs_embeds"] if input_ids is None else input_ids
         cache = inputs.get("past_key_values")
         tokens = given.shape[1] + (0 if cache is None else cache.get_seq_length())
         if tokens > self.config.max_position_embeddings:
             raise UserError(
-                f"a prompt and its answer take {tokens} tokens, but Qwen's attention is another "
-                f"one beyond its seq_length of {self.config.max_position_embeddings}, which is not "
-                "supported; lower evaluation.max_new_tokens or leave the question out"
+                f"a prompt and its answer take {tokens} tokens, which is more than Qwen's "
+                f"seq_length of {self.config.max_position_embeddings}. Its attention for longer "
+                "texts is not supported. Lower evaluation.max_new_tokens or leave the question out."
             )
         return super().forward(input_ids, **inputs)
 

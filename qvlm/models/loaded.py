@@ -1,0 +1,144 @@
+"""A loaded model, and the encoding of texts and images that it was tuned with.
+
+`LoadedModel` keeps together what a checkpoint was tuned with: weights, tokenizer, image size and
+prompting. Everything that reads or writes text for a model goes through it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+from qvlm.data.prompts import IMAGE_TOKEN, Prompting
+from qvlm.models.checkpoints.tensors import Tensors
+from qvlm.models.llava import Llava, image_tokens
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode with the encoding that it was tuned with.
+
+    Attributes:
+        model: The network.
+        tokenizer: Tokenizer with a pad, a bos and an eos token.
+        image_processor: Processor that resizes images and normalizes them for the tower.
+        prompting: Prompt format and conversation template of the checkpoint.
+        name: Name of the model in records and tables.
+        image_fit: How an image becomes square. "crop" resizes its shorter side and cuts the longer
+            one, "pad" adds borders of the mean color.
+        image_text: Text that stands for an image in a prompt. Some checkpoints wrap `<image>`.
+        begins_with_bos: Whether a text begins with the bos token.
+        tensors: Tensors of the checkpoint, where the decoder layers are on the meta device.
+    """
+
+    model: Llava
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: CLIPImageProcessorPil
+    prompting: Prompting
+    name: str
+    image_fit: str = "crop"
+    image_text: str = IMAGE_TOKEN
+    begins_with_bos: bool = True
+    tensors: Tensors | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Side of the tower's input in pixels."""
+        return self.model.config.vision_config.image_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Number of positions that one image takes in the language model."""
+        return image_tokens(self.model.config)
+
+    def encode(
+        self, problems: Sequence[Mapping[str, Any]], with_target: bool = False
+    ) -> dict[str, Tensor]:
+        """Encodes problems as one left-padded batch.
+
+        Args:
+            problems: Problems in ScienceQA's schema, images decoded.
+            with_target: Whether the expected answer follows each prompt.
+
+        Returns:
+            Batch as from `encode_prompts`.
+        """
+        prompts = [self.prompting.prompt(problem) for problem in problems]
+        if with_target:
+            prompts = [
+                prompt + self.prompting.target(problem)
+                for prompt, problem in zip(prompts, problems, strict=True)
+            ]
+        return self.encode_prompts(prompts, [problem["image"] for problem in problems])
+
+    def encode_prompts(
+        self, prompts: Sequence[str], images: Sequence[Image.Image | None]
+    ) -> dict[str, Tensor]:
+        """Encodes texts, each with at most one image.
+
+        Returns:
+            `input_ids` and `attention_mask` [batch, tokens], padded on the left. If there is an
+            image, also `pixel_values` [images, 3, size, size] in the order of the rows.
+
+        Raises:
+            ValueError: If a text does not hold exactly one `<image>` for each image.
+        """
+        for prompt, image in zip(prompts, images, strict=True):
+            if prompt.count(IMAGE_TOKEN) != (image is not None):
+                raise ValueError("a prompt needs exactly one <image> for each image")
+        rows = self._token_ids(prompts)
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        device = self.model.device
+        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        present = [image for image in images if image is not None]
+        if present:
+            if self.image_fit == "pad":
+                present = [
+                    pad_to_square(image, self.image_processor.image_mean) for image in present
+                ]
+            pixels = self.image_processor(present, return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = pixels.to(device, self.model.dtype)
+        return batch
+
+    def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Tokenizes texts, each in the pieces around its image.
+
+        LLaVA's own code does the same. With sentencepiece every piece begins with a blank.
+        """
+        pieces = [text.replace(IMAGE_TOKEN, self.image_text).split(IMAGE_TOKEN) for text in prompts]
+        flat = [piece for row in pieces for piece in row]
+        encoded = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"])
+        image = [self.model.config.image_token_id] * self.image_tokens
+        start = [self.tokenizer.bos_token_id] if self.begins_with_bos else []
+        rows = []
+        for row in pieces:
+            ids = start + next(encoded)
+            for _ in row[1:]:
+                ids += image + next(encoded)
+            rows.append(ids)
+        return rows
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """Turns token ids [batch, tokens] into texts without special tokens."""
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """Centers an image on a square of the mean color, as LLaVA-v1.5 was tuned.
+
+    Args:
+        image: Image of any size and mode.
+        mean: Mean of the image processor, per channel from 0 to 1.
+    """
+    image = image.convert("RGB")
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * part) for part in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
