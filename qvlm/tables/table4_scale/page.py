@@ -66,8 +66,8 @@ def _notes(setting: Setting, threads: int) -> str:
         "128 sorted channels share a scale, and weights are grouped cluster by cluster. In *per "
         "channel*, each channel has a scale of its own, folded into the weights, as in the "
         "released code (`quantizer.language.granularity=per_channel`).",
-        f"*paper* columns are what the paper prints, hours for {PUBLISHED_QUESTIONS:,} questions on "
-        "its own hardware.",
+        f"*paper* columns are what the paper prints, hours for {PUBLISHED_QUESTIONS:,} questions "
+        "on its own hardware.",
         "Peak is the resident set of a fresh process while it answers, including Python and its "
         "libraries. *predicted* is the sum of `make fit` and what such a process takes without a "
         "model.",
