@@ -57,7 +57,7 @@ class StreamedWalk(ShownWalk):
         self.uncalibrated = list(stream.uncalibrated)
 
     def _visit(self, runs: Sequence[Sequence[str]]) -> Iterator[Block]:
-        if self.keep_float_stream or any(len(run) > 1 for run in runs):
+        if any(len(run) > 1 for run in runs):
             raise prepare.not_streamed("the method")
         self._resume()
         inputs = self.stream.calls
@@ -69,7 +69,7 @@ class StreamedWalk(ShownWalk):
                 self.model.to("meta")  # nothing but the inputs is needed any more
                 fill(module, name, self.tensors, self.device)
                 self.tensors.close()
-            block = Block({name: module}, kind, inputs, None, self.quantization, self.uncalibrated)
+            block = Block({name: module}, kind, inputs, self.quantization, self.uncalibrated)
             yield block
             block.close()
             if quantizable(module):  # it only looked

@@ -99,7 +99,7 @@ class Constants:
         The quantizer does not say how many constants share a scale, so usual sizes are tried. If
         none gives its decoded constants back to the bit, they are kept in float32.
         """
-        constants, decoded = quantizer.constants, quantizer.dequantized_absmax
+        constants, decoded = quantizer.absmax, quantizer.dequantized_absmax
         mean = constants.mean().view(1)
         for size in () if torch.equal(constants, decoded) else _CONSTANT_BLOCKS:
             offsets = F.pad(constants - mean, (0, -len(constants) % size)).view(-1, size)

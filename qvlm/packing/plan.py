@@ -85,7 +85,7 @@ def blind(
     input_quantizer = activation_quantizer(samples, replace(inputs, ranges="minmax"))
     folded = folded_weight(linear.weight, input_quantizer)
     if normal_float:
-        quantizer = NormalFloatQuantizer.fit(
+        quantizer = NormalFloatQuantizer.from_weight(
             folded, weight.bits, NORMAL_FLOAT_BLOCK, CONSTANT_BLOCK
         )
         return QuantLinear.from_linear(linear, quantizer, input_quantizer)

@@ -36,7 +36,6 @@ class Block:
             order in which the calibration data reaches them; those it never reaches come last.
         inputs: one call per calibration batch that reaches the block (batches without an image
             reach neither vision layers nor projector), computed by the quantized model so far.
-        float_inputs: the same from the float model, if the walk keeps the float stream.
     """
 
     def __init__(
@@ -44,7 +43,6 @@ class Block:
         layers: Mapping[str, nn.Module],
         kind: str,
         inputs: list[Call],
-        float_inputs: list[Call] | None,
         quantization: QuantizationConfig,
         uncalibrated: list[str],
     ) -> None:
@@ -54,7 +52,6 @@ class Block:
         self.kind = kind
         self.module = next(iter(layers.values())) if len(names) == 1 else Chain(layers.values())
         self.inputs = inputs
-        self.float_inputs = float_inputs
         self.linears = self._in_execution_order()
         self._layer_names = names
         self._quantization = quantization
@@ -66,7 +63,7 @@ class Block:
 
         Args:
             module: another module to run instead of the block.
-            calls: other inputs than `inputs`, such as `float_inputs`.
+            calls: other inputs than `inputs`.
         """
         return run_calls(
             self.module if module is None else module, self.inputs if calls is None else calls
@@ -89,9 +86,7 @@ class Block:
                     self._put(name, layer)
         return self._float_outputs
 
-    def linear_inputs(
-        self, max_tokens: int | None = MAX_TOKENS, calls: list[Call] | None = None
-    ) -> dict[str, Tensor]:
+    def linear_inputs(self, max_tokens: int | None = MAX_TOKENS) -> dict[str, Tensor]:
         """What each linear sees when the block, as it is now, runs on its inputs.
 
         An expert sees the tokens routed to it, perhaps none.
@@ -99,13 +94,11 @@ class Block:
         Args:
             max_tokens: about how many to keep per linear, spread evenly over every batch; None
                 keeps all.
-            calls: other inputs, such as `float_inputs`.
 
         Returns:
             [tokens, in] per linear, in the order of `linears`.
         """
-        calls = self.inputs if calls is None else calls
-        share = None if max_tokens is None else -(-max_tokens // max(1, len(calls)))
+        share = None if max_tokens is None else -(-max_tokens // max(1, len(self.inputs)))
         seen: dict[str, list[Tensor]] = {name: [] for name in self.linears}
 
         def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -119,7 +112,7 @@ class Block:
             for name in self.linears
         ]
         try:
-            for call in calls:
+            for call in self.inputs:
                 run_calls(self.module, [call])
         finally:
             for hook in hooks:
@@ -204,7 +197,7 @@ class Block:
 
     def close(self) -> None:
         """Lets go of activations and float linears; the walk calls it when it moves on."""
-        self.inputs, self.float_inputs, self._float_outputs, self.linears = [], None, None, {}
+        self.inputs, self._float_outputs, self.linears = [], None, {}
 
     def _put(self, name: str, layer: nn.Module) -> None:
         parent, _, child = name.rpartition(".")

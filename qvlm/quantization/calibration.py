@@ -39,8 +39,6 @@ class Walk:
         model: a LLaVA in evaluation mode; methods quantize it in place.
         batches: keyword arguments of its forward, rows of equal length (see `batch_by_length`).
         quantization: which spec goes where.
-        keep_float_stream: also carry the float model's activations along (`Block.float_inputs`),
-            which doubles what is held; a method that needs them sets it before it asks for blocks.
 
     Attributes:
         uncalibrated: full names of the layers that were quantized without a calibration token.
@@ -54,7 +52,6 @@ class Walk:
         model: nn.Module,
         batches: Sequence[Mapping[str, Tensor]],
         quantization: QuantizationConfig,
-        keep_float_stream: bool = False,
     ) -> None:
         if not batches:
             raise UserError("the calibration set is empty: at least one problem is needed")
@@ -65,7 +62,6 @@ class Walk:
         self.model = model
         self.batches = list(batches)
         self.quantization = quantization
-        self.keep_float_stream = keep_float_stream
         self.uncalibrated: list[str] = []
         self._layers = block_layers(model, quantization.vision_tower)
         for name, (_, module) in self._layers.items():
@@ -92,28 +88,14 @@ class Walk:
         return self._visit(runs)
 
     def _visit(self, runs: Sequence[Sequence[str]]) -> Iterator[Block]:
-        # With the float stream, every entry is caught before anything is quantized.
-        entries = {names[0] for names in runs if self._is_entry(names[0])}
-        early = {name: self._catch(name) for name in entries} if self.keep_float_stream else {}
         inputs: list[Call] = []
-        float_inputs: list[Call] | None = None
         for position, names in enumerate(runs):
-            if names[0] in entries:
+            if self._is_entry(names[0]):
                 inputs = self._catch(names[0])
-                float_inputs = early.pop(names[0], None)
-            last = position + 1 == len(runs) or runs[position + 1][0] in entries
+            last = position + 1 == len(runs) or self._is_entry(runs[position + 1][0])
             layers = {name: self._layers[name][1] for name in names}
-            block = Block(
-                layers,
-                self._layers[names[0]][0],
-                inputs,
-                float_inputs,
-                self.quantization,
-                self.uncalibrated,
-            )
-            if float_inputs is not None and not last:
-                # Now, while the linears are still float.
-                float_inputs = advance(block.module, list(float_inputs))
+            kind = self._layers[names[0]][0]
+            block = Block(layers, kind, inputs, self.quantization, self.uncalibrated)
             yield block
             block.close()
             inputs = [] if last else advance(block.module, inputs)

@@ -114,12 +114,6 @@ class QuantLinear(nn.Module):
         """The codes of the weight, [out, in] uint8."""
         return self.weight_quantizer.quantize(self.quantized_weight().detach())
 
-    def unfolded_weight(self) -> Tensor:
-        """The weight [out, in] that acts on x_hat in its own units."""
-        weight = self.quantized_weight().detach()
-        folding = _folding(self.input_quantizer)
-        return weight / folding.scale if folding else weight
-
     @torch.no_grad()
     def freeze(self) -> None:
         """Quantizes the float weight for good and drops it; nothing to do if there is none."""

@@ -173,22 +173,6 @@ class UniformQuantizer(Quantizer):
             index = self._ungrouped(index.expand(*index.shape[:-1], self.group_size))
         return index
 
-    def span(self) -> tuple[Tensor, Tensor]:
-        """The ends of the grid: the smallest and the largest x_hat, of the shape of `scale`."""
-        return self.lowest * self.scale, self.highest * self.scale
-
-    def shrink(self, ratio: float) -> "UniformQuantizer":
-        """The same quantizer with both ends of every range multiplied by `ratio`.
-
-        Raises:
-            UserError: if the ratio is outside (0, 1].
-        """
-        _check_ratio(ratio)
-        if ratio == 1:
-            return self
-        lo, hi = self.span()
-        return self.with_scales(*affine_grid(lo * ratio, hi * ratio, self.bits))
-
     def with_scales(self, scale: Tensor, zero_point: Tensor) -> "UniformQuantizer":
         """A quantizer of other grids, which the same elements share."""
         layout = self.group_size, self.clusters, self.folds, self.order
@@ -224,7 +208,8 @@ class TokenQuantizer(Quantizer):
 
     def __init__(self, bits: int, ratio: float = 1.0) -> None:
         super().__init__(bits)
-        _check_ratio(ratio)
+        if not 0 < ratio <= 1:
+            raise UserError(f"clipping ratio {ratio!r} is not a number above 0 and up to 1")
         self.ratio = ratio
 
     def for_tokens(self, x: Tensor) -> UniformQuantizer:
@@ -248,21 +233,12 @@ class TokenQuantizer(Quantizer):
     def group_index(self, x: Tensor) -> Tensor:
         return torch.arange(x[..., 0].numel(), device=x.device).view(*x.shape[:-1], 1)
 
-    def shrink(self, ratio: float) -> "TokenQuantizer":
-        """The same quantizer with every token's range multiplied by `ratio` once more."""
-        return TokenQuantizer(self.bits, self.ratio * ratio)
-
     def extra_repr(self) -> str:
         return f"bits={self.bits}, ratio={self.ratio}"
 
     def _grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         return affine_grid(lo * self.ratio, hi * self.ratio, self.bits)
-
-
-def _check_ratio(ratio: float) -> None:
-    if not 0 < ratio <= 1:
-        raise UserError(f"clipping ratio {ratio!r}: accepted are numbers above 0 and up to 1")
 
 
 def _steps(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def test_codes_and_bytes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_constants_come_back_to_the_bit(bits: int, size: int | None) -> None:
     weight = torch.randn(67, 333, generator=torch.Generator().manual_seed(bits))
-    quantizer = NormalFloatQuantizer.fit(weight, bits, 64, size)
+    quantizer = NormalFloatQuantizer.from_weight(weight, bits, 64, size)
     constants = Constants.of(quantizer)
     assert (constants.codes is None) == (size is None)
     assert torch.equal(constants.dequantize(), quantizer.dequantized_absmax)
@@ -64,7 +64,7 @@ def test_constants_come_back_to_the_bit(bits: int, size: int | None) -> None:
 
 def test_unusual_constant_blocks_stay_float() -> None:
     weight = torch.randn(67, 333, generator=torch.Generator().manual_seed(0))
-    quantizer = NormalFloatQuantizer.fit(weight, 4, 64, 100)
+    quantizer = NormalFloatQuantizer.from_weight(weight, 4, 64, 100)
     constants = Constants.of(quantizer)
     assert constants.codes is None
     assert torch.equal(constants.dequantize(), quantizer.dequantized_absmax)

@@ -161,8 +161,11 @@ def test_groups_of_weights_follow_clusters_of_inputs() -> None:
     assert torch.equal(quantizer.quantize(weight)[:, order], moved.quantize(weight[:, order]))
     assert torch.equal(quantizer.dequantize(quantizer.quantize(weight)), quantizer(weight))
     assert torch.equal(quantizer.group_index(weight)[:, order], moved.group_index(weight))
-    tighter = quantizer.shrink(0.5)
-    assert torch.equal(tighter(weight)[:, order], moved.shrink(0.5)(weight[:, order]))
+    coarser = 2 * quantizer.scale, quantizer.zero_point
+    assert torch.equal(
+        quantizer.with_scales(*coarser)(weight)[:, order],
+        moved.with_scales(*coarser)(weight[:, order]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,24 +205,18 @@ def test_per_token_ratio_clips_each_token() -> None:
     assert bool((x_hat.amin(1) >= 0.5 * x.amin(1) - step).all())
 
 
-def test_shrink_multiplies_the_ends() -> None:
-    quantizer = UniformQuantizer.from_range(torch.tensor(-8.0), torch.tensor(7.0), 4)
-    assert quantizer.shrink(1.0) is quantizer
-    lo, hi = quantizer.shrink(0.5).span()
-    assert (lo.item(), hi.item()) == (-4.0, 3.5)
-    assert TokenQuantizer(4, 0.8).shrink(0.5).ratio == pytest.approx(0.4)
-    for ratio in (0.0, 1.5, float("nan")):
-        with pytest.raises(UserError, match="ratio"):
-            quantizer.shrink(ratio)
-        with pytest.raises(UserError, match="ratio"):
-            TokenQuantizer(4, ratio)
+@pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5, float("nan")])
+def test_a_per_token_ratio_is_above_zero_and_at_most_one(ratio: float) -> None:
+    with pytest.raises(UserError, match="above 0 and up to 1"):
+        TokenQuantizer(4, ratio)
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_token"])
 def test_gradient_is_one_inside_the_range_and_zero_outside(granularity: str) -> None:
-    samples = torch.linspace(-1, 1, 40)[:, None] * torch.tensor([1.0, 3.0])
-    quantizer = activation_quantizer(samples, QuantSpec(3, granularity, ranges="minmax"))
-    quantizer = quantizer.shrink(0.5)
+    samples = torch.linspace(-0.5, 0.5, 40)[:, None] * torch.tensor([1.0, 3.0])
+    quantizer: Quantizer = TokenQuantizer(3, ratio=0.5)  # clips the end of every token
+    if granularity != "per_token":
+        quantizer = activation_quantizer(samples, QuantSpec(3, granularity, ranges="minmax"))
     x = (torch.randn(30, 2) * 2).requires_grad_()
     upstream = torch.randn(30, 2)
     (quantizer(x) * upstream).sum().backward()
@@ -323,9 +320,8 @@ def test_folding_quantizes_the_weight_times_the_input_scale() -> None:
     scale = layer.input_quantizer.scale
     step = layer.weight_quantizer.scale
     assert bool(((layer.weight - weight * scale).abs() <= 0.5001 * step).all())
-    torch.testing.assert_close(layer.unfolded_weight() * scale, layer.weight)
     x = torch.randn(5, 16) * torch.logspace(-2, 2, 16)
-    in_own_units = layer.input_quantizer(x) @ layer.unfolded_weight().T + layer.bias
+    in_own_units = layer.input_quantizer(x) @ (layer.weight / scale).T + layer.bias
     torch.testing.assert_close(layer(x), in_own_units, rtol=1e-4, atol=1e-4)
 
 
@@ -409,7 +405,8 @@ def test_the_input_gradient_passes_where_the_input_is_not_clipped() -> None:
         inputs = layer.input_quantizer
         codes = torch.round(x.detach() / inputs.scale) + inputs.zero_point
         inside = (codes >= 0) & (codes <= 15)
-        expected = (upstream @ layer.unfolded_weight()) * inside
+        scale = inputs.scale if granularity == "per_channel" else 1
+        expected = (upstream @ (layer.weight / scale)) * inside
         torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-6)
         assert 0 < inside.sum() < inside.numel()
 
