@@ -24,11 +24,11 @@ from qvlm.quantization import (
     Walk,
     activation_quantizer,
     folded_weight,
-    lp_minimal,
+    mse,
     percentile,
     weight_quantizer,
 )
-from qvlm.quantization.ranges import Ranges
+from qvlm.quantization.ranges import RangeEstimator
 from tests.helpers.toy import toy_batches, toy_llava
 
 VISION = "model.vision_tower.encoder.layers.0"
@@ -61,12 +61,12 @@ def put(module: nn.Module, name: str, layer: nn.Module) -> None:
 # --- the oracle -----------------------------------------------------------------------------
 
 
-def rule(p: float, clip: str) -> Ranges | None:
+def rule(p: float, clip: str) -> RangeEstimator | None:
     if p == 1 or clip == "percentile":
         return None if p == 1 else percentile(p)
 
     def tighter(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        ends = lp_minimal(groups, spec), percentile(p)(groups, spec)
+        ends = mse(groups, spec), percentile(p)(groups, spec)
         (low, high), (lower, higher) = ends
         return low.maximum(lower), high.minimum(higher)
 

@@ -158,7 +158,12 @@ def test_a_linear_gives_back_its_integers() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [((1,), "bits=1"), ((9,), "bits=9"), ((4, 0), "block_size=0"), ((4, 64, 0), "nested_block_size=0")],
+    [
+        ((1,), "bits=1"),
+        ((9,), "bits=9"),
+        ((4, 0), "block_size=0"),
+        ((4, 64, 0), "nested_block_size=0"),
+    ],
 )
 def test_what_cannot_be_is_refused_by_name(arguments: tuple[int, ...], named: str) -> None:
     with pytest.raises(UserError, match=named):

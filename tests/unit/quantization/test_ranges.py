@@ -13,8 +13,8 @@ from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer
 from qvlm.quantization.ranges import (
     activation_quantizer,
     cluster_channels,
-    lp_minimal,
     minmax,
+    mse,
     percentile,
     weight_quantizer,
 )
@@ -48,9 +48,9 @@ def numpy_lp_range(values: Tensor, bits: int, p: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])
 @pytest.mark.parametrize("p", [0.5, 2.0])
-def test_lp_minimal_is_the_best_ratio_of_each_group(bits: int, p: float) -> None:
+def test_mse_is_the_best_ratio_of_each_group(bits: int, p: float) -> None:
     groups = heavy_tailed(12, 300)
-    lo, hi = lp_minimal(groups, QuantSpec(bits, "per_channel", p=p))
+    lo, hi = mse(groups, QuantSpec(bits, "per_channel", p=p))
     expected = np.array([numpy_lp_range(row, bits, p) for row in groups])
     np.testing.assert_allclose(torch.stack([lo, hi], 1).numpy(), expected, rtol=1e-5)
     full_lo, _ = minmax(groups, QuantSpec(bits, "per_channel"))
@@ -60,10 +60,10 @@ def test_lp_minimal_is_the_best_ratio_of_each_group(bits: int, p: float) -> None
 
 def test_the_search_in_pieces_is_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     groups, spec = heavy_tailed(7, 50), QuantSpec(3, "per_channel")
-    whole = ranges.lp_distances(groups, spec)
+    whole = ranges.clipping_errors(groups, spec)
     for piece in (16, 130):
         monkeypatch.setattr(ranges, "_PIECE", piece)
-        torch.testing.assert_close(ranges.lp_distances(groups, spec), whole, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ranges.clipping_errors(groups, spec), whole, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.995, 0.98, 0.75])
