@@ -154,8 +154,8 @@ class QuantLinear(nn.Module):
 def all_finite(x: Tensor) -> bool:
     """Whether no element is NaN or infinite, found in one pass that allocates nothing.
 
-    A sum is not finite if an element is not. A sum of finite elements may overflow, so if the sum is
-    not finite, every element is looked at.
+    A sum is not finite if an element is not. The sum of finite elements may overflow, so that a sum
+    that is not finite requires a look at every element.
     """
     total = x.detach().sum(dtype=torch.float32).item()
     return math.isfinite(total) or bool(torch.isfinite(x).all())

@@ -1,6 +1,7 @@
-"""Checks of what a user may set, worded as it is set: `method.<option>=<value>: accepted are ...`.
+"""Checks of the options of a method. Each raises UserError with a sentence that names the option.
 
-Each raises UserError with that sentence. true is no number here, though Python has it for one.
+The option is named as on the command line, `method.<option>`. Python counts true and false as
+numbers; these checks do not.
 """
 
 from collections.abc import Collection
@@ -11,27 +12,29 @@ from qvlm.errors import UserError
 
 
 def check_switch(option: str, value: object) -> None:
-    """Accepts true and false, and no word for them."""
+    """Accepts True and False only."""
     if not isinstance(value, bool):
-        raise refused(option, value, "true and false")
+        raise refused(option, value, "true or false")
 
 
 def check_whole(option: str, value: object, least: int = 1) -> None:
     """Accepts whole numbers from `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise refused(option, value, f"whole numbers from {least}")
+        raise refused(option, value, f"a whole number from {least}")
 
 
 def check_number(option: str, value: object) -> None:
     """Accepts finite numbers from 0."""
     if not is_number(value) or not 0 <= value < inf:
-        raise refused(option, value, "finite numbers from 0")
+        raise refused(option, value, "a finite number from 0")
 
 
 def check_choice(option: str, value: object, accepted: Collection[str]) -> None:
     """Accepts one of a few names."""
     if value not in accepted:
-        raise refused(option, value, ", ".join(accepted))
+        raise UserError(
+            f"method.{option}={value!r} is not known. Choose one of: {', '.join(accepted)}"
+        )
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -39,6 +42,6 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def refused(option: str, value: object, accepted: str) -> UserError:
-    """The error to raise."""
-    return UserError(f"method.{option}={value!r}: accepted are {accepted}")
+def refused(option: str, value: object, expected: str) -> UserError:
+    """The error for a value that is not what was expected."""
+    return UserError(f"method.{option}={value!r} is not {expected}")

@@ -115,7 +115,7 @@ def test_an_impossible_depth_is_refused(depth: object) -> None:
 
 @pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf"), True, "0.5", [1]])
 def test_an_impossible_threshold_is_refused(threshold: object) -> None:
-    with pytest.raises(UserError, match=r"^method\.h0=.*: accepted are null .* numbers from 0$"):
+    with pytest.raises(UserError, match=r"^method\.h0=.* is not null .* number from 0$"):
         check_threshold(threshold)  # type: ignore[arg-type]
     check_threshold(None)
     check_threshold(0)

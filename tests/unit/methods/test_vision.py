@@ -12,21 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvlm.errors import RunError, UserError
-from qvlm.methods.qvlm import vision
+from qvlm.methods.qvlm import vision_loss
 from qvlm.methods.qvlm.dependency import JOINTS, Activation, conditional_entropy, element_joint
-from qvlm.methods.qvlm.vision import (
-    Reference,
-    Tuning,
-    fine_tune,
-    freeze,
-    jacobian_norms,
-    loss_terms,
-    reference,
-    simulate,
-    tower_layers,
-    unwind,
-    with_images,
-)
+from qvlm.methods.qvlm.simulation import freeze, simulate, tower_layers, unwind
+from qvlm.methods.qvlm.vision import fine_tune, schedule, with_images
+from qvlm.methods.qvlm.vision_loss import Reference, Tuning, jacobian_norms, loss_terms, reference
 from qvlm.quantization import (
     QuantizationConfig,
     Quantizer,
@@ -342,7 +332,7 @@ def test_few_tokens_are_enough_for_an_entropy(monkeypatch: pytest.MonkeyPatch) -
         seen.append((len(first.samples), len(second.samples)))
         return element_joint(first, second)
 
-    monkeypatch.setattr(vision, "_PIECE", 5 * 64 * 16)
+    monkeypatch.setattr(vision_loss, "_PIECE", 5 * 64 * 16)
     with torch.no_grad():
         loss_terms(
             model, toy_batch(), references[0], layers, dict.fromkeys(layers, 1.0), noting, Tuning()
@@ -464,7 +454,7 @@ def test_twice_gives_the_same_weights_and_the_seed_the_order() -> None:
 
 def test_batches_make_steps_of_the_size_asked_for() -> None:
     sizes = [3, 1, 2, 4, 1]
-    steps = vision._schedule(sizes, Tuning(epochs=3, batch_size=4))
+    steps = schedule(sizes, Tuning(epochs=3, batch_size=4))
     for epoch in range(3):
         own = [step for number, step in steps if number == epoch]
         assert sorted(index for step in own for index in step) == list(range(5))
