@@ -1,0 +1,96 @@
+"""Checks of the options that a user sets, and the sentence for a value that is refused.
+
+Every check raises a `UserError` of one form, "option=value is not ...", and names what is accepted.
+The option is named as it is written on the command line, for example `calibration.samples`.
+A boolean is never accepted as a number, although Python treats `True` as 1.
+"""
+
+from collections.abc import Iterable
+from math import isfinite
+from typing import TypeGuard
+
+from qvlm.errors import UserError
+
+
+def one_of(option: str, value: object, choices: Iterable[str]) -> None:
+    """Accepts one of a few names.
+
+    Raises:
+        UserError: if `value` is not one of `choices`.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise UserError(
+            f"{option}={shown(value)} is not a known value. Choose one of: {', '.join(choices)}."
+        )
+
+
+def switch(option: str, value: object) -> None:
+    """Accepts true and false.
+
+    Raises:
+        UserError: for anything else, the words "true" and "false" included.
+    """
+    if not isinstance(value, bool):
+        raise UserError(f"{option}={shown(value)} is not a switch. Choose one of: true, false.")
+
+
+def whole_number(option: str, value: object, least: int = 1, most: int | None = None) -> None:
+    """Accepts whole numbers from `least` to `most`, both included; `most=None` is no upper bound.
+
+    Raises:
+        UserError: if `value` is not a whole number, or out of range.
+    """
+    if not is_number(value) or not isinstance(value, int) or not _within(value, least, most):
+        raise refused(option, value, f"a whole number {_range(least, most)}")
+
+
+def number(option: str, value: object, least: float = 0, most: float | None = None) -> None:
+    """Accepts finite numbers from `least` to `most`, both included; `most=None` is no upper bound.
+
+    Raises:
+        UserError: if `value` is not a number, is not finite, or is out of range.
+    """
+    if not is_number(value) or not isfinite(value) or not _within(value, least, most):
+        raise refused(option, value, f"a finite number {_range(least, most)}")
+
+
+def positive(option: str, value: object) -> None:
+    """Accepts finite numbers above 0.
+
+    Raises:
+        UserError: if `value` is not a number, is not finite, or is not above 0.
+    """
+    if not is_number(value) or not isfinite(value) or value <= 0:
+        raise refused(option, value, "a finite number above 0")
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether the value is a number; NaN and infinity are, booleans are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def refused(option: str, value: object, expected: str) -> UserError:
+    """Makes the error for a value that is not what was expected.
+
+    Args:
+        option: Name of the option, as it is written on the command line.
+        value: Value that was given.
+        expected: Noun phrase for the values that are accepted, such as "a whole number from 1".
+    """
+    return UserError(f"{option}={shown(value)} is not {expected}.")
+
+
+def shown(value: object) -> str:
+    """A value as it is written on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _within(value: float, least: float, most: float | None) -> bool:
+    return value >= least and (most is None or value <= most)
+
+
+def _range(least: float, most: float | None) -> str:
+    return f"of at least {least:g}" if most is None else f"from {least:g} to {most:g}"
