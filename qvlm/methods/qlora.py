@@ -10,8 +10,8 @@ shared weight quantizer has no effect here.
 
 from torch import Tensor
 
+from qvlm import validation
 from qvlm.methods.base import MethodReport
-from qvlm.methods.qvlm.options import check_switch, check_whole
 from qvlm.quantization.calibration import Walk
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 
@@ -36,9 +36,9 @@ class QLoRA:
         double_quantization: bool = True,
         constant_block_size: int = 256,
     ) -> None:
-        check_whole("block_size", block_size)
-        check_whole("constant_block_size", constant_block_size)
-        check_switch("double_quantization", double_quantization)
+        validation.whole_number("method.block_size", block_size)
+        validation.whole_number("method.constant_block_size", constant_block_size)
+        validation.switch("method.double_quantization", double_quantization)
         self.block_size = block_size
         self.nested_block_size = constant_block_size if double_quantization else None
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qvlm import validation
 from qvlm.errors import RunError, UserError
 from qvlm.quantization.block import Block, Call, advance
 from qvlm.quantization.experts import unfuse_experts
@@ -198,8 +199,7 @@ def batch_by_length(
     """
     if not len(problems):
         raise UserError("the calibration set is empty: at least one problem is needed")
-    if batch_size < 1:
-        raise UserError(f"calibration batch_size={batch_size} is not a whole number from 1")
+    validation.whole_number("calibration.batch_size", batch_size)
     alike: dict[tuple[bool, int], list[dict[str, Tensor]]] = {}
     for problem in problems:
         row = loaded_model.encode([problem], with_target=True)

@@ -18,7 +18,8 @@ Not here: packing two codes into a byte, and the slightly different rounding of 
 import torch
 from torch import Tensor
 
-from qvlm.errors import UserError
+from qvlm import validation
+from qvlm.bits import MAX_BITS, MIN_BITS
 from qvlm.quantization.quantizer import Quantizer
 
 # bitsandbytes' bound: the reciprocal of anything smaller would overflow.
@@ -38,8 +39,7 @@ def normal_float_levels(bits: int) -> Tensor:
     Raises:
         UserError: If `bits` is not in 2 .. 8.
     """
-    if not 2 <= bits <= 8:
-        raise UserError(f"bits={bits!r} is not a whole number from 2 to 8")
+    validation.whole_number("bits", bits, MIN_BITS, MAX_BITS)
     count, half = 2**bits, 2 ** (bits - 1)
     top = round(1 - (1 / (2 * count) + 1 / (2 * (count - 1))) / 2, 7)
     positive = _normal_quantiles(torch.linspace(top, 0.5, half + 1)[:-1])
@@ -107,9 +107,9 @@ class NormalFloatQuantizer(Quantizer):
         Raises:
             UserError: If `bits` is outside 2 .. 8 or a size is below 1.
         """
-        for name, size in (("block_size", block_size), ("nested_block_size", nested_block_size)):
-            if size is not None and size < 1:
-                raise UserError(f"{name}={size!r} is not a whole number from 1")
+        validation.whole_number("block_size", block_size)
+        if nested_block_size is not None:
+            validation.whole_number("nested_block_size", nested_block_size)
         flat = weight.detach().float().flatten()
         absmax = _blocks(flat, block_size).abs().amax(1)
         if len(flat) % block_size:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvlm import validation
 from qvlm.errors import UserError
 from qvlm.quantization.straight_through import fake_quantize, rounded_steps, with_gradient_of
 
@@ -210,7 +211,7 @@ class TokenQuantizer(Quantizer):
     def __init__(self, bits: int, ratio: float = 1.0) -> None:
         super().__init__(bits)
         if not 0 < ratio <= 1:
-            raise UserError(f"clipping ratio {ratio!r} is not a number above 0 and up to 1")
+            raise validation.refused("clipping ratio", ratio, "a number above 0 and up to 1")
         self.ratio = ratio
 
     def for_tokens(self, x: Tensor) -> UniformQuantizer:

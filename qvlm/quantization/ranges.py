@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qvlm import validation
 from qvlm.errors import UserError
 from qvlm.quantization.quantizer import (
     Quantizer,
@@ -29,7 +30,6 @@ from qvlm.quantization.spec import (
     ACTIVATION_GRANULARITIES,
     WEIGHT_GRANULARITIES,
     QuantSpec,
-    check_granularity,
 )
 
 RATIOS = tuple(tenths / 10 for tenths in range(10, 3, -1))
@@ -61,7 +61,7 @@ def percentile(fraction: float) -> RangeEstimator:
         UserError: If the fraction is not above 0.5 and at most 1.
     """
     if not 0.5 < fraction <= 1:
-        raise UserError(f"percentile {fraction!r} is not a number above 0.5 and up to 1")
+        raise validation.refused("percentile", fraction, "a number above 0.5 and up to 1")
 
     def estimator(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         # Linear interpolation between neighbors, mirrored for the lower end.
@@ -142,7 +142,7 @@ def activation_quantizer(
     Raises:
         UserError: If the granularity is not one of activations.
     """
-    check_granularity("activation granularity", spec.granularity, ACTIVATION_GRANULARITIES)
+    validation.one_of("activation granularity", spec.granularity, ACTIVATION_GRANULARITIES)
     estimator = estimator or _named_estimator(spec)
     samples = samples.detach()
     if len(samples) == 0:
@@ -184,7 +184,7 @@ def weight_quantizer(
     Raises:
         UserError: If the granularity is not one of weights, or the group size does not divide `in`.
     """
-    check_granularity("weight granularity", spec.granularity, WEIGHT_GRANULARITIES)
+    validation.one_of("weight granularity", spec.granularity, WEIGHT_GRANULARITIES)
     estimator = estimator or _named_estimator(spec)
     weight = weight.detach().float()
     rows, width = weight.shape

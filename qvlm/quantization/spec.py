@@ -6,7 +6,8 @@ plain values: they can be compared and written to a record.
 
 from dataclasses import dataclass
 
-from qvlm.errors import UserError
+from qvlm import validation
+from qvlm.bits import MAX_BITS, MIN_BITS
 
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_token", "per_channel", "per_channel_group")
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
@@ -39,19 +40,12 @@ class QuantSpec:
     ranges: str = "lp"
 
     def __post_init__(self) -> None:
-        known = tuple(dict.fromkeys(ACTIVATION_GRANULARITIES + WEIGHT_GRANULARITIES))
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise UserError(f"bits={self.bits!r} is not a whole number from 2 to 8")
-        check_granularity("granularity", self.granularity, known)
-        if not isinstance(self.group_size, int) or self.group_size < 1:
-            raise UserError(f"group_size={self.group_size!r} is not a whole number from 1")
-        if not 0 < self.p < float("inf"):
-            raise UserError(f"p={self.p!r} is not a finite number above 0")
-        if self.ranges not in RANGES:
-            raise UserError(
-                f"ranges={self.ranges!r} is not a range estimator. "
-                f"Choose one of: {', '.join(RANGES)}"
-            )
+        known = dict.fromkeys(ACTIVATION_GRANULARITIES + WEIGHT_GRANULARITIES)
+        validation.whole_number("bits", self.bits, MIN_BITS, MAX_BITS)
+        validation.one_of("granularity", self.granularity, known)
+        validation.whole_number("group_size", self.group_size)
+        validation.positive("p", self.p)
+        validation.one_of("ranges", self.ranges, RANGES)
 
 
 @dataclass(frozen=True)
@@ -80,17 +74,8 @@ class QuantizationConfig:
             ("language", ACTIVATION_GRANULARITIES),
             ("vision", ACTIVATION_GRANULARITIES),
         ):
-            check_granularity(f"{name} granularity", getattr(self, name).granularity, accepted)
+            validation.one_of(f"{name} granularity", getattr(self, name).granularity, accepted)
 
     def activation(self, kind: str) -> QuantSpec:
         """The activation spec of a kind of block: "vision", "projector" or "language"."""
         return self.vision if kind == "vision" else self.language
-
-
-def check_granularity(name: str, granularity: str, accepted: tuple[str, ...]) -> None:
-    """Raises UserError if a granularity, which the message calls `name`, is not accepted."""
-    if granularity not in accepted:
-        raise UserError(
-            f"{name}={granularity!r} is not a granularity that fits. "
-            f"Choose one of: {', '.join(accepted)}"
-        )

@@ -35,12 +35,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qvlm import validation
 from qvlm.methods.awq.clipping import clipped_quantizer
 from qvlm.methods.awq.rescaling import find_rescalings
 from qvlm.methods.awq.search import ScaleSearch, input_scale
 from qvlm.methods.base import MethodReport
 from qvlm.methods.objective import mean_squared_error
-from qvlm.methods.qvlm.options import check_choice, check_switch, check_whole, is_number, refused
 from qvlm.quantization.block import Block
 from qvlm.quantization.calibration import Walk
 from qvlm.quantization.linear import QuantLinear
@@ -78,13 +78,15 @@ class AWQ:
         search_activations: bool = False,
         fallback: bool = True,
     ) -> None:
-        check_choice("scaling", scaling, SCALINGS)
-        check_whole("n_grid", n_grid)
-        check_whole("clip_grid", clip_grid)
-        if not is_number(max_shrink) or not 0 <= max_shrink < 1:
-            raise refused("max_shrink", max_shrink, "a number from 0 to below 1")
-        check_switch("search_activations", search_activations)
-        check_switch("fallback", fallback)
+        validation.one_of("method.scaling", scaling, SCALINGS)
+        validation.whole_number("method.n_grid", n_grid)
+        validation.whole_number("method.clip_grid", clip_grid)
+        if not validation.is_number(max_shrink) or not 0 <= max_shrink < 1:
+            raise validation.refused(
+                "method.max_shrink", max_shrink, "a number of at least 0 and below 1"
+            )
+        validation.switch("method.search_activations", search_activations)
+        validation.switch("method.fallback", fallback)
         self.folded = scaling == "folded"
         alphas = [step / max(1, n_grid - 1) for step in range(n_grid)]
         self.search = ScaleSearch(alphas, self.folded, search_activations)

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
+from qvlm import validation
 from qvlm.methods.base import MethodReport
 from qvlm.methods.qvlm.dependency import JOINTS, entropy, mine, quantization_error
-from qvlm.methods.qvlm.options import check_choice, check_switch, check_whole
 from qvlm.methods.qvlm.partition import check_depth, check_threshold, mean_dependency, partition
 from qvlm.methods.qvlm.search import search_block
 from qvlm.methods.qvlm.search_options import PERCENTILES, SearchOptions
@@ -96,10 +96,10 @@ class QVLM:
             ("pairing", pairing, tuple(JOINTS)),
             ("veo_order", veo_order, ORDERS),
         ):
-            check_choice(option, value, accepted)
+            validation.one_of(f"method.{option}", value, accepted)
         for option, switch in (("cdm", cdm), ("veo", veo), ("scale_free", scale_free)):
-            check_switch(option, switch)
-        check_whole("mining_tokens", mining_tokens)
+            validation.switch(f"method.{option}", switch)
+        validation.whole_number("method.mining_tokens", mining_tokens)
         self.name = _name(cdm, veo, proxy, granularity)
         self.one_pass = not cdm and not veo
         self.cdm = cdm

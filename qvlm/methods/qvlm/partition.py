@@ -20,10 +20,9 @@ the running mean, which depends on the order in which layers are visited.
 """
 
 from collections.abc import Sequence
-from math import inf
 from statistics import fmean
 
-from qvlm.methods.qvlm.options import check_whole, is_number, refused
+from qvlm import validation
 
 Dependencies = Sequence[float | None]
 """D(k, k + 1) of consecutive layers in nats; None where there is none, which no segment spans."""
@@ -89,10 +88,10 @@ def partition(dependencies: Dependencies, max_depth: int, threshold: float) -> l
 
 def check_depth(max_depth: int) -> None:
     """Raises UserError if the depth is not a whole number from 1."""
-    check_whole("max_depth", max_depth)
+    validation.whole_number("method.max_depth", max_depth)
 
 
 def check_threshold(threshold: float | None) -> None:
-    """Raises UserError if the threshold is neither None nor a finite number from 0."""
-    if threshold is not None and not (is_number(threshold) and 0 <= threshold < inf):
-        raise refused("h0", threshold, "null (from the data) or a finite number from 0")
+    """Raises UserError if the threshold is neither None nor a finite number of at least 0."""
+    if threshold is not None:
+        validation.number("method.h0", threshold)

@@ -19,7 +19,7 @@ divided by the energy of its float output (`normalize`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qvlm.methods.qvlm.options import check_choice, check_switch, check_whole, is_number, refused
+from qvlm import validation
 
 PERCENTILES = (1.0, 0.995, 0.99, 0.985, 0.98)
 EXHAUSTIVE = 5**3
@@ -58,12 +58,14 @@ class SearchOptions:
     def __post_init__(self) -> None:
         grid = self.percentiles
         if isinstance(grid, str) or not isinstance(grid, Sequence) or not grid:
-            raise refused("percentiles", grid, "a list of at least one number")
-        if not all(is_number(p) and 0.5 < p <= 1 for p in grid):
-            raise refused("percentiles", list(grid), "a list of numbers above 0.5 and up to 1")
-        check_switch("normalise", self.normalize)
-        check_choice("output", self.output, OUTPUTS)
-        check_choice("clip", self.clip, CLIPS)
-        check_switch("clip_weights", self.clip_weights)
-        check_whole("search_tokens", self.tokens)
-        check_whole("exhaustive", self.exhaustive)
+            raise validation.refused("method.percentiles", grid, "a list of at least one number")
+        if not all(validation.is_number(p) and 0.5 < p <= 1 for p in grid):
+            raise validation.refused(
+                "method.percentiles", list(grid), "a list of numbers above 0.5 and up to 1"
+            )
+        validation.switch("method.normalise", self.normalize)
+        validation.one_of("method.output", self.output, OUTPUTS)
+        validation.one_of("method.clip", self.clip, CLIPS)
+        validation.switch("method.clip_weights", self.clip_weights)
+        validation.whole_number("method.search_tokens", self.tokens)
+        validation.whole_number("method.exhaustive", self.exhaustive)

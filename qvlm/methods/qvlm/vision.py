@@ -41,7 +41,7 @@ def with_images(batches: Sequence[Batch]) -> list[Batch]:
     found = [batch for batch in batches if batch.get("pixel_values") is not None]
     if not found:
         raise UserError(
-            "method.veo=True is not possible: the calibration set contains no image. "
+            "method.veo=true is not possible: the calibration set contains no image. "
             "Choose calibration problems with images, or method.veo=false"
         )
     return found
@@ -120,7 +120,7 @@ def _only_tower_trains(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
     ]
     if not tower:
         raise UserError(
-            "method.veo=True is not possible: the vision tower is not in float32. "
+            "method.veo=true is not possible: the vision tower is not in float32. "
             "Choose model.dtype=float32, or method.veo=false"
         )
     try:

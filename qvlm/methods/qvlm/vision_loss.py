@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qvlm import validation
 from qvlm.methods.qvlm.dependency import Activation, Joint, conditional_entropy
-from qvlm.methods.qvlm.options import check_number, check_whole
 from qvlm.quantization import Quantizer
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.sampling import evenly_spaced
@@ -77,10 +77,10 @@ class Tuning:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            check_whole(f"veo_{name}", getattr(self, name))
+            validation.whole_number(f"method.veo_{name}", getattr(self, name))
         for name in ("learning_rate", "regression", "entropy", "error", "eta"):
-            check_number(f"veo_{name}", getattr(self, name))
-        check_whole("seed", self.seed, least=0)
+            validation.number(f"method.veo_{name}", getattr(self, name))
+        validation.whole_number("method.seed", self.seed, least=0)
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,8 @@ def jacobian_norms(
 ) -> dict[str, float]:
     """Computes J_k of eq. (8): ||d ||Xn_q - Xn_r|| / d X_k|| over all batches.
 
-    The norms are scaled to sum to one. J_k is zero for a layer that the output does not depend on, and for all layers if the error is
-    zero.
+    The norms are scaled to sum to one. J_k is zero for a layer that the output does not depend on,
+    and for all layers if the error is zero.
     """
     squares = dict.fromkeys(layers, 0.0)
     if not layers:

@@ -540,15 +540,15 @@ def test_an_activation_that_is_not_finite_ends_the_run_with_its_layer() -> None:
     [
         (
             {"scaling": "both"},
-            "method.scaling='both' is not known. Choose one of: folded, weight_only",
+            "method.scaling=both is not a known value. Choose one of: folded, weight_only",
         ),
         ({"n_grid": 0}, "method.n_grid=0"),
         ({"n_grid": 2.5}, "method.n_grid=2.5"),
-        ({"clip_grid": True}, "method.clip_grid=True"),
+        ({"clip_grid": True}, "method.clip_grid=true"),
         ({"max_shrink": 1.0}, "method.max_shrink=1.0"),
-        ({"max_shrink": "half"}, "method.max_shrink='half'"),
-        ({"search_activations": "yes"}, "method.search_activations='yes'"),
-        ({"fallback": None}, "method.fallback=None"),
+        ({"max_shrink": "half"}, "method.max_shrink=half"),
+        ({"search_activations": "yes"}, "method.search_activations=yes"),
+        ({"fallback": None}, "method.fallback=null"),
     ],
 )
 def test_a_wrong_parameter_is_refused_by_name(parameters: dict[str, object], named: str) -> None:

@@ -15,6 +15,7 @@ from qvlm.methods.qvlm.partition import (
     mean_dependency,
     partition,
 )
+from qvlm.validation import shown
 
 # Eighths add up without rounding, so that ties are ties.
 VALUES = st.one_of(st.none(), st.integers(0, 40).map(lambda value: value / 8))
@@ -106,7 +107,7 @@ def test_the_default_threshold_is_the_mean_of_what_is_known() -> None:
 
 @pytest.mark.parametrize("depth", [0, -1, 2.0, True, None, "3"])
 def test_an_impossible_depth_is_refused(depth: object) -> None:
-    message = rf"^method\.max_depth={depth!r}: accepted are whole numbers from 1$"
+    message = rf"^method\.max_depth={shown(depth)} is not a whole number of at least 1\.$"
     with pytest.raises(UserError, match=message):
         check_depth(depth)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
@@ -115,7 +116,7 @@ def test_an_impossible_depth_is_refused(depth: object) -> None:
 
 @pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf"), True, "0.5", [1]])
 def test_an_impossible_threshold_is_refused(threshold: object) -> None:
-    with pytest.raises(UserError, match=r"^method\.h0=.* is not null .* number from 0$"):
+    with pytest.raises(UserError, match=r"^method\.h0=.* is not a finite number of at least 0\.$"):
         check_threshold(threshold)  # type: ignore[arg-type]
     check_threshold(None)
     check_threshold(0)
