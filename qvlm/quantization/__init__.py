@@ -3,7 +3,7 @@
 Three subjects are kept apart: how a range is estimated (`ranges`), what replaces a layer (a method,
 in `qvlm.methods`), and what visits the model in which order (`calibration`). Open `quantizer.py`
 first for the arithmetic, `calibration.py` for the walk and `verification.py` for the proof of bits.
-This folder imports nothing of qvlm but `qvlm.errors`.
+It imports nothing of qvlm but `errors`, `bits` and `validation`.
 """
 
 from qvlm.quantization.block import Block

@@ -171,3 +171,8 @@ def test_a_granularity_of_the_other_kind_is_refused() -> None:
         activation_quantizer(torch.ones(5, 24), QuantSpec(4, "per_group"))
     with pytest.raises(UserError, match="weight granularity='per_token'"):
         weight_quantizer(torch.ones(5, 24), QuantSpec(4, "per_token"))
+
+
+def test_minmax_ranges_contain_zero() -> None:
+    lo, hi = minmax(torch.tensor([[1.0, 2.0], [-3.0, -1.0]]), QuantSpec(4, "per_channel"))
+    assert lo.tolist() == [0.0, -3.0] and hi.tolist() == [2.0, 0.0]
