@@ -177,7 +177,7 @@ def test_groups_of_weights_follow_clusters_of_inputs() -> None:
         ("per_group", 12, "per_channel_group", 8),  # a group would have two
     ],
 )
-def test_groups_are_neighbours_otherwise(
+def test_groups_are_neighbors_otherwise(
     granularity: str, group_size: int, inputs: str, clusters: int
 ) -> None:
     weight, samples = torch.randn(5, 24), torch.randn(50, 24) * torch.rand(24)
@@ -266,9 +266,9 @@ def test_a_granularity_in_the_wrong_place_is_refused() -> None:
     channel, token, group = (
         QuantSpec(4, name) for name in ("per_channel", "per_token", "per_group")
     )
-    with pytest.raises(UserError, match="weight granularity='per_token'"):
+    with pytest.raises(UserError, match="weight granularity=per_token is not a known"):
         QuantizationConfig(weight=token, language=channel, vision=token)
-    with pytest.raises(UserError, match="vision granularity='per_group'"):
+    with pytest.raises(UserError, match="vision granularity=per_group is not a known"):
         QuantizationConfig(weight=group, language=channel, vision=group)
     config = QuantizationConfig(weight=group, language=channel, vision=token)
     assert [config.activation(kind) for kind in ("vision", "projector", "language")] == [
