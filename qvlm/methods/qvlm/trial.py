@@ -60,7 +60,7 @@ class Trial:
         for name in self._switches:
             self.block.restore(name)
 
-    def set(self, units: Sequence[Sequence[str]], setting: Setting) -> None:
+    def apply(self, units: Sequence[Sequence[str]], setting: Setting) -> None:
         """Switches the linears of each unit to the candidate of its index."""
         for unit, index in zip(units, setting, strict=True):
             for name in unit:
@@ -68,7 +68,7 @@ class Trial:
 
     def keep(self, units: Sequence[Sequence[str]], setting: Setting) -> None:
         """Switches the linears for good, and frees what other candidates remember."""
-        self.set(units, setting)
+        self.apply(units, setting)
         self._references.clear()
         for name in (name for unit in units for name in unit):
             self._switches[name].forget_others()
@@ -106,9 +106,9 @@ class Trial:
         elif (reference, observed) in self._references:
             targets = self._references[reference, observed]
         else:
-            self.set(units, reference)
+            self.apply(units, reference)
             targets = self._references[reference, observed] = list(self._run(observed))
-        self.set(units, setting)
+        self.apply(units, setting)
         error = output_error(self._run(observed), targets, self.options.normalize, bound)
         return error if isfinite(error) else inf
 
