@@ -255,8 +255,8 @@ def test_minimize_finds_the_least_or_descends(
     found = minimize(error, sizes, start, exhaustive=table.size - 1)
     assert error(found) <= error(start)
     for position, size in enumerate(sizes):
-        neighbours = [(*found[:position], i, *found[position + 1 :]) for i in range(size)]
-        assert error(found) == min(map(error, neighbours))
+        neighbors = [(*found[:position], i, *found[position + 1 :]) for i in range(size)]
+        assert error(found) == min(map(error, neighbors))
 
 
 def test_candidates_are_counted_once_each() -> None:
