@@ -36,7 +36,7 @@ from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.schema import RunConfig, canonical
 from qvlm.methods.qvlm.dependency import element_joint, entropy, lane, mine, quantization_error
 from qvlm.methods.qvlm.search import search_block
-from qvlm.methods.qvlm.trial import Search
+from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.quantization import Block, Walk, batch_by_length
 
 DEPTH = 3
@@ -71,7 +71,9 @@ def runs_of(block: Block, names: list[str]) -> list[list[str]]:
     return runs
 
 
-def measure(model: Any, batch: Any, quantization: Any, search: Search) -> list[dict[str, Any]]:
+def measure(
+    model: Any, batch: Any, quantization: Any, search: SearchOptions
+) -> list[dict[str, Any]]:
     """One problem's rows: layer, DED and both proxies."""
     walk = Walk(model, [batch], quantization)
     chains = {
@@ -140,7 +142,7 @@ def main() -> None:
         list(zip(problems, rows_of_split, strict=True)), desc="problems", disable=None
     ):
         (batch,) = batch_by_length(loaded, [problem], 1)
-        for row in measure(loaded.model, batch, quantization, Search()):
+        for row in measure(loaded.model, batch, quantization, SearchOptions()):
             rows.append({"model": args.model, "bits": config.bits.label, "problem": index, **row})
     frame = pd.DataFrame(rows)
     args.out.mkdir(parents=True, exist_ok=True)

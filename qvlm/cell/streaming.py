@@ -64,7 +64,7 @@ class StreamedWalk(ProgressWalk):
         self.uncalibrated = list(stream.uncalibrated)
 
     def _visit(self, runs: Sequence[Sequence[str]]) -> Iterator[Block]:
-        if self.keep_float_stream or any(len(run) > 1 for run in runs):
+        if any(len(run) > 1 for run in runs):
             raise not_streamable("the method")
         self._resume()
         calls = self.stream.calls
@@ -76,7 +76,7 @@ class StreamedWalk(ProgressWalk):
                 self.model.to("meta")  # only the hidden states are needed from here on
                 materialize(module, name, self.tensors, self.device)
                 self.tensors.close()
-            block = Block({name: module}, kind, calls, None, self.quantization, self.uncalibrated)
+            block = Block({name: module}, kind, calls, self.quantization, self.uncalibrated)
             yield block
             block.close()
             if quantizable(module):  # the method left the block as it was

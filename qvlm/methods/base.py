@@ -1,20 +1,22 @@
-"""What a method is. To write one:
+"""The interface of a quantization method. To write one:
 
-1. One file here, one class; what a user may set are the arguments of its constructor, checked
-   there (`UserError`). A YAML in `conf/method` names the class as `_target_` and lists them.
+1. Add one file here with one class. The arguments of its constructor are the options that a user
+   may set; check them there with `qvlm.validation`. A YAML file in `conf/method` names the class as
+   `_target_` and lists the options.
 2. `quantize` receives a `Walk` and asks it for its blocks, in the order of the data.
-3. Per block, decide what each linear becomes: `block.quantize_linear` is the shared default (the
-   lp-minimal ranges that every method starts from); pass `input_quantizer` or `weights` to differ.
-4. Candidates are tried with `block.replace`, `block.run` and `block.restore`; the target to
-   compare with is `block.float_outputs()`. `walk.blocks(partition)` joins layers into one block;
-   walking first without replacing anything is a look at the float model.
-5. When the next block is asked for, every linear of the block must have been replaced: the walk
-   runs it as it is, and the proof of bits refuses a model with a float layer left in it.
-6. Return a `MethodReport`: what the search cost, and what a reader of the record should know.
-7. A method that walks more than once, or needs the whole model, sets `one_pass = False`: it is
-   refused where the model is streamed layer by layer.
-8. Equal inputs and seed must give equal integers: no choice may hang on time or global random
-   state.
+3. For each block, decide what each linear becomes. `block.quantize_linear` is the default that all
+   methods share, with the ranges that every method starts from. Pass `input_quantizer` or `weights`
+   to differ from it.
+4. Try candidates with `block.replace`, `block.run` and `block.restore`, and compare their outputs
+   with `block.float_outputs()`. `walk.blocks(partition)` joins several layers into one block. A
+   first walk on which nothing is replaced visits the float model.
+5. Replace every linear of a block before you ask for the next one: the walk runs the block as it is
+   then, and the proof of bits refuses a model that contains a float layer.
+6. Return a `MethodReport` with the cost of the search and what a reader of the record should know.
+7. Set `one_pass = False` if the method walks more than once or needs the whole model. It is then
+   refused where a model is streamed layer by layer.
+8. Equal inputs and an equal seed must result in equal codes. No choice may depend on time or on
+   global random state.
 """
 
 from dataclasses import dataclass, field
@@ -25,12 +27,12 @@ from qvlm.quantization.calibration import Walk
 
 @dataclass(frozen=True)
 class MethodReport:
-    """What a method did.
+    """What a method did, for the record.
 
     Attributes:
-        search_seconds: wall time of choosing parameters; 0 for a method that does not search.
-        candidates: how many settings it evaluated on calibration data.
-        details: anything else worth recording, as JSON-compatible values.
+        search_seconds: Wall time in seconds of the search; 0 for a method without a search.
+        candidates: Number of settings that were evaluated on calibration data.
+        details: Further results worth recording, as JSON-compatible values.
     """
 
     search_seconds: float = 0.0
@@ -42,7 +44,7 @@ class Method(Protocol):
     """A way to quantize a model.
 
     Attributes:
-        name: as shown in tables.
+        name: Name of the method in tables.
     """
 
     name: str

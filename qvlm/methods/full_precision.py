@@ -10,5 +10,5 @@ class FullPrecision:
     name = "FP"
 
     def quantize(self, walk: Walk) -> MethodReport:
-        """Leaves the walk's model alone."""
+        """Leaves the walk's model as it is."""
         return MethodReport()

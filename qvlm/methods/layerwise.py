@@ -1,7 +1,8 @@
-"""Layer-wise search: Q-VLM's control, the same search with one layer in every block.
+"""Layer-wise search: the control of Q-VLM, the same search with one layer in every segment.
 
-Each layer's clipping percentile is chosen on its own, in the order of the data. What Q-VLM gains
-over this, it gains by searching jointly; what this gains over RTN, any search of ranges would.
+Each layer's clipping percentile is chosen on its own, in the order of the data. The gain of Q-VLM
+over this method is the gain of joint search; the gain of this method over RTN is that of searching
+ranges at all.
 """
 
 import time
@@ -10,7 +11,7 @@ from dataclasses import asdict
 
 from qvlm.methods.base import MethodReport
 from qvlm.methods.qvlm.search import search_block
-from qvlm.methods.qvlm.trial import PERCENTILES, Search
+from qvlm.methods.qvlm.search_options import PERCENTILES, SearchOptions
 from qvlm.quantization import Walk
 
 
@@ -18,8 +19,11 @@ class LayerWise:
     """Chooses the clipping percentile of every linear on its own.
 
     Args:
-        percentiles, normalise, output, clip, clip_weights, search_tokens: see `Search`; to be a
-            control they have to be those of the Q-VLM run that it is compared with.
+        percentiles, normalise, output, clip, clip_weights, search_tokens: See `SearchOptions`. As
+            a control, this method needs the values of the Q-VLM run that it is compared with.
+
+    Raises:
+        UserError: If an option has a value that is not accepted; the message names both.
     """
 
     name = "Layer-wise"
@@ -33,15 +37,19 @@ class LayerWise:
         clip_weights: bool = True,
         search_tokens: int = 4096,
     ) -> None:
-        self.search = Search(percentiles, normalise, output, clip, clip_weights, search_tokens)
+        self.search_options = SearchOptions(
+            percentiles, normalise, output, clip, clip_weights, search_tokens
+        )
 
     def quantize(self, walk: Walk) -> MethodReport:
-        """Quantizes the walk's model in place; the details say what was found for each layer."""
+        """Quantizes the walk's model in place; the details state the result of each layer."""
         begun = time.perf_counter()
         found = [
             {"block": block.name, **asdict(result)}
             for block in walk.blocks()
-            for result in search_block(block, [[[name]] for name in block.linears], self.search)
+            for result in search_block(
+                block, [[[name]] for name in block.linears], self.search_options
+            )
         ]
         return MethodReport(
             search_seconds=time.perf_counter() - begun,

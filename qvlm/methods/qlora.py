@@ -1,31 +1,31 @@
 """The QLoRA baseline: NormalFloat weights (arXiv 2305.14314, section 3), without the adapters.
 
-Q-VLM's Table 1 and 2 start from it. Weights are NormalFloats of the cell's bits with double
-quantization, activations go through the shared quantizer with its layer-wise lp-minimal ranges,
-and nothing is trained.
+Tables 1 and 2 of Q-VLM start from this baseline. Weights are NormalFloats of the cell's bits with
+double quantization. Activations go through the quantizer that all methods share, each layer with
+its own range. Nothing is trained.
 
 NormalFloat blocks run along the flattened weight, as in QLoRA's own code, so the group size of the
-shared weight quantizer does not count here.
+shared weight quantizer has no effect here.
 """
 
 from torch import Tensor
 
-from qvlm.errors import UserError
+from qvlm import validation
 from qvlm.methods.base import MethodReport
 from qvlm.quantization.calibration import Walk
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 
 
 class QLoRA:
-    """NormalFloat weights.
+    """NormalFloat weights and the shared activation quantizer.
 
     Args:
-        block_size: weights that share a constant.
-        double_quantization: whether constants are quantized to 8 bits (QLoRA, eq. 6).
-        constant_block_size: constants that share a scale then.
+        block_size: Number of weights that share an absmax.
+        double_quantization: Whether the absmax is quantized to 8 bits (QLoRA, eq. 6).
+        constant_block_size: Number of absmax values that share an 8-bit scale.
 
     Raises:
-        UserError: if a size is not a whole number above 0, or the switch is no switch.
+        UserError: If a size is not a whole number above 0, or the switch is not a boolean.
     """
 
     name = "QLoRA"
@@ -36,21 +36,14 @@ class QLoRA:
         double_quantization: bool = True,
         constant_block_size: int = 256,
     ) -> None:
-        for option, size in (
-            ("block_size", block_size),
-            ("constant_block_size", constant_block_size),
-        ):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise UserError(f"method.{option}={size!r}: accepted are whole numbers from 1")
-        if not isinstance(double_quantization, bool):
-            raise UserError(
-                f"method.double_quantization={double_quantization!r}: accepted are true and false"
-            )
+        validation.whole_number("method.block_size", block_size)
+        validation.whole_number("method.constant_block_size", constant_block_size)
+        validation.switch("method.double_quantization", double_quantization)
         self.block_size = block_size
-        self.constant_block_size = constant_block_size if double_quantization else None
+        self.nested_block_size = constant_block_size if double_quantization else None
 
     def quantize(self, walk: Walk) -> MethodReport:
-        """Replaces every linear; there is no search.
+        """Replaces every linear of the walk's model; there is no search.
 
         Returns:
             A report whose details name the layers that saw no calibration token.
@@ -60,8 +53,8 @@ class QLoRA:
                 bits = block.spec(name)[0].bits
 
                 def normal_float(weight: Tensor, bits: int = bits) -> NormalFloatQuantizer:
-                    return NormalFloatQuantizer.fit(
-                        weight, bits, self.block_size, self.constant_block_size
+                    return NormalFloatQuantizer.from_weight(
+                        weight, bits, self.block_size, self.nested_block_size
                     )
 
                 block.replace(name, block.quantize_linear(name, samples, weights=normal_float))

@@ -1,7 +1,7 @@
 """RTN, round to nearest: the shared quantizer and nothing else.
 
-The control that every other method has to beat: weights and activations are rounded with the
-lp-minimal ranges that all methods start from, each linear on its own, without any search.
+RTN is the control that every other method has to beat. Weights and activations are rounded with the
+ranges that all methods start from (the MSE estimator's), each linear on its own, without a search.
 """
 
 from qvlm.methods.base import MethodReport
@@ -14,7 +14,7 @@ class RTN:
     name = "RTN"
 
     def quantize(self, walk: Walk) -> MethodReport:
-        """Replaces every linear; ranges come from the inputs that the quantized model so far sees.
+        """Replaces every linear, with ranges from what it reads in the model quantized so far.
 
         Returns:
             A report whose details name the layers that saw no calibration token.

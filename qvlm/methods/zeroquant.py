@@ -1,12 +1,12 @@
 """A baseline in the manner of ZeroQuant-V2 (arXiv 2303.08302): every activation per token.
 
-ZeroQuant-V2 pairs fine-grained weight quantization with asymmetric activation scales that each
-token computes for itself. So does this: weights as the cell's weight quantizer has them (in
-groups), activations of the whole model dynamic per token, each layer on its own. Q-VLM compares
-with it in Table 6. Its ranges are the lp-minimal ones that all methods here start from; for a token
-that is one calibrated ratio per layer.
+ZeroQuant-V2 combines fine-grained weight quantization with asymmetric activation scales that are
+computed per token. So does this baseline, each layer on its own: weights have the groups of the
+cell's weight quantizer, and activations of the whole model are dynamic per token. Q-VLM compares
+with ZeroQuant-V2 in its Table 6. Ranges come from the estimator that all methods here start from,
+which yields one calibrated ratio per layer for tokens.
 
-Left out: the low-rank compensation of the weight error (LoRC), which the paper offers on top.
+Not here: the low-rank compensation of the weight error (LoRC), which the paper adds.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ class ZeroQuant:
     name = "ZeroQuant-V2, per token"
 
     def quantize(self, walk: Walk) -> MethodReport:
-        """Rounds every linear with all activations per token; there is no search.
+        """Rounds every linear, with all activations per token; there is no search.
 
         Returns:
             A report whose details name the layers that saw no calibration token.

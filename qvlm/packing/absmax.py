@@ -48,7 +48,7 @@ class PackedAbsmax:
         The quantizer does not keep the size of its nested blocks, so the usual sizes are tried. If
         none gives the dequantized absmax to the bit, it is stored in float32.
         """
-        absmax, dequantized = quantizer.constants, quantizer.dequantized_absmax
+        absmax, dequantized = quantizer.absmax, quantizer.dequantized_absmax
         mean = absmax.mean().view(1)
         for size in () if torch.equal(absmax, dequantized) else _NESTED_BLOCK_SIZES:
             offsets = F.pad(absmax - mean, (0, -len(absmax) % size)).view(-1, size)

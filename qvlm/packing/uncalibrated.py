@@ -105,7 +105,9 @@ def quantize_uncalibrated(
     input_quantizer = activation_quantizer(samples, replace(inputs, ranges="minmax"))
     folded = folded_weight(linear.weight, input_quantizer)
     if normal_float:
-        quantizer = NormalFloatQuantizer.fit(folded, weight.bits, BLOCK_SIZE, NESTED_BLOCK_SIZE)
+        quantizer = NormalFloatQuantizer.from_weight(
+            folded, weight.bits, BLOCK_SIZE, NESTED_BLOCK_SIZE
+        )
         return QuantLinear.from_linear(linear, quantizer, input_quantizer)
     uniform = weight_quantizer(folded, replace(weight, ranges="minmax"), inputs=input_quantizer)
     return QuantLinear.from_linear(linear, uniform, input_quantizer)

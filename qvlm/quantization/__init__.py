@@ -1,7 +1,9 @@
-"""The quantization core: quantizers, ranges, the quantized linear, the walk, the proof of bits.
+"""The quantization core: quantizers, range estimators, the simulated linear, the calibration walk.
 
-Three things are kept apart: what a range is (`ranges`), what changes a layer (a method, elsewhere)
-and what runs over the model in which order (`calibration`). Nothing here knows a method by name.
+Three subjects are kept apart: how a range is estimated (`ranges`), what replaces a layer (a method,
+in `qvlm.methods`), and what visits the model in which order (`calibration`). Open `quantizer.py`
+first for the arithmetic, `calibration.py` for the walk and `verification.py` for the proof of bits.
+It imports nothing of qvlm but `errors`, `bits` and `validation`.
 """
 
 from qvlm.quantization.block import Block
@@ -12,8 +14,8 @@ from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuanti
 from qvlm.quantization.ranges import (
     activation_quantizer,
     cluster_channels,
-    lp_minimal,
     minmax,
+    mse,
     percentile,
     weight_quantizer,
 )
@@ -37,9 +39,9 @@ __all__ = [
     "compute_in_float64",
     "expected_layers",
     "folded_weight",
-    "lp_minimal",
     "measure_bits",
     "minmax",
+    "mse",
     "percentile",
     "unfuse_experts",
     "weight_quantizer",

@@ -1,9 +1,9 @@
-"""One step of a calibration walk: what a method sees of the model, and how it changes it.
+"""A block: one step of a calibration walk, as a method sees and changes it.
 
-A block knows its inputs and its float linears and offers what a search needs: run the block as it
-is, get the float block's outputs to compare with, put a quantized linear in, take it out again.
+A block has its inputs and its float linears, and offers what a search needs: run the block as it
+is, compute the float block's outputs to compare with, put a quantized linear in, take it out again.
 The defaults that all methods share (`input_quantizer`, `quantize_linear`) are here too, so that a
-method says only where it differs.
+method only states where it differs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,30 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.errors import RunError
+from qvlm.quantization.hooks import hooked
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.quantizer import Quantizer
-from qvlm.quantization.ranges import Ranges, activation_quantizer, weight_quantizer
+from qvlm.quantization.ranges import RangeEstimator, activation_quantizer, weight_quantizer
+from qvlm.quantization.sampling import evenly_spaced
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 from qvlm.quantization.targets import quantizable
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of one call of a block: those of one calibration batch."""
+"""Positional and keyword arguments of one call of a block, that of one calibration batch."""
 
 MAX_TOKENS = 4096
 
 
 class Block:
-    """One step of the walk: a vision layer, the projector, a decoder layer, or a run of layers.
+    """One step of the walk: a vision layer, the projector, a decoder layer, or several layers.
 
     Attributes:
-        name: full name in the model; "first..last" for a run of layers.
+        name: Full name in the model, or "first..last" for several layers.
         kind: "vision", "projector" or "language".
-        module: the block itself, part of the model.
-        linears: its float linears that are to be quantized, by name relative to `module`, in the
-            order in which the calibration data reaches them; those it never reaches come last.
-        inputs: one call per calibration batch that reaches the block (batches without an image
-            reach neither vision layers nor projector), computed by the quantized model so far.
-        float_inputs: the same from the float model, if the walk keeps the float stream.
+        module: Module of the block, which is part of the model.
+        linears: Float linears that are to be quantized, by name relative to `module`, in the order
+            in which calibration data reaches them. Those that it never reaches come last.
+        inputs: Calls of the block, computed by the model as it is quantized so far. There is one
+            per calibration batch that reaches the block: batches without an image reach neither
+            vision layers nor projector.
     """
 
     def __init__(
@@ -44,17 +46,15 @@ class Block:
         layers: Mapping[str, nn.Module],
         kind: str,
         inputs: list[Call],
-        float_inputs: list[Call] | None,
         quantization: QuantizationConfig,
         uncalibrated: list[str],
     ) -> None:
-        """A walk makes blocks; `uncalibrated` is its list, which the block adds to."""
+        """Called by a walk; the block appends to the walk's list `uncalibrated`."""
         names = list(layers)
         self.name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
         self.kind = kind
         self.module = next(iter(layers.values())) if len(names) == 1 else Chain(layers.values())
         self.inputs = inputs
-        self.float_inputs = float_inputs
         self.linears = self._in_execution_order()
         self._layer_names = names
         self._quantization = quantization
@@ -62,21 +62,25 @@ class Block:
         self._float_outputs: list[Tensor] | None = None
 
     def run(self, module: nn.Module | None = None, calls: list[Call] | None = None) -> list[Tensor]:
-        """Outputs [batch, tokens, features] of the block as it is now, one per call.
+        """Runs the block as it is now.
 
         Args:
-            module: another module to run instead of the block.
-            calls: other inputs than `inputs`, such as `float_inputs`.
+            module: Module to run instead of the block's own.
+            calls: Calls to run instead of `inputs`.
+
+        Returns:
+            Outputs [batch, tokens, features], one per call.
         """
         return run_calls(
             self.module if module is None else module, self.inputs if calls is None else calls
         )
 
     def float_outputs(self) -> list[Tensor]:
-        """Outputs of the block with its float linears on `inputs`; computed once, then kept.
+        """Outputs of the block with its float linears on `inputs`, computed once and kept.
 
-        Linears replaced by then are put aside for the run. Anything else that a method changes
-        (norms, say) has to keep the float block's function, or to be changed after this call.
+        Linears that are replaced already are taken out for the run. A method that changes anything
+        else (a norm, for example) has to preserve the function of the float block, or to make the
+        change after the first call of this.
         """
         if self._float_outputs is None:
             replaced = {name: self.module.get_submodule(name) for name in self.linears}
@@ -86,44 +90,36 @@ class Block:
                 self._float_outputs = self.run()
             finally:
                 for name, layer in replaced.items():
-                    self._put(name, layer)
+                    self.module.set_submodule(name, layer)
         return self._float_outputs
 
-    def linear_inputs(
-        self, max_tokens: int | None = MAX_TOKENS, calls: list[Call] | None = None
-    ) -> dict[str, Tensor]:
-        """What each linear sees when the block, as it is now, runs on its inputs.
+    def linear_inputs(self, max_tokens: int | None = MAX_TOKENS) -> dict[str, Tensor]:
+        """Collects what each linear reads when the block, as it is now, runs on its inputs.
 
-        An expert sees the tokens routed to it, perhaps none.
+        An expert reads the tokens that are routed to it, perhaps none.
 
         Args:
-            max_tokens: about how many to keep per linear, spread evenly over every batch; None
-                keeps all.
-            calls: other inputs, such as `float_inputs`.
+            max_tokens: Approximate number of tokens to keep per linear, evenly spaced in every
+                batch. None keeps all.
 
         Returns:
-            [tokens, in] per linear, in the order of `linears`.
+            Samples [tokens, in] of each linear, in the order of `linears`.
         """
-        calls = self.inputs if calls is None else calls
-        share = None if max_tokens is None else -(-max_tokens // max(1, len(calls)))
+        share = None if max_tokens is None else -(-max_tokens // max(1, len(self.inputs)))
         seen: dict[str, list[Tensor]] = {name: [] for name in self.linears}
 
         def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                seen[name].append(_spread(args[0].detach().flatten(0, -2), share))
+                tokens = args[0].detach().flatten(0, -2)
+                # Indexing copies, so that the tokens that are not kept can be freed.
+                count = len(tokens) if share is None else share
+                seen[name].append(tokens[evenly_spaced(len(tokens), count, tokens.device)])
 
             return hook
 
-        hooks = [
-            self.module.get_submodule(name).register_forward_pre_hook(keep(name))
-            for name in self.linears
-        ]
-        try:
-            for call in calls:
+        with hooked({self.module.get_submodule(name): keep(name) for name in self.linears}):
+            for call in self.inputs:
                 run_calls(self.module, [call])
-        finally:
-            for hook in hooks:
-                hook.remove()
         return {
             name: torch.cat(parts)
             if parts
@@ -143,22 +139,27 @@ class Block:
         return self._quantization.weight, self._quantization.activation(self.kind)
 
     def input_quantizer(
-        self, name: str, samples: Tensor, ranges: Ranges | None = None
+        self, name: str, samples: Tensor, estimator: RangeEstimator | None = None
     ) -> Quantizer:
-        """The shared default for a linear's input, from the samples [tokens, in] that it saw.
+        """Makes the quantizer of a linear's input that all methods share by default.
 
-        A linear without samples gets a per-token quantizer of the same bits, and the weight-only
-        ranges of its weight; it is named in `Walk.uncalibrated`.
+        A linear without samples gets a per-token quantizer of the same bits, and its name is added
+        to `Walk.uncalibrated`.
+
+        Args:
+            name: Name of the linear in the block.
+            samples: What the linear read, [tokens, in].
+            estimator: Range estimator. By default, the one that the spec names.
 
         Raises:
-            RunError: naming the layer, if a sample is not finite.
+            RunError: If a sample is not finite; the message names the layer.
         """
         layer = self.layer_name(name)
         if not bool(torch.isfinite(samples).all()):
             raise RunError(f"the input of {layer} is not finite during calibration")
         if len(samples) == 0 and layer not in self._uncalibrated:
             self._uncalibrated.append(layer)
-        return activation_quantizer(samples, self.spec(name)[1], ranges)
+        return activation_quantizer(samples, self.spec(name)[1], estimator)
 
     def quantize_linear(
         self,
@@ -169,17 +170,18 @@ class Block:
         weights: Callable[[Tensor], Quantizer] | None = None,
         keep_float: bool = False,
     ) -> QuantLinear:
-        """The quantized form of a linear; the block is left as it is (see `replace`).
+        """Quantizes a linear and leaves the block as it is (see `replace`).
 
         Args:
-            samples: what the linear saw, [tokens, in].
-            input_quantizer: instead of the shared default.
-            weights: makes the quantizer of the weight to be quantized [out, in], instead of the
-                default of the weight spec.
-            keep_float: see `QuantLinear`.
+            name: Name of the linear in the block.
+            samples: What the linear read, [tokens, in].
+            input_quantizer: Quantizer of the input, instead of the shared default.
+            weights: Function from the weight to be quantized [out, in] to its quantizer, instead
+                of the default of the weight spec.
+            keep_float: See `QuantLinear`.
 
         Raises:
-            RunError: naming the layer, if its weight or a sample is not finite.
+            RunError: If the weight or a sample is not finite; the message names the layer.
         """
         linear = self.linears[name]
         layer = self.layer_name(name)
@@ -196,19 +198,15 @@ class Block:
     def replace(self, name: str, layer: QuantLinear) -> None:
         """Puts a quantized linear in the place of a linear."""
         layer.layer_name = self.layer_name(name)
-        self._put(name, layer)
+        self.module.set_submodule(name, layer)
 
     def restore(self, name: str) -> None:
         """Puts the float linear back."""
-        self._put(name, self.linears[name])
+        self.module.set_submodule(name, self.linears[name])
 
     def close(self) -> None:
-        """Lets go of activations and float linears; the walk calls it when it moves on."""
-        self.inputs, self.float_inputs, self._float_outputs, self.linears = [], None, None, {}
-
-    def _put(self, name: str, layer: nn.Module) -> None:
-        parent, _, child = name.rpartition(".")
-        setattr(self.module.get_submodule(parent), child, layer)
+        """Frees activations and float linears; the walk calls it when it moves on."""
+        self.inputs, self._float_outputs, self.linears = [], None, {}
 
     def _in_execution_order(self) -> dict[str, nn.Linear]:
         linears = quantizable(self.module)
@@ -220,24 +218,20 @@ class Block:
 
             return hook
 
-        hooks = [linear.register_forward_pre_hook(mark(name)) for name, linear in linears.items()]
-        try:
+        with hooked({linear: mark(name) for name, linear in linears.items()}):
             for call in self.inputs:
                 run_calls(self.module, [call])
                 if len(reached) == len(linears):
                     break
-        finally:
-            for hook in hooks:
-                hook.remove()
         unreached = [name for name in linears if name not in reached]
         return {name: linears[name] for name in [*reached, *unreached]}
 
 
 class Chain(nn.ModuleList):
-    """Consecutive layers that all take the same further arguments, as one block."""
+    """Consecutive layers as one block; all of them get the same further arguments."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the layers one after the other on hidden states [batch, tokens, features]."""
+        """Maps hidden states [batch, tokens, features] through one layer after the other."""
         for layer in self:
             hidden_states = _hidden(layer(hidden_states, *args, **kwargs))
         return hidden_states
@@ -245,14 +239,14 @@ class Chain(nn.ModuleList):
 
 @torch.no_grad()
 def run_calls(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """The hidden states that a module returns for each of its calls."""
+    """Runs a module on each call and returns its hidden states [batch, tokens, features]."""
     return [_hidden(module(*args, **kwargs)) for args, kwargs in calls]
 
 
 def advance(module: nn.Module, calls: list[Call]) -> list[Call]:
-    """The next layer's calls: the same with this layer's outputs for hidden states.
+    """Computes the next layer's calls: the same with this layer's outputs as hidden states.
 
-    Empties `calls` on the way, so that old and new activations are not all held at once.
+    Empties `calls` on the way, so that old and new activations are not in memory all at once.
     """
     following: list[Call] = []
     while calls:
@@ -263,14 +257,6 @@ def advance(module: nn.Module, calls: list[Call]) -> list[Call]:
         else:
             following.append(((), {**kwargs, "hidden_states": output}))
     return following
-
-
-def _spread(tokens: Tensor, count: int | None) -> Tensor:
-    """About evenly spaced `count` rows of [tokens, features], copied so that the rest is freed."""
-    if count is None or len(tokens) <= count:
-        return tokens.clone()
-    rows = torch.linspace(0, len(tokens) - 1, count, dtype=torch.float64, device=tokens.device)
-    return tokens[rows.long()]
 
 
 def _hidden(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -1,16 +1,19 @@
-"""Walks a model block by block, holding the activations of one block only.
+"""The calibration walk: visits a model block by block, with the activations of one block in memory.
 
-The inputs of the first block are caught where the model itself produces them: a hook stops the
+The inputs of the first block are caught where the model itself computes them: a hook stops the
 forward pass there. A method then quantizes the block in place, the walk runs it, and its outputs
-are the next block's inputs: what a block sees is what it will see when everything before it is
-quantized (X_q). Order: vision layers, projector, decoder layers. Entering the projector and the
-first decoder layer, the model is run up to there once more, which costs another pass of the vision
-tower but leaves feature selection, image placement, masks and positions to the model's own code.
+become the inputs of the next block. So a block reads what it will read when everything before it is
+quantized (X_q in the papers).
 
-A block is valid until the next one is asked for. Walking without replacing anything is a walk over
+The order is vision layers, projector, decoder layers. At the projector and at the first decoder
+layer the walk runs the model up to there once more. That costs another pass of the vision tower and
+leaves feature selection, placement of image features, masks and positions to the model's own code.
+
+A block is valid until the next one is asked for. A walk on which nothing is replaced is a walk over
 the float model, and `blocks` can be called again, so a method may look first and quantize later.
 
-Not handled: decoders whose layers differ in their attention mask (sliding window in some layers).
+Not supported: decoders whose layers differ in their attention mask, such as a sliding window in
+some layers only.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,34 +22,36 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qvlm import validation
 from qvlm.errors import RunError, UserError
 from qvlm.quantization.block import Block, Call, advance
 from qvlm.quantization.experts import unfuse_experts
+from qvlm.quantization.hooks import hooked
 from qvlm.quantization.ranges import check_group_size
 from qvlm.quantization.spec import QuantizationConfig
 from qvlm.quantization.targets import block_layers, quantizable
 
-# Image tokens that are brought together in a call: bounds memory.
+# Largest number of image tokens that are merged into one call, which bounds memory.
 _TOKENS = 4096
 
 
 class Walk:
-    """A model, the data to calibrate it with, and what is to be quantized how.
+    """A model, the data to calibrate it with, and the specs of its tensors.
 
-    Fused experts are taken apart at construction, so that they can be walked.
+    The constructor takes fused experts apart, so that their linears can be visited.
 
     Args:
-        model: a LLaVA in evaluation mode; methods quantize it in place.
-        batches: keyword arguments of its forward, rows of equal length (see `batch_by_length`).
-        quantization: which spec goes where.
-        keep_float_stream: also carry the float model's activations along (`Block.float_inputs`),
-            which doubles what is held; a method that needs them sets it before it asks for blocks.
+        model: LLaVA in evaluation mode. Methods quantize it in place.
+        batches: Keyword arguments of the model's forward, each with rows of equal length (see
+            `batch_by_length`).
+        quantization: Spec of each kind of tensor.
 
     Attributes:
-        uncalibrated: full names of the layers that were quantized without a calibration token.
+        uncalibrated: Full names of the layers that were quantized without a calibration token.
 
     Raises:
-        UserError: for an empty calibration set, or a group size that does not divide a layer.
+        UserError: If the calibration set is empty, the group size does not divide the input of a
+            layer, or the decoder layers differ in their attention.
     """
 
     def __init__(
@@ -54,18 +59,16 @@ class Walk:
         model: nn.Module,
         batches: Sequence[Mapping[str, Tensor]],
         quantization: QuantizationConfig,
-        keep_float_stream: bool = False,
     ) -> None:
         if not batches:
             raise UserError("the calibration set is empty: at least one problem is needed")
         text_config = getattr(getattr(model, "config", None), "text_config", None)
         if len(set(getattr(text_config, "layer_types", None) or [])) > 1:
-            raise UserError("the decoder layers differ in attention: accepted is one type for all")
+            raise UserError("the decoder layers are not all of one attention type")
         unfuse_experts(model)
         self.model = model
         self.batches = list(batches)
         self.quantization = quantization
-        self.keep_float_stream = keep_float_stream
         self.uncalibrated: list[str] = []
         self._layers = block_layers(model, quantization.vision_tower)
         for name, (_, module) in self._layers.items():
@@ -78,42 +81,30 @@ class Walk:
         return list(self._layers)
 
     def blocks(self, partition: Sequence[Sequence[str]] | None = None) -> Iterator[Block]:
-        """Yields the blocks in order; after each, the block as it is then is run to go on.
+        """Yields the blocks in order, and runs each as the method left it to get to the next.
 
         Args:
-            partition: runs of consecutive layers of one kind that form a block together, covering
-                `names` in order; by default each layer is a block.
+            partition: Names of the layers of each block: consecutive layers of one kind, which
+                together are `names` in order. By default each layer is a block.
 
         Raises:
-            UserError: if the partition does not.
+            UserError: If the partition is not of this form.
         """
-        runs = [[name] for name in self._layers] if partition is None else partition
-        self._check_partition(runs)
-        return self._visit(runs)
+        if partition is None:
+            partition = [[name] for name in self._layers]
+        self._check_partition(partition)
+        return self._visit(partition)
 
-    def _visit(self, runs: Sequence[Sequence[str]]) -> Iterator[Block]:
-        # With the float stream, every entry is caught before anything is quantized.
-        entries = {names[0] for names in runs if self._is_entry(names[0])}
-        early = {name: self._catch(name) for name in entries} if self.keep_float_stream else {}
+    def _visit(self, partition: Sequence[Sequence[str]]) -> Iterator[Block]:
         inputs: list[Call] = []
-        float_inputs: list[Call] | None = None
-        for position, names in enumerate(runs):
-            if names[0] in entries:
+        for position, names in enumerate(partition):
+            if self._is_entry(names[0]):
                 inputs = self._catch(names[0])
-                float_inputs = early.pop(names[0], None)
-            last = position + 1 == len(runs) or runs[position + 1][0] in entries
+            following = partition[position + 1 :][:1]
+            last = not following or self._is_entry(following[0][0])
             layers = {name: self._layers[name][1] for name in names}
-            block = Block(
-                layers,
-                self._layers[names[0]][0],
-                inputs,
-                float_inputs,
-                self.quantization,
-                self.uncalibrated,
-            )
-            if float_inputs is not None and not last:
-                # Now, while the linears are still float.
-                float_inputs = advance(block.module, list(float_inputs))
+            kind = self._layers[names[0]][0]
+            block = Block(layers, kind, inputs, self.quantization, self.uncalibrated)
             yield block
             block.close()
             inputs = [] if last else advance(block.module, inputs)
@@ -123,12 +114,12 @@ class Walk:
         kind = self._layers[name][0]
         return next(other for other, (k, _) in self._layers.items() if k == kind) == name
 
-    def _check_partition(self, runs: Sequence[Sequence[str]]) -> None:
-        for names in runs:
+    def _check_partition(self, partition: Sequence[Sequence[str]]) -> None:
+        for names in partition:
             kinds = {self._layers[name][0] for name in names if name in self._layers}
             if len(kinds) != 1:
                 raise UserError(f"a block must hold layers of one kind: got {list(names)}")
-        covered = [name for names in runs for name in names]
+        covered = [name for names in partition for name in names]
         if covered != self.names:
             missing = [name for name in self.names if name not in covered]
             raise UserError(
@@ -137,7 +128,7 @@ class Walk:
             )
 
     def _catch(self, name: str) -> list[Call]:
-        """The calls that reach a layer when the model, as it is now, runs on the batches."""
+        """Collects the calls of a layer while the model, as it is now, runs on the batches."""
         kind, layer = self._layers[name]
         caught: list[Call] = []
 
@@ -145,8 +136,7 @@ class Walk:
             caught.append((args, kwargs))
             raise _Caught
 
-        hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        with hooked({layer: stop}, with_kwargs=True):
             for batch in self.batches:
                 if kind != "language" and batch.get("pixel_values") is None:
                     continue
@@ -156,13 +146,11 @@ class Walk:
                 except _Caught:
                     continue
                 raise RunError(f"the model's forward pass does not reach {name}")
-        finally:
-            hook.remove()
         return caught if kind == "language" else _in_large_batches(caught)
 
 
 def _in_large_batches(calls: Sequence[Call]) -> list[Call]:
-    """The same images in fewer calls: whatever the length of their texts, their own is the same."""
+    """Merges the calls of images, whose length does not depend on that of their texts."""
     merged: list[Call] = []
     for (images, *more), kwargs in calls:
         options = [*more, *kwargs.values()]
@@ -178,11 +166,11 @@ def _in_large_batches(calls: Sequence[Call]) -> list[Call]:
 
 
 class _Caught(Exception):
-    """Stops a forward pass once the inputs of a layer are known."""
+    """Stops a forward pass once the inputs of a layer are caught."""
 
 
 class Encodes(Protocol):
-    """Whatever turns problems into a batch: a loaded model."""
+    """An object that turns problems into a batch, such as a loaded model."""
 
     def encode(
         self, problems: Sequence[Mapping[str, Any]], with_target: bool = False
@@ -194,21 +182,24 @@ def batch_by_length(
 ) -> list[dict[str, Tensor]]:
     """Encodes prompt and target of each problem, in batches that need no padding.
 
-    Padding tokens would be calibrated on like any other. Problems are therefore batched with those
-    of the same length and kind (with or without image), in the order in which each first occurs.
+    Calibration would count padding tokens like any others. Problems are therefore batched with
+    those of the same length and kind (with or without an image). Batches are in the order in which
+    their length and kind first occurs.
 
     Args:
-        loaded_model: its `encode` turns problems into a batch.
-        problems: a problem per row.
-        batch_size: the most rows in a batch.
+        loaded_model: Object whose `encode` turns problems into a batch.
+        problems: Problems, one per row of a batch.
+        batch_size: Largest number of rows of a batch.
+
+    Returns:
+        Batches, each with tensors whose first dimension is its rows.
 
     Raises:
-        UserError: if there is no problem or the batch size is below 1.
+        UserError: If there is no problem, or the batch size is below 1.
     """
     if not len(problems):
         raise UserError("the calibration set is empty: at least one problem is needed")
-    if batch_size < 1:
-        raise UserError(f"calibration batch_size={batch_size}: accepted are whole numbers from 1")
+    validation.whole_number("calibration.batch_size", batch_size)
     alike: dict[tuple[bool, int], list[dict[str, Tensor]]] = {}
     for problem in problems:
         row = loaded_model.encode([problem], with_target=True)

@@ -1,12 +1,12 @@
-"""Takes fused experts apart, so that a walk over `nn.Linear` finds them.
+"""Takes fused experts apart, so that a walk over `nn.Linear` visits them.
 
-transformers keeps the experts of Mixtral, Qwen2-MoE, OLMoE, PhiMoE, DeepSeek-V2 and many others as
-two 3-D parameters. Each expert's projections need their own calibration samples and scales, so the
-fused module is replaced by a list of expert modules with the same forward arguments.
+transformers stores the experts of Mixtral, Qwen2-MoE, OLMoE, PhiMoE, DeepSeek-V2 and many others as
+two 3-D parameters. The projections of each expert need calibration samples and scales of their own,
+so the fused module is replaced by a list of expert modules with the same forward arguments.
 
-There are variants (transposed, interleaved, with bias or a norm, other gates). Rather than knowing
-them all, the replacement is run against the original on probe tokens, and a family whose outputs
-differ is refused by name.
+There are variants: transposed, interleaved, with a bias or a norm, with another gate. Instead of a
+list of them, there is a test: the replacement and the original run on the same probe tokens, and a
+model whose outputs differ is refused.
 """
 
 import torch
@@ -21,7 +21,7 @@ class Expert(nn.Module):
     """One gated feed-forward expert: `down(act(gate(x)) * up(x))`."""
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor, act_fn: nn.Module) -> None:
-        """Takes weights gate, up [intermediate, hidden] and down [hidden, intermediate]."""
+        """Takes the weights gate, up [intermediate, hidden] and down [hidden, intermediate]."""
         super().__init__()
         self.gate_proj = _linear(gate)
         self.up_proj = _linear(up)
@@ -34,18 +34,18 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of one layer, called as transformers calls its fused module."""
+    """The experts of one layer, with the forward arguments of transformers' fused module."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sums each token's experts.
+        """Sums the weighted outputs of each token's experts; an expert without tokens is not run.
 
         Args:
-            hidden_states: [tokens, hidden].
-            top_k_index: the experts of each token, [tokens, k].
-            top_k_weights: their weights, [tokens, k].
+            hidden_states: Tokens [tokens, hidden].
+            top_k_index: Experts of each token, [tokens, k].
+            top_k_weights: Weights of these experts, [tokens, k].
 
         Returns:
-            [tokens, hidden]. An expert without a token is not run.
+            Outputs [tokens, hidden].
         """
         output = torch.zeros_like(hidden_states)
         for index, expert in enumerate(self):
@@ -57,7 +57,7 @@ class Experts(nn.ModuleList):
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that hold several experts' weights in one parameter, by full name."""
+    """The modules that hold the weights of several experts in one parameter, by full name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -69,13 +69,13 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unfuse_experts(model: nn.Module) -> int:
-    """Replaces every fused module by separate experts with equal outputs, one at a time.
+    """Replaces every fused module by separate experts with equal outputs, one module at a time.
 
     Returns:
-        How many experts were taken apart.
+        Number of experts that were taken apart.
 
     Raises:
-        UserError: for a family whose experts are laid out in a way that is not supported.
+        UserError: If the layout of the experts' parameters is not supported.
     """
     count = 0
     for name, fused in fused_experts(model).items():
@@ -83,10 +83,9 @@ def unfuse_experts(model: nn.Module) -> int:
         if experts is None or not _agree(fused, experts):
             raise UserError(
                 f"the experts of {name} ({type(fused).__name__}) are fused in a layout that is not "
-                "supported: accepted is gate_up_proj [E, 2I, H], down_proj [E, H, I] without bias"
+                "supported. Supported is gate_up_proj [E, 2I, H], down_proj [E, H, I] without bias"
             )
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, experts)
+        model.set_submodule(name, experts)
         count += len(experts)
     return count
 
@@ -108,7 +107,7 @@ def _take_apart(fused: nn.Module) -> Experts | None:
 
 @torch.no_grad()
 def _agree(fused: nn.Module, experts: Experts) -> bool:
-    """Whether both give the same on probe tokens that visit every expert twice."""
+    """Whether both have equal outputs on probe tokens, each expert being visited twice."""
     down = experts.get_submodule("0.down_proj")
     assert isinstance(down, nn.Linear)
     weight = down.weight  # [hidden, intermediate]
@@ -123,13 +122,13 @@ def _agree(fused: nn.Module, experts: Experts) -> bool:
     except (TypeError, RuntimeError):
         return False
     tolerance = 8 * torch.finfo(weight.dtype).eps * expected.abs().max().clamp_min(1e-30)
-    # Both sides round differently over a sum of `intermediate` terms: its square root is generous.
+    # Both round differently in sums of `intermediate` terms; the square root of that is generous.
     worst = (expected - experts(hidden, chosen, mix)).abs().max()
     return bool(worst <= tolerance * weight.shape[1] ** 0.5)
 
 
 def _linear(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    # A clone of the slice: a view would keep the fused parameter alive.
+    # A clone, since a view would keep the whole fused parameter in memory.
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     return linear

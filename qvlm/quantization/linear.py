@@ -1,21 +1,21 @@
-"""A linear layer that computes with quantized weights and inputs, simulated in floating point.
+"""A linear layer with quantized weights and inputs, simulated in floating point.
 
-The weight is stored dequantized, so that a forward pass quantizes only its input; its integers are
-`integers()`, since encoding dequantized values gives back their codes.
+The weight is stored dequantized, so that a forward pass quantizes only its input. `weight_codes()`
+returns its codes, since quantizing dequantized values yields their codes again.
 
-A static scale per input channel cannot be pulled out of an integer product: it sits inside the sum.
-It is therefore folded into the weight before that is quantized:
+A static scale per input channel stands inside the sum of an integer product and cannot be taken out
+of it. It is therefore folded into the weight before the weight is quantized:
 
     y_n = sum_k (q_k - z_k) s_k W_nk + b_n = sum_k (q_k - z_k) W'_nk + b_n,    W' = W diag(s)
 
-so the layer quantizes W' and multiplies it with q - z. What the simulation computes is then exactly
-what integers compute (q W' minus the constant z W', which an integer layer keeps as a bias).
+The layer quantizes W' and multiplies it with q - z. So the simulation computes exactly what
+integers compute: q W' minus the constant z W', which an integer layer stores as a bias.
 
-In float32 every value and every sum is rounded, and which way a rounding falls may move an input of
-the next layer by a whole step. `compute_in_float64` has an output rounded once, from a sum that is
-exact but for a share of 1e-16: what any packed product must give that sums integers exactly.
+float32 rounds every value and every partial sum, and one such rounding can move an input of the
+next layer to the neighboring code. After `compute_in_float64` a layer accumulates in float64 and
+rounds its output once, which is what a product that sums integers exactly must yield too.
 
-Left out: packed storage and integer kernels; nothing here is smaller or faster than float.
+Not here: packed storage and integer kernels. A simulated layer is neither smaller nor faster.
 """
 
 import math
@@ -29,18 +29,18 @@ from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 
 
 class QuantLinear(nn.Module):
-    """Simulates `y = x_hat W_hat^T + b`.
+    """Simulates `y = x_hat W_hat^T + b`; `from_linear` makes it.
 
-    Build it with `from_linear`. With `keep_float` the float weight stays as a parameter and is
-    quantized in every forward pass with straight-through gradients, and so does the bias, for
-    fine-tuning with quantization in the loop; `freeze` ends that.
+    With `keep_float`, float weight and bias stay trainable parameters, and every forward pass
+    quantizes the weight with straight-through gradients: fine-tuning with quantization in the
+    loop. `freeze` ends it.
 
     Attributes:
-        weight: dequantized weight [out, in], float32; None while the float weight is kept. Of a
-            folding input quantizer it is that of W' (see above).
-        exact: the weight is float64, not rounded to float32, and the product is computed in it.
-        float_weight: the float weight [out, in] before quantization, or None.
-        layer_name: the full name in the model, for errors and records.
+        weight: Dequantized weight [out, in], float32; None while the float weight is kept. If the
+            input quantizer folds, it is that of W' (see the module's docstring).
+        exact: Whether the weight is float64 and the product is computed in float64.
+        float_weight: Float weight [out, in] before quantization, or None.
+        layer_name: Full name in the model, for errors and records.
     """
 
     weight: Tensor | None
@@ -54,7 +54,7 @@ class QuantLinear(nn.Module):
         input_quantizer: Quantizer,
         layer_name: str = "",
     ) -> None:
-        """Takes a weight that is already quantized and dequantized by `weight_quantizer`."""
+        """Takes a weight [out, in] that `weight_quantizer` has quantized and dequantized."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight_quantizer = weight_quantizer
@@ -77,11 +77,11 @@ class QuantLinear(nn.Module):
         """Quantizes a linear.
 
         Args:
-            linear: left as it is.
-            weight_quantizer: made for `folded_weight(linear.weight, input_quantizer)`.
-            input_quantizer: of the layer's input.
-            keep_float: keep the float weight trainable.
-            layer_name: the full name in the model.
+            linear: Float linear, which is not changed.
+            weight_quantizer: Quantizer of `folded_weight(linear.weight, input_quantizer)`.
+            input_quantizer: Quantizer of the layer's input.
+            keep_float: Whether the float weight and the bias stay trainable.
+            layer_name: Full name in the model.
         """
         weight = folded_weight(linear.weight, input_quantizer)
         layer = cls(
@@ -98,13 +98,14 @@ class QuantLinear(nn.Module):
         """Maps [..., in] to [..., out] in the dtype of `x`.
 
         Raises:
-            RunError: if `x` holds NaN or infinity; clamping would hide the latter.
+            RunError: If an element of `x` is NaN or infinite. Clamping would hide the latter.
         """
-        self._check_finite(x)
+        if not all_finite(x):
+            raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
         return F.linear(self._quantized_input(x), self.quantized_weight(), self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
-        """The dequantized weight [out, in], folded; differentiable while the float one is kept."""
+        """The dequantized weight [out, in]; differentiable while the float weight is kept."""
         if self.float_weight is not None:
             return self.weight_quantizer(self.float_weight)
         assert self.weight is not None
@@ -114,15 +115,9 @@ class QuantLinear(nn.Module):
         """The codes of the weight, [out, in] uint8."""
         return self.weight_quantizer.quantize(self.quantized_weight().detach())
 
-    def unfolded_weight(self) -> Tensor:
-        """The weight [out, in] that acts on x_hat in its own units."""
-        weight = self.quantized_weight().detach()
-        folding = _folding(self.input_quantizer)
-        return weight / folding.scale if folding else weight
-
     @torch.no_grad()
     def freeze(self) -> None:
-        """Quantizes the float weight for good and drops it; nothing to do if there is none."""
+        """Quantizes the float weight for good and drops it; does nothing if there is none."""
         weight, bias = self.quantized_weight(), self.bias
         self.float_weight = None
         self.weight = weight
@@ -132,9 +127,9 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def compute_in_float64(self) -> None:
-        """Computes the product in float64 from now on; not for a layer whose float weight is kept.
+        """Makes the layer compute its product in float64; its float weight must not be kept.
 
-        Operands are q - z times their scale, not rounded to float32 before they are multiplied.
+        The operands are q - z times their scale, without a rounding to float32 in between.
         """
         self.exact = True
         self.weight = self.weight_quantizer.dequantize(self.weight_codes(), torch.float64)
@@ -145,7 +140,7 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def _quantized_input(self, x: Tensor) -> Tensor:
-        """x_hat, or q - z where scales are folded."""
+        """Returns x_hat, or q - z if the scales are folded into the weight."""
         folding = _folding(self.input_quantizer)
         if folding is not None:
             steps = folding.centered(x)
@@ -155,31 +150,33 @@ class QuantLinear(nn.Module):
             return static.dequantize(static.quantize(x), torch.float64)
         return self.input_quantizer(x)
 
-    def _check_finite(self, x: Tensor) -> None:
-        # One pass: a sum is not finite if any element is not. It may also overflow: look closely
-        # before accusing.
-        if not math.isfinite(x.detach().sum(dtype=torch.float32).item()) and not bool(
-            torch.isfinite(x).all()
-        ):
-            raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinite, found in one pass that allocates nothing.
+
+    A sum is not finite if an element is not. The sum of finite elements may overflow, so that a sum
+    that is not finite requires a look at every element.
+    """
+    total = x.detach().sum(dtype=torch.float32).item()
+    return math.isfinite(total) or bool(torch.isfinite(x).all())
 
 
 def compute_in_float64(model: nn.Module) -> None:
-    """Has every quantized linear of a model compute its product in float64."""
+    """Makes every quantized linear of a model compute its product in float64."""
     for part in model.modules():
         if isinstance(part, QuantLinear):
             part.compute_in_float64()
 
 
 def folded_weight(weight: Tensor, input_quantizer: Quantizer) -> Tensor:
-    """The float weight [out, in] to quantize: W, or W diag(s) if the input's scales are folded."""
+    """The float weight [out, in] to quantize: W, or W diag(s) if the input quantizer folds."""
     weight = weight.detach().float()
     folding = _folding(input_quantizer)
     return weight * folding.scale if folding else weight
 
 
 def _folding(input_quantizer: Quantizer) -> UniformQuantizer | None:
-    """The input's quantizer if its scales are moved into the weight."""
+    """The input quantizer if its scales are folded into the weight, otherwise None."""
     if isinstance(input_quantizer, UniformQuantizer) and input_quantizer.folds:
         return input_quantizer
     return None

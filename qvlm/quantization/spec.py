@@ -1,12 +1,13 @@
-"""What a user may ask of a quantizer, checked when it is asked.
+"""The options of a quantizer, checked when they are given.
 
-A `QuantSpec` is one kind of tensor, a `QuantizationConfig` the whole model. Both are plain values:
-they can be written to a record and compared.
+A `QuantSpec` describes one kind of tensor and a `QuantizationConfig` the whole model. Both are
+plain values: they can be compared and written to a record.
 """
 
 from dataclasses import dataclass
 
-from qvlm.errors import UserError
+from qvlm import validation
+from qvlm.bits import MAX_BITS, MIN_BITS
 
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_token", "per_channel", "per_channel_group")
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
@@ -18,18 +19,18 @@ class QuantSpec:
     """How one kind of tensor is quantized.
 
     Args:
-        bits: 2 to 8.
-        granularity: what shares a scale. Activations [tokens, features]: `per_tensor`,
-            `per_token` (dynamic), `per_channel` (a feature), `per_channel_group` (clusters of
-            `group_size` range-sorted features). Weights [out, in]: `per_tensor`, `per_channel`
-            (an output row), `per_group` (`group_size` neighbours along the input, or along its
-            clusters: see `ranges.grouping_order`).
-        group_size: elements of a group, channels of a cluster.
-        p: exponent of the distance |x - x_hat|^p that `lp` ranges minimise.
-        ranges: "lp" (clipped to the least lp distance) or "minmax".
+        bits: Number of bits, 2 to 8.
+        granularity: Elements that share a scale. For activations [tokens, features]: `per_tensor`,
+            `per_token` (dynamic), `per_channel` (a feature) or `per_channel_group` (clusters of
+            `group_size` features, sorted by range). For weights [out, in]: `per_tensor`,
+            `per_channel` (an output row) or `per_group` (`group_size` neighbors along the input, or
+            along its clusters: see `ranges.grouping_order`).
+        group_size: Number of elements of a group, or of channels of a cluster.
+        p: Exponent of the error |x - x_hat|^p that the `lp` estimator minimizes.
+        ranges: Range estimator, "lp" (`ranges.mse`) or "minmax".
 
     Raises:
-        UserError: naming the field and what it accepts.
+        UserError: If a field has a value that is not accepted; the message names both.
     """
 
     bits: int
@@ -40,31 +41,26 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         known = dict.fromkeys(ACTIVATION_GRANULARITIES + WEIGHT_GRANULARITIES)
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise UserError(f"bits={self.bits!r}: accepted are whole numbers from 2 to 8")
-        if self.granularity not in known:
-            raise UserError(f"granularity={self.granularity!r}: accepted are {', '.join(known)}")
-        if not isinstance(self.group_size, int) or self.group_size < 1:
-            raise UserError(f"group_size={self.group_size!r}: accepted are whole numbers from 1")
-        if not 0 < self.p < float("inf"):
-            raise UserError(f"p={self.p!r}: accepted are finite numbers above 0")
-        if self.ranges not in RANGES:
-            raise UserError(f"ranges={self.ranges!r}: accepted are {', '.join(RANGES)}")
+        validation.whole_number("bits", self.bits, MIN_BITS, MAX_BITS)
+        validation.one_of("granularity", self.granularity, known)
+        validation.whole_number("group_size", self.group_size)
+        validation.positive("p", self.p)
+        validation.one_of("ranges", self.ranges, RANGES)
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Which `QuantSpec` goes where.
+    """The `QuantSpec` of each kind of tensor.
 
     Args:
-        weight: of every quantized linear.
-        language: activations of the decoder layers and of the projector, which the released code
-            quantizes together with the language model.
-        vision: activations of the vision tower.
-        vision_tower: whether the vision tower is quantized at all.
+        weight: Spec of the weight of every quantized linear.
+        language: Spec of the activations of the decoder layers and of the projector, which the
+            released code of Q-VLM quantizes together with the language model.
+        vision: Spec of the activations of the vision tower.
+        vision_tower: Whether the vision tower is quantized at all.
 
     Raises:
-        UserError: if a granularity does not fit weights or activations.
+        UserError: If a granularity does not fit weights or activations.
     """
 
     weight: QuantSpec
@@ -78,12 +74,8 @@ class QuantizationConfig:
             ("language", ACTIVATION_GRANULARITIES),
             ("vision", ACTIVATION_GRANULARITIES),
         ):
-            granularity = getattr(self, name).granularity
-            if granularity not in accepted:
-                raise UserError(
-                    f"{name} granularity={granularity!r}: accepted are {', '.join(accepted)}"
-                )
+            validation.one_of(f"{name} granularity", getattr(self, name).granularity, accepted)
 
     def activation(self, kind: str) -> QuantSpec:
-        """The activation spec of a block kind: "vision", "projector" or "language"."""
+        """The activation spec of a kind of block: "vision", "projector" or "language"."""
         return self.vision if kind == "vision" else self.language

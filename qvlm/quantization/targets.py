@@ -1,10 +1,10 @@
-"""Where in a LLaVA the quantized linears are.
+"""Which linears of a LLaVA are quantized, and where they are.
 
-Quantized: every `nn.Linear` of the vision tower's layers, of the projector and of the decoder
-layers, experts included. In floating point: embeddings, norms, `lm_head`, and whatever decides
-where a token goes (routers), because a flipped route is not a rounding error.
+Every `nn.Linear` of the vision tower's layers, of the projector and of the decoder layers is
+quantized, experts included. Embeddings, norms, `lm_head` and routers stay in floating point. A
+router decides where a token goes, and a token that goes elsewhere is not a rounding error.
 
-Models are read by structure, never by size: a tower or language model is whatever holds a
+Models are read by structure, never by size: the layers of a tower or language model are its
 `ModuleList` called `layers`.
 """
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from qvlm.errors import UserError
 
-# A linear anywhere below a module of one of these names is (part of) a router.
+# A linear below a module of one of these names is a router, or part of one.
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 
 
@@ -35,7 +35,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 def block_layers(model: nn.Module, vision_tower: bool) -> dict[str, tuple[str, nn.Module]]:
     """All blocks in the order of the data: full name to (kind, module).
 
-    Kinds are "vision" (only with `vision_tower`), "projector" and "language".
+    The kinds are "vision" (only with `vision_tower`), "projector" and "language".
     """
     kinds = {"projector": projector(model), "language": decoder_layers(model)}
     if vision_tower:
@@ -67,6 +67,6 @@ def _part(model: nn.Module, part: str) -> str:
         if name.rpartition(".")[2] == part:
             return name
     raise UserError(
-        f"{type(model).__name__} has no {part}: a LLaVA with vision_tower, "
-        "multi_modal_projector and language_model is needed"
+        f"{type(model).__name__} has no {part}. Choose a LLaVA, which has a vision_tower, a "
+        "multi_modal_projector and a language_model"
     )

@@ -1,20 +1,21 @@
-"""Proof that a quantized model computes with the bits it claims.
+"""The proof of bits: a quantized model computes with the bits that its configuration states.
 
-Looking at attributes proves little: a layer can hold a quantizer and not use it. Here a function
-mode sees the two tensors that actually enter every `F.linear` of every layer that should be
-quantized, during forward passes of the whole model, and the distinct values per scale are counted:
-at most 2^w in the weight and 2^a in the input. Which elements share a scale is what the layer's
-quantizers say; a layer without quantizers counts as having one scale.
+Attributes prove little, since a layer can have a quantizer and not use it. During forward passes of
+the whole model, a function mode intercepts the two tensors that enter every `F.linear` of every
+layer that should be quantized. It counts their distinct values per scale: at most 2^w in the weight
+and 2^a in the input. Which elements share a scale is taken from the layer's quantizers. A layer
+without quantizers counts as having one scale.
 
-Counting alone is void where a scale serves no more elements than it has levels (a token of 128
-features at 8 bits). So values with stored scales must also be what the quantizer's own encode and
-decode reproduce, with at most 2^b codes in all; otherwise they count as having one scale. Values
-with scales made in the call (one per token) have none to check against: for so small a scale the
-evenly spaced levels between its ends are counted instead, by its smallest gap.
+A count alone proves nothing if a scale has no more elements than levels, as for a token of 128
+features at 8 bits. So values with stored scales must also be reproduced by the quantizer's own
+quantize and dequantize, with at most 2^b codes in all; otherwise they count as having one scale.
+Values whose scales are made in the call (one per token) have no stored scale to compare with. For
+such a small group, the evenly spaced levels between its ends are counted instead, with its smallest
+gap as their distance.
 
 A layer that no forward pass reaches (an expert without a token, the vision tower without an image)
-is run alone on random inputs and marked `probed`. One that even then multiplies nothing has zero
-levels and is refused: what was not seen is not proven.
+runs alone on random inputs and is marked `probed`. A layer that multiplies nothing even then has
+zero levels and is refused.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,24 +29,27 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qvlm.quantization.experts import fused_experts
+from qvlm.quantization.hooks import hooked
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
+from qvlm.quantization.sampling import evenly_spaced
 from qvlm.quantization.spec import QuantizationConfig
 from qvlm.quantization.targets import block_layers, quantizable
 
 _PROBE_TOKENS = 64
-# Rows of a tensor that are counted: enough to give any float tensor away, and a bound on the cost.
+# Number of rows of a tensor that are counted: enough to expose any float tensor, at a bounded cost.
 _MAX_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class LayerBits:
-    """What one layer was seen to multiply.
+    """The levels that one layer was observed to multiply.
 
     Attributes:
-        layer: full name in the model.
-        w_bits, a_bits: what the configuration says.
-        weight_levels, input_levels: most distinct values of one scale; 0 if never seen.
-        probed: seen only on random inputs.
+        layer: Full name in the model.
+        w_bits, a_bits: Bits of weight and input according to the configuration.
+        weight_levels, input_levels: Largest number of distinct values of one scale; 0 if the layer
+            was never observed.
+        probed: Whether the layer was observed on random inputs only.
     """
 
     layer: str
@@ -57,9 +61,9 @@ class LayerBits:
 
 
 def expected_layers(model: nn.Module, vision_tower: bool) -> list[str]:
-    """Full names of the layers that must be quantized; ask the float model, before a method.
+    """Full names of the layers that must be quantized, read from the float model.
 
-    Experts that are fused are named as `unfuse_experts` will name them.
+    Fused experts get the names that `unfuse_experts` will give them.
     """
     names = []
     for block_name, (_, block) in block_layers(model, vision_tower).items():
@@ -82,16 +86,16 @@ def measure_bits(
 ) -> list[LayerBits]:
     """Counts the levels of every expected layer during forward passes on `batches`.
 
-    One or two batches are enough, best with an image among them.
+    One or two batches are enough, preferably with an image among them.
 
     Args:
-        model: after quantization.
-        expected: from `expected_layers`.
-        batches: keyword arguments of the model's forward.
-        quantization: the claim.
+        model: Quantized model.
+        expected: Names of layers, from `expected_layers`.
+        batches: Keyword arguments of the model's forward.
+        quantization: Configuration to be proven.
 
     Returns:
-        A row per expected layer, in that order.
+        One row per expected layer, in that order.
     """
     modules = {name: model.get_submodule(name) for name in expected if _has(model, name)}
     kinds = {
@@ -123,7 +127,7 @@ def measure_bits(
 
 
 def check_bits(rows: Iterable[LayerBits]) -> list[str]:
-    """Names of the layers that take more levels than their bits allow, or were never seen."""
+    """Names of the layers with more levels than their bits allow, or that were never observed."""
     return [
         row.layer
         for row in rows
@@ -132,7 +136,7 @@ def check_bits(rows: Iterable[LayerBits]) -> list[str]:
 
 
 class _Counter(TorchFunctionMode):
-    """Counts levels in each `F.linear` within the watched modules; keeps each layer's most."""
+    """Counts levels in each `F.linear` within the watched modules; keeps each layer's largest."""
 
     def __init__(self, input_bits: dict[str, int], weight_bits: int) -> None:
         super().__init__()
@@ -166,21 +170,16 @@ class _Counter(TorchFunctionMode):
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._within.pop()
 
-        hooks = []
-        for name, module in modules.items():
-            hooks.append(module.register_forward_pre_hook(enter(name)))
-            hooks.append(module.register_forward_hook(leave))
+        entering = {module: enter(name) for name, module in modules.items()}
         try:
-            with self:
+            with hooked(entering, dict.fromkeys(modules.values(), leave)), self:
                 yield
         finally:
             self._within.clear()
-            for hook in hooks:
-                hook.remove()
 
 
 def _levels(values: Tensor, quantizer: Quantizer | None, bits: int, folded: bool) -> int:
-    """The most values that one scale takes in `values` [..., features]: see the module's head."""
+    """Largest number of values [..., features] of one scale, as the module's docstring says."""
     values = values.detach().float()
     rows = values.flatten(0, -2)
     scales = torch.zeros((), dtype=torch.long, device=values.device)
@@ -190,8 +189,7 @@ def _levels(values: Tensor, quantizer: Quantizer | None, bits: int, folded: bool
         if not stored or _reproduced(values, quantizer, bits, folded):
             scales, small = quantizer.group_index(values), not stored
     scales = scales.expand(values.shape).flatten(0, -2)
-    kept = torch.linspace(0, len(rows) - 1, min(len(rows), _MAX_ROWS), dtype=torch.float64).long()
-    kept = kept.to(rows.device)
+    kept = evenly_spaced(len(rows), _MAX_ROWS, rows.device)
     return _most_levels(rows[kept].flatten(), scales[kept].flatten(), 2**bits if small else 0)
 
 
@@ -204,11 +202,12 @@ def _reproduced(values: Tensor, quantizer: Quantizer, bits: int, folded: bool) -
 
 
 def _most_levels(values: Tensor, scales: Tensor, small: int) -> int:
-    """Largest number of distinct values among those of equal scale index.
+    """Largest number of distinct values among those of one scale.
 
     Args:
-        values, scales: [n].
-        small: scales with up to so many elements have their spacing counted instead.
+        values: Values [n].
+        scales: Index of the scale of each value, [n].
+        small: Number of elements up to which the spacing of a scale's values is counted instead.
     """
     if not values.numel():
         return 0

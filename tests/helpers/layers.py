@@ -42,7 +42,7 @@ def quantized(
     )
     folded = folded_weight(linear.weight, input_quantizer)
     if weight == "normal_float":
-        weights = NormalFloatQuantizer.fit(folded, bits[0], group_size)
+        weights = NormalFloatQuantizer.from_weight(folded, bits[0], group_size)
     else:
         spec = QuantSpec(bits[0], weight, group_size, ranges="minmax")
         weights = weight_quantizer(folded, spec, inputs=input_quantizer if ordered else None)

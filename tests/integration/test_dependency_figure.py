@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from qvlm.methods.qvlm.trial import Search
+from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
 from tests.helpers.toy import toy_batches, toy_llava
 
@@ -42,7 +42,7 @@ def test_runs_are_consecutive_shallow_and_within_an_expert() -> None:
 
 def test_rows_and_panels(tmp_path: Path) -> None:
     model = toy_llava("llama", decoder_layers=4)
-    search = Search(percentiles=(1.0, 0.97))
+    search = SearchOptions(percentiles=(1.0, 0.97))
     batches = toy_batches(3)
     rows = [row for b in batches for row in figure.measure(model, b, quantization(), search)]
     frame = pd.DataFrame(rows)

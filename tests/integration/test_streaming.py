@@ -352,7 +352,7 @@ def test_a_packed_layer_is_simulated_to_the_bit(weights: str, inputs: str) -> No
         weight = weight * quantizer.scale  # type: ignore[operator]
     fitted: Quantizer
     if weights == "normal_float":
-        fitted = NormalFloatQuantizer.fit(weight, 4, 16)
+        fitted = NormalFloatQuantizer.from_weight(weight, 4, 16)
     else:
         fitted = weight_quantizer(weight, QuantSpec(4, weights, 16))
     layer = QuantLinear.from_linear(linear, fitted, quantizer, layer_name="it")

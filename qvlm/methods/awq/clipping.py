@@ -1,17 +1,18 @@
-"""Ranges of weights chosen by what they do to the output (AWQ's clipping, arXiv 2306.00978).
+"""Ranges of weights chosen by their effect on the output (AWQ's clipping, arXiv 2306.00978).
 
-The lp-minimal rule looks at the weight alone. Here each range is clipped to the ratio that loses
-least of its share of the output on calibration data, as the released code of AWQ does, by the same
-share of the min-max range at both ends.
+The MSE range estimator looks at the weight alone. Here each range is clipped to the ratio that
+loses least of its share of the output on calibration data, which is also the criterion of AWQ's
+released code (llm-awq). The candidates differ: llm-awq clamps weights symmetrically to a ratio of
+max|w|, and here both ends of the min-max range are multiplied by the ratio.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
-from qvlm.quantization.ranges import minmax, weight_quantizer
+from qvlm.quantization.ranges import RangeEstimator, minmax, weight_quantizer
 from qvlm.quantization.spec import QuantSpec
 
 
@@ -24,16 +25,17 @@ def clipped_quantizer(
 ) -> UniformQuantizer:
     """Searches the range of every scale for the least error of its share of the output.
 
-    The share of weights w [n] with inputs x [tokens, n] is w . x; its squared error over all tokens
-    is d^T G d with d = w_hat - w and G = x^T x. Candidates are the default range and min-max ranges
-    times each ratio. A row whose whole output gets worse (the errors of its groups may add up)
-    keeps the default.
+    The share of weights w [n] with inputs x [tokens, n] is w . x. Its squared error over all tokens
+    is d^T G d with d = w_hat - w and G = x^T x. Candidates are the default range and the min-max
+    range times each ratio. An output row whose total error increases, because the errors of its
+    groups add up, keeps its default ranges.
 
     Args:
-        weight: [out, in].
-        seen: its inputs, [tokens, in].
-        ratios: for min-max ranges; none keeps the default range.
-        inputs: of the layer's input, see `weight_quantizer`.
+        weight: Weight [out, in].
+        seen: Inputs of the weight, [tokens, in].
+        spec: Spec of the weight.
+        ratios: Clipping ratios for min-max ranges. If there is none, the default ranges are kept.
+        inputs: Quantizer of the layer's input, see `weight_quantizer`.
     """
     default = weight_quantizer(weight, spec, inputs=inputs)
     if not ratios:
@@ -45,14 +47,14 @@ def clipped_quantizer(
     gram = parts.mT @ parts
 
     def errors(quantizer: UniformQuantizer) -> Tensor:
-        """Of each scale, in its shape."""
+        """Error of each scale's share, in the shape of the scales."""
         lost = (quantizer(weight) - weight)[:, order].unflatten(1, (-1, size)).transpose(0, 1)
         shares = ((lost @ gram) * lost).sum(2).T  # [out, groups]
         return shares.view(default.scale.shape) if default.scale.ndim else shares.sum()
 
     least, scale, zero_point = errors(default), default.scale, default.zero_point
     for ratio in ratios:
-        candidate = weight_quantizer(weight, spec, _shrunk(ratio), inputs)
+        candidate = weight_quantizer(weight, spec, _scaled_minmax(ratio), inputs)
         error = errors(candidate)
         better = error < least
         least = torch.where(better, error, least)
@@ -70,11 +72,11 @@ def clipped_quantizer(
     return default.with_scales(scale, zero_point)
 
 
-def _shrunk(ratio: float) -> Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor]]:
-    """The range rule: min-max times a ratio."""
+def _scaled_minmax(ratio: float) -> RangeEstimator:
+    """The range estimator that multiplies min-max ranges by a ratio."""
 
-    def rule(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    def estimator(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         lo, hi = minmax(groups, spec)
         return lo * ratio, hi * ratio
 
-    return rule
+    return estimator

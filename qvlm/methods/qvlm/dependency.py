@@ -1,34 +1,37 @@
-"""Cross-layer dependency: how uncertain a layer's rounding is once the previous layer's is known.
+"""Cross-layer dependency: how uncertain a layer's rounding is, given that of the layer before.
 
-Q-VLM (arXiv 2410.08119), eq. (3)-(5). Every activation is assigned softly to the M = 2^b rounding
+Q-VLM (arXiv 2410.08119), eq. (3)-(5). Every activation is softly assigned to the M = 2^b rounding
 points q_m of its scale,
 
     p(x = q_m) = softmax_m(-(x - q_m)^2 / Delta),      Delta the distance of two rounding points,
 
-and two consecutive layers depend on each other by the conditional entropy
+and the dependency of two consecutive layers is the conditional entropy
 
-    D(k, k+1) = -sum_mn p(x_k = q_m, x_k+1 = q_n) log p(x_k+1 = q_n | x_k = q_m)      (in nats),
+    D(k, k+1) = -sum_mn p(x_k = q_m, x_k+1 = q_n) log p(x_k+1 = q_n | x_k = q_m)      (in nats).
 
-which is large where the first layer's rounding leaves much open about the second's; there the
-paper searches jointly. An activation is what its linear reads, the tensor that is quantized.
+It is large if the first layer's rounding tells little about the second's; there the paper searches
+jointly. The activation of a layer is what its linear reads, the tensor that is quantized.
 
-The joint distribution needs elements that belong together. Two pairings are offered:
+The joint distribution needs pairs of elements, which the paper does not define for layers of
+different width. There are two pairings:
 
-- `elements`: element i, j of one layer with element i, j of the next. The joint is the mean over
-  tokens and channels of the outer product of the two assignments. If the layers differ in width,
-  each channel of the wider is paired with the one at the same relative position in the narrower.
-- `tokens`: the assignments of a token's channels are averaged to the token's histogram over
-  rounding points, and the joint is the mean over tokens of the outer product of the two layers'
-  histograms. Averaging forgets which channel knows of which: two linears that read one and the
-  same activation look nearly as independent as any.
+- `elements` pairs element i, j of one layer with element i, j of the next. The joint distribution
+  is the mean, over tokens and channels, of the outer product of the two assignments. If the layers
+  differ in width, each channel of the wider one is paired with the channel at the same relative
+  position in the narrower one. (The released code pairs layers of equal shape only.)
+- `tokens` averages the assignments of a token's channels to a histogram over rounding points. The
+  joint distribution is the mean, over tokens, of the outer product of the two layers' histograms.
+  The average loses which channels are related: two linears that read one and the same activation
+  look nearly as independent as any others.
 
 Both are means where the paper writes sums over elements, so that a wide layer does not count for
-more. Layers that do not see the same tokens (two experts, vision and language) have none either.
+more. Layers that do not read the same tokens (two experts, vision and language) have no dependency.
 
-For comparison (Table 5) a second proxy: the relative quantization error of the two activations.
+For comparison (Table 5) there is a second proxy, the relative quantization error of the two
+activations.
 
-Memory: the samples of one block; one pass over the calibration data. Left out: dependencies across
-the end of a decoder layer, unless whole decoder layers are the units.
+Mining needs one pass over the calibration data, with the samples of one block in memory. Not here:
+dependencies across the end of a decoder layer, unless whole decoder layers are the units.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,27 +45,28 @@ from torch import Tensor, nn
 from qvlm.errors import UserError
 from qvlm.quantization import Block, Quantizer, UniformQuantizer, Walk, activation_quantizer
 
-# Elements of an assignment [tokens, features, M] that are held at a time.
+# Number of elements of an assignment [tokens, features, M] that are in memory at a time.
 _PIECE = 2**22
 
 
 def assignment(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Tensor:
-    """Soft assignment of activations to their rounding points (eq. 5).
+    """Assigns activations softly to their rounding points (eq. 5).
 
     With q_m = s n, n = m - z, and Delta = s, -(x - q_m)^2 / Delta = 2 x n - s n^2 - x^2 / s. The
-    last term is the same for all m and left out: a channel that calibration saw silent has next to
-    no scale. How soft the assignment is depends on the unit of x; `scale_free` divides by Delta^2
-    instead, which does not.
+    last term is the same for all m and is omitted: it would overflow for a channel that was silent
+    in calibration, whose scale is tiny.
 
     Args:
-        x: [..., features]; gradients flow through it, the grid is a constant.
-        quantizer: uniform; a per-token one makes its grid from `x`.
+        x: Activations [..., features]. Gradients flow through them; the grid is a constant.
+        quantizer: Uniform quantizer of the activations. A per-token one makes its grid from `x`.
+        scale_free: Whether the squared distance is divided by Delta^2 instead of Delta. Then the
+            softness of the assignment does not depend on the unit of `x`.
 
     Returns:
         Probabilities [..., features, M].
 
     Raises:
-        UserError: if the quantizer is not uniform.
+        UserError: If the quantizer is not uniform.
     """
     grid = quantizer.for_tokens(x)
     if not isinstance(grid, UniformQuantizer) or grid.group_size is not None:
@@ -70,22 +74,23 @@ def assignment(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Ten
     levels = torch.arange(2**grid.bits, dtype=x.dtype, device=x.device)
     n = levels - grid.zero_point.unsqueeze(-1)
     if scale_free:
-        # So far beyond any grid that all of the weight is on its last point.
+        # Clamped far beyond any grid, where all of the probability is on the grid's last point.
         steps = (x / grid.scale).clamp(-(2.0**20), 2.0**20)
         return (2 * steps.unsqueeze(-1) * n - n.square()).softmax(-1)
     return (2 * x.unsqueeze(-1) * n - grid.scale.unsqueeze(-1) * n.square()).softmax(-1)
 
 
 def token_histograms(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Tensor:
-    """The mean assignment of each token's channels: x [tokens, features] to [tokens, M]."""
+    """Averages the assignments of each token's channels: x [tokens, features] to [tokens, M]."""
     rows = max(1, _PIECE // (x.shape[-1] * 2**quantizer.bits))
     return torch.cat([assignment(part, quantizer, scale_free).mean(-2) for part in x.split(rows)])
 
 
 def conditional_entropy(joint: Tensor) -> Tensor:
-    """H(second | first) in nats of a joint distribution [first, second] (eq. 4).
+    """Computes H(second | first) in nats of a joint distribution [first, second] (eq. 4).
 
-    0 log 0 is 0, and so is its gradient: with many rounding points most pairs never occur.
+    0 log 0 counts as 0 and so does its gradient, since most pairs of many rounding points never
+    occur.
     """
     joint = joint.clamp_min(torch.finfo(joint.dtype).tiny)
     first = joint.sum(1, keepdim=True)
@@ -94,11 +99,12 @@ def conditional_entropy(joint: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Activation:
-    """What a layer reads during calibration, and how it will be rounded.
+    """What a layer reads during calibration, and the quantizer that will round it.
 
     Attributes:
-        samples: [tokens, features].
-        scale_free: see `assignment`.
+        samples: Activations [tokens, features].
+        quantizer: Quantizer of the activations.
+        scale_free: See `assignment`.
     """
 
     samples: Tensor
@@ -107,25 +113,25 @@ class Activation:
 
     @cached_property
     def histograms(self) -> Tensor:
-        """[tokens, M]."""
+        """Histogram over rounding points of each token, [tokens, M]."""
         return token_histograms(self.samples, self.quantizer, self.scale_free)
 
     @cached_property
     def error(self) -> float:
-        """Squared error of rounding, as a share of the activation's energy."""
+        """Squared rounding error, as a share of the activation's energy."""
         difference = (self.quantizer(self.samples) - self.samples).square().sum()
         return float(difference / self.samples.square().sum().clamp_min(1e-30))
 
 
 Joint = Callable[[Activation, Activation], Tensor]
-"""The joint distribution [M, M'] of two activations of the same tokens."""
+"""Computes the joint distribution [M, M'] of two activations of the same tokens."""
 
 Dependency = Callable[[Activation, Activation], float]
-"""D(k, k+1) of two activations of the same tokens."""
+"""Computes D(k, k+1) of two activations of the same tokens."""
 
 
 def element_joint(first: Activation, second: Activation) -> Tensor:
-    """The joint distribution over elements."""
+    """Computes the joint distribution with the pairing `elements`."""
     widths = first.samples.shape[1], second.samples.shape[1]
     levels = 2**first.quantizer.bits, 2**second.quantizer.bits
     position = torch.arange(max(widths), device=first.samples.device)
@@ -140,7 +146,7 @@ def element_joint(first: Activation, second: Activation) -> Tensor:
 
 
 def token_joint(first: Activation, second: Activation) -> Tensor:
-    """The joint distribution by the tokens' histograms."""
+    """Computes the joint distribution with the pairing `tokens`."""
     return first.histograms.T @ second.histograms / len(first.histograms)
 
 
@@ -148,24 +154,25 @@ JOINTS: Mapping[str, Joint] = {"elements": element_joint, "tokens": token_joint}
 
 
 def entropy(joint: Joint) -> Dependency:
-    """D by the conditional entropy of a joint distribution."""
+    """The dependency that is the conditional entropy of a joint distribution."""
     return lambda first, second: float(conditional_entropy(joint(first, second)))
 
 
 def quantization_error(first: Activation, second: Activation) -> float:
-    """The proxy that Table 5 compares with: the mean relative quantization error of the two."""
+    """The proxy that Table 5 compares with: the mean relative quantization error of both."""
     return (first.error + second.error) / 2
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Layers in the order of the data, and how each depends on the one before.
+    """Layers in the order of the data, with the dependency of each on the one before.
 
     Attributes:
-        name: the walk's block whose linears these are, or the kind of the decoder layers.
-        part: "vision" or "language" (with the projector): what shares an activation spec.
-        units: names of the linears relative to their block, or full names of the layers.
-        dependencies: of each unit on the one before it, so one fewer; None where there is none.
+        name: Name of the walk's block whose linears these are, or the kind of the whole layers.
+        part: "vision" or "language" (with the projector), which share an activation spec.
+        units: Names of the linears relative to their block, or full names of the whole layers.
+        dependencies: Dependency of each unit but the first on the one before; None where there is
+            none.
     """
 
     name: str
@@ -178,14 +185,16 @@ class Chain:
 def mine(
     walk: Walk, dependency: Dependency, granularity: str, max_tokens: int, scale_free: bool = False
 ) -> list[Chain]:
-    """Walks the float model once and measures the dependency of consecutive layers.
+    """Walks the float model once and measures the dependencies of consecutive layers.
 
     Args:
-        dependency: the measure.
-        granularity: "linear", a chain per block of the walk, of its linears; or "layer", a chain
-            per kind of block, of whole layers, each of which reads what its first linear reads.
-        max_tokens: about how many tokens the distributions are estimated from.
-        scale_free: see `assignment`.
+        walk: Walk over a float model.
+        dependency: Measure of the dependency.
+        granularity: "linear" for a chain per block of the walk, made of its linears, or "layer" for
+            a chain per kind of block, made of whole layers. A whole layer's activation is that of
+            its first linear.
+        max_tokens: Approximate number of tokens that the distributions are estimated from.
+        scale_free: See `assignment`.
     """
     chains: list[Chain] = []
     previous: Activation | None = None
@@ -212,9 +221,9 @@ def mine(
 
 
 def lane(block: Block, name: str) -> str:
-    """Which of several parallel modules (experts) a linear belongs to; "" outside of any.
+    """The name of the parallel module (expert) that contains a linear; "" if there is none.
 
-    Linears of one lane see the same tokens.
+    Linears of one lane read the same tokens.
     """
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
@@ -224,14 +233,14 @@ def lane(block: Block, name: str) -> str:
 
 
 def _activations(block: Block, max_tokens: int, scale_free: bool) -> dict[str, Activation | None]:
-    """What each linear of a float block reads; None for one that saw no token."""
+    """The activation of each linear of a float block; None for a linear that reads no token."""
     read: dict[str, Activation | None] = {}
     last: Activation | None = None
     for name, samples in block.linear_inputs(max_tokens).items():
         if len(samples) == 0:
             read[name] = None
         elif last is not None and torch.equal(last.samples, samples):
-            read[name] = last  # queries, keys and values read the same: measured once
+            read[name] = last  # queries, keys and values read the same tensor: measured once
         else:
             quantizer = activation_quantizer(samples, block.spec(name)[1])
             read[name] = last = Activation(samples, quantizer, scale_free)

@@ -1,12 +1,12 @@
-"""Q-VLM: dependency mining, joint search of dependent layers, a vision tower that is easy to round.
+"""Q-VLM: dependency mining, joint search of dependent layers, visual encoder optimization.
 
-arXiv 2410.08119. The order is the paper's: optimise the visual encoder (`vision.py`), mine the
-dependencies of the model that results (`dependency.py`), group layers into blocks
-(`partition.py`), search block after block (`search.py`).
+arXiv 2410.08119. The order is the paper's: optimize the visual encoder (`vision.py`), mine the
+dependencies of the resulting model (`dependency.py`), group layers into segments (`partition.py`),
+search segment after segment (`search.py`).
 
-What is quantized and how is the walk's affair. Each part can be switched off: without `cdm` every
-layer is a block of its own, without `veo` the tower stays as it is, and without both this is the
-layer-wise search that the paper compares with.
+The walk determines what is quantized, and with which specs. Each part can be switched off. Without
+`cdm` every layer is a segment of its own, without `veo` the tower stays as it is, and without both
+this is the layer-wise search that the paper compares with.
 """
 
 import time
@@ -16,22 +16,15 @@ from typing import Any
 
 from torch import nn
 
+from qvlm import validation
 from qvlm.methods.base import MethodReport
 from qvlm.methods.qvlm.dependency import JOINTS, entropy, mine, quantization_error
-from qvlm.methods.qvlm.options import check_choice, check_switch, check_whole
 from qvlm.methods.qvlm.partition import check_depth, check_threshold, mean_dependency, partition
 from qvlm.methods.qvlm.search import search_block
-from qvlm.methods.qvlm.trial import PERCENTILES, Search
-from qvlm.methods.qvlm.vision import (
-    Tuning,
-    fine_tune,
-    freeze,
-    reference,
-    simulate,
-    tower_layers,
-    unwind,
-    with_images,
-)
+from qvlm.methods.qvlm.search_options import PERCENTILES, SearchOptions
+from qvlm.methods.qvlm.simulation import freeze, simulate, tower_layers, unwind
+from qvlm.methods.qvlm.vision import fine_tune, with_images
+from qvlm.methods.qvlm.vision_loss import Tuning, reference
 from qvlm.quantization import Block, Walk
 
 GRANULARITIES = ("linear", "layer")
@@ -43,28 +36,29 @@ class QVLM:
     """Q-VLM, whole or in part.
 
     Args:
-        cdm: mine dependencies and search dependent layers jointly.
-        veo: optimise the visual encoder.
-        max_depth: most layers in a block.
-        granularity: what a layer is: "linear", the linears of a decoder layer in the order of the
-            data, or "layer", a whole decoder layer, whose linears share a percentile.
-        h0: threshold of the dependency in a block; None takes the mean, for vision and language
-            apart.
-        proxy: what a dependency is: "entropy", or "quantization_error" for comparison (Table 5).
-        pairing: how activations are paired for the entropy: "elements" or "tokens".
-        scale_free: measure distances to rounding points in units of the scale.
-        mining_tokens: about how many tokens dependencies are measured on.
-        percentiles, normalise, output, clip, clip_weights, search_tokens: see `Search`.
-        veo_order: "before" the search, as in the paper, or "after" it, with its ranges.
+        cdm: Whether dependencies are mined and dependent layers are searched jointly.
+        veo: Whether the visual encoder is optimized.
+        max_depth: Largest number of layers of a segment.
+        granularity: Unit that counts as a layer: "linear", the linears of a decoder layer in the
+            order of the data, or "layer", a whole decoder layer, whose linears share a percentile.
+        h0: Threshold of the dependency per step in a segment, in nats. None takes the mean, for
+            vision and language separately.
+        proxy: Measure of a dependency: "entropy", or "quantization_error" for comparison (Table 5).
+        pairing: Pairing of activations for the entropy: "elements" or "tokens".
+        scale_free: Whether distances to rounding points are in units of the scale.
+        mining_tokens: Approximate number of tokens that dependencies are measured on.
+        percentiles, normalise, output, clip, clip_weights, search_tokens: See `SearchOptions`.
+        veo_order: "before" the search, as in the paper, or "after" it, with the ranges it chose.
         veo_epochs, veo_batch_size, veo_learning_rate, veo_regression, veo_entropy, veo_error,
-            veo_eta, seed: see `Tuning`.
+            veo_eta, seed: See `Tuning`.
 
     Attributes:
-        name: "Q-VLM" for the whole; a part says what it is, so that no table takes it for more.
-        one_pass: whether each layer is looked at once, when it is quantized.
+        name: "Q-VLM" for the whole method. The name of a part states which parts it has, so that no
+            table mistakes it for the whole.
+        one_pass: Whether the method needs each layer only once, when it quantizes the layer.
 
     Raises:
-        UserError: naming the parameter and what it accepts.
+        UserError: If an option has a value that is not accepted; the message names both.
     """
 
     def __init__(
@@ -102,10 +96,10 @@ class QVLM:
             ("pairing", pairing, tuple(JOINTS)),
             ("veo_order", veo_order, ORDERS),
         ):
-            check_choice(option, value, accepted)
+            validation.one_of(f"method.{option}", value, accepted)
         for option, switch in (("cdm", cdm), ("veo", veo), ("scale_free", scale_free)):
-            check_switch(option, switch)
-        check_whole("mining_tokens", mining_tokens)
+            validation.switch(f"method.{option}", switch)
+        validation.whole_number("method.mining_tokens", mining_tokens)
         self.name = _name(cdm, veo, proxy, granularity)
         self.one_pass = not cdm and not veo
         self.cdm = cdm
@@ -117,8 +111,11 @@ class QVLM:
         self.dependency = entropy(self.joint) if proxy == "entropy" else quantization_error
         self.scale_free = scale_free
         self.mining_tokens = mining_tokens
-        whole = "layer" if granularity == "layer" else output  # no linear is a whole layer's output
-        self.search = Search(percentiles, normalise, whole, clip, clip_weights, search_tokens)
+        # If whole layers are the units, no linear's output is the output of a unit.
+        output = "layer" if granularity == "layer" else output
+        self.search_options = SearchOptions(
+            percentiles, normalise, output, clip, clip_weights, search_tokens
+        )
         self.veo_order = veo_order
         self.tuning = Tuning(
             veo_epochs,
@@ -135,11 +132,11 @@ class QVLM:
         """Quantizes the walk's model in place.
 
         Returns:
-            A report with the seconds of all parts, and in its details the blocks with what was
-            found for each, the dependencies and thresholds, and the losses of the fine-tuning.
+            A report with the seconds of all parts. Its details contain the result of each segment,
+            the dependencies and thresholds, and the losses of the fine-tuning.
 
         Raises:
-            UserError: with `veo`, if the calibration set holds no image.
+            UserError: If `veo` is on and the calibration set contains no image.
         """
         begun = time.perf_counter()
         details: dict[str, Any] = {}
@@ -152,9 +149,9 @@ class QVLM:
                 walk.model, batches, references, tower_layers(walk.model), self.joint, self.tuning
             )
             unwind(walk.model, floats)
-            walk.uncalibrated.clear()  # of the simulation, which is gone
-        plan = self._plan(walk, details) if self.cdm else {}
-        found = self._search(walk, plan, keep_tower=after)
+            walk.uncalibrated.clear()  # it names layers of the simulation, which is undone
+        segments = self._segments(walk, details) if self.cdm else {}
+        found = self._search(walk, segments, keep_tower=after)
         if after:
             details["veo"] = fine_tune(
                 walk.model, batches, references, tower_layers(walk.model), self.joint, self.tuning
@@ -168,8 +165,8 @@ class QVLM:
             details=details,
         )
 
-    def _plan(self, walk: Walk, details: dict[str, Any]) -> dict[str, list[list[str]]]:
-        """The blocks of each chain of layers, as names of its units."""
+    def _segments(self, walk: Walk, details: dict[str, Any]) -> dict[str, list[list[str]]]:
+        """Mines dependencies; returns the segments of each chain, as names of the chain's units."""
         chains = mine(walk, self.dependency, self.granularity, self.mining_tokens, self.scale_free)
         thresholds = {
             part: mean_dependency([d for c in chains if c.part == part for d in c.dependencies])
@@ -181,32 +178,32 @@ class QVLM:
         details["dependencies"] = [asdict(chain) for chain in chains]
         return {
             chain.name: [
-                [chain.units[index] for index in run]
-                for run in partition(chain.dependencies, self.max_depth, thresholds[chain.part])
+                [chain.units[index] for index in segment]
+                for segment in partition(chain.dependencies, self.max_depth, thresholds[chain.part])
             ]
             for chain in chains
         }
 
     def _search(
-        self, walk: Walk, plan: dict[str, list[list[str]]], keep_tower: bool
+        self, walk: Walk, segments: dict[str, list[list[str]]], keep_tower: bool
     ) -> list[dict[str, Any]]:
-        """Searches and quantizes block after block; says what was found, for the record."""
+        """Searches and quantizes segment after segment; returns their entries in the report."""
         found: list[dict[str, Any]] = []
-        whole = [run for runs in plan.values() for run in runs] or None
-        for block in walk.blocks(whole if self.granularity == "layer" else None):
+        layers = [segment for chain in segments.values() for segment in chain] or None
+        for block in walk.blocks(layers if self.granularity == "layer" else None):
             if self.granularity == "layer":
-                runs = [_by_layer(block)]
+                units = [_by_layer(block)]
             else:
-                names = plan.get(block.name, [[name] for name in block.linears])
-                runs = [[[name] for name in run] for run in names]
+                names = segments.get(block.name, [[name] for name in block.linears])
+                units = [[[name] for name in segment] for segment in names]
             keep = keep_tower and block.kind == "vision"
-            for result in search_block(block, runs, self.search, keep):
+            for result in search_block(block, units, self.search_options, keep):
                 found.append({"block": block.name, **asdict(result)})
         return found
 
 
 def _name(cdm: bool, veo: bool, proxy: str, granularity: str) -> str:
-    """What tables call these parts of Q-VLM."""
+    """The name of these parts of Q-VLM in tables."""
     if not cdm and not veo and granularity == "linear":
         return "Layer-wise"
     parts = {(True, True): [], (True, False): ["CDM only"], (False, True): ["VEO only"]}
@@ -217,7 +214,7 @@ def _name(cdm: bool, veo: bool, proxy: str, granularity: str) -> str:
 
 
 def _by_layer(block: Block) -> list[list[str]]:
-    """The linears of each layer of a block of whole layers."""
+    """The names of the linears of each layer of a block that consists of whole layers."""
     if not isinstance(block.module, nn.ModuleList):
         return [list(block.linears)]
     layers: dict[str, list[str]] = {}

@@ -1,30 +1,19 @@
-"""Joint search of the clipping percentiles of a block of layers.
+"""Joint search of the clipping percentiles of dependent layers.
 
-Q-VLM (arXiv 2410.08119), section 3.2. Every layer of a block gets a percentile p from a small grid,
-{1.0, 0.995, 0.99, 0.985, 0.98}, and all of them are chosen together to minimise the squared error
-of the block's output, given inputs that the blocks before have already quantized (X_q). A block of
-three layers has 5^3 = 125 settings and is searched exhaustively; where there are more, coordinate
-descent starts from what layer-wise search finds. Layer-wise search is this search with one layer in
-every block.
+Q-VLM (arXiv 2410.08119), section 3.2. The paper's blocks, consecutive layers that are searched
+jointly, are called segments here, since a block is one step of the calibration walk. Each layer of
+a segment gets a percentile p from a small grid, {1.0, 0.995, 0.99, 0.985, 0.98}. All of them are
+chosen together to minimize the squared error of the segment's output, given inputs that the
+segments before have already quantized (X_q). The reference is what the float block makes of the
+same inputs. `search_options.py` states what p clips and what the output of a segment is.
 
-Percentile 1.0 is the range that every method starts from (the lp-minimal one). Below 1, a scale
-group is clipped at the quantiles 1 - p and p of its own calibration values *instead*, or, with
-`clip="further"`, at whichever of the two is tighter. An lp-minimal range with exponent 0.5 is so
-tight already that hardly any percentile of the grid is tighter, and a search that can only tighten
-it finds nothing; quantiles of the distribution go to both sides of it. Scales that are made per
-token take the mean share of a token's range that lies between the two quantiles.
+A segment of three layers has 5^3 = 125 settings, and all are tried. Where there are more, a
+coordinate descent starts from the result of layer-wise search, which is this search with one layer
+in every segment. The released code does not contain this search; it follows the text of the paper.
 
-The output of a block is, by default, that of the decoder layer that its last linear is part of:
-queries, keys and values are no sequence, and only there do their errors meet. `output="block"` has
-the narrower reading: what the block's last linear puts out, and those beside it in the block that
-read the same input. The reference is what the float block makes of the same inputs.
-
-A sum of squared errors would be that of a few tokens of huge norm, so each token's error is divided
-by the energy of its float output (`normalise`).
-
-What does not depend on a candidate is not computed again (`trial.py`). A candidate whose error on
-part of the calibration data is already above the best one's on all of it is not run on the rest,
-since errors of batches only add up. Neither changes what is found.
+What does not depend on a setting is not computed again (`trial.py`). A setting whose error on part
+of the calibration data is already above the best one's on all of it is not run on the rest, since
+the errors of batches add up. Neither changes the result.
 """
 
 import itertools
@@ -35,22 +24,23 @@ from math import inf, prod
 import torch
 
 from qvlm.errors import RunError, UserError
-from qvlm.methods.qvlm.trial import Choice, Observed, Search, Trial
+from qvlm.methods.qvlm.search_options import SearchOptions
+from qvlm.methods.qvlm.trial import Observed, Setting, Trial
 from qvlm.quantization import Block
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the search of one block found. Errors are on the block's output.
+    """The result of the search of one segment. Errors are those of the segment's output.
 
     Attributes:
-        units: the linears of each layer of the block, by name in the walk's block.
-        percentiles: of each layer.
-        error: with these percentiles.
-        layerwise_error: with what layer-wise search would choose; the difference to `error` is
-            what searching jointly gains (the paper's discretization error difference).
-        start_error: with every layer at the grid's first percentile.
-        candidates: settings that were tried, those of the layer-wise search included.
+        units: Names, in the walk's block, of the linears of each layer of the segment.
+        percentiles: Chosen percentile of each layer.
+        error: Error with these percentiles.
+        layerwise_error: Error with the percentiles that layer-wise search chooses. Its difference
+            to `error` is the gain of joint search, the paper's discretization error difference.
+        start_error: Error with every layer at the grid's first percentile.
+        candidates: Number of settings that were tried, those of the layer-wise search included.
     """
 
     units: tuple[tuple[str, ...], ...]
@@ -64,52 +54,61 @@ class Found:
 @torch.no_grad()
 def search_block(
     block: Block,
-    runs: Sequence[Sequence[Sequence[str]]],
-    search: Search,
+    segments: Sequence[Sequence[Sequence[str]]],
+    options: SearchOptions,
     keep_float: bool = False,
 ) -> list[Found]:
-    """Searches the runs of a block of the walk one after the other and quantizes its linears.
+    """Searches the segments of a block one after the other and quantizes the block's linears.
 
     Args:
-        block: with its linears in floating point.
-        runs: the blocks in the paper's sense, in order: a run is a sequence of layers, a layer the
-            names of the linears that share a percentile.
-        keep_float: leave the quantized linears trainable, see `QuantLinear`.
+        block: Block of the walk, with its float linears.
+        segments: Segments in order. A segment is a sequence of units (layers in the paper's sense),
+            and a unit is the names of the linears that share a percentile.
+        options: What is searched, and by which error.
+        keep_float: Whether the quantized linears stay trainable, see `QuantLinear`.
 
     Returns:
-        A result per run; runs whose linears all saw no token have nothing to search and none.
+        One result per segment, except for segments whose linears read no token: these have nothing
+        to search.
 
     Raises:
-        UserError: if the runs do not name every linear of the block once.
-        RunError: if no setting of a run has a finite error.
+        UserError: If the segments do not name every linear of the block once.
+        RunError: If no setting of a segment has a finite error.
     """
-    _check_cover(block, runs)
+    _check_cover(block, segments)
     samples = block.linear_inputs()
     found = []
-    with Trial(block, samples, search) as trial:
-        for run in runs:
-            seen = [[name for name in unit if len(samples[name])] for unit in run]
-            seen = [unit for unit in seen if unit]
-            if seen:
-                found.append(_search_run(trial, seen))
+    with Trial(block, samples, options) as trial:
+        for segment in segments:
+            read = [[name for name in unit if len(samples[name])] for unit in segment]
+            read = [unit for unit in read if unit]
+            if read:
+                found.append(_search_segment(trial, read))
     for name, layer in trial.chosen_layers(keep_float).items():
         block.replace(name, layer)
     return found
 
 
-def minimise(
-    error: Callable[[Choice, float], float], sizes: Sequence[int], start: Choice, exhaustive: int
-) -> Choice:
-    """The setting of least error among `sizes[0] x sizes[1] x ...`.
+def minimize(
+    error: Callable[[Setting, float], float],
+    sizes: Sequence[int],
+    start: Setting,
+    exhaustive: int,
+) -> Setting:
+    """Finds the setting of least error among `sizes[0] x sizes[1] x ...`.
 
-    Up to `exhaustive` settings all are tried, the last index running fastest, and the first of
-    equal ones wins. Beyond, one index at a time is set to its best until none changes, beginning at
-    `start`; the result is then never worse than `start`.
+    If there are at most `exhaustive` settings, all are tried, the last index varying fastest, and
+    the first of equal ones wins. If there are more, one index at a time is set to its best value,
+    beginning at `start`, until none changes; the result is never worse than `start`.
 
     Args:
-        error: of a setting, given what it has to be at most: if it is above, any number above.
+        error: Function of a setting and a bound. It returns the setting's error, or any number
+            above the bound if the error is above the bound.
+        sizes: Number of values of each index.
+        start: Setting to begin with.
+        exhaustive: Largest number of settings that are all tried.
     """
-    best: Choice = start
+    best: Setting = start
     enough = error(start, inf)
     if prod(sizes) <= exhaustive:
         lowest = inf
@@ -129,46 +128,46 @@ def minimise(
             return best
 
 
-def _search_run(trial: Trial, units: Sequence[Sequence[str]]) -> Found:
-    """Layer-wise first, then jointly; leaves the trial at the best setting."""
-    size = len(trial.search.percentiles)
-    evaluated: dict[tuple[Choice, Choice, Observed], float] = {}
+def _search_segment(trial: Trial, units: Sequence[Sequence[str]]) -> Found:
+    """Searches layer-wise, then jointly, and leaves the trial at the best setting."""
+    size = len(trial.options.percentiles)
+    evaluated: dict[tuple[Setting, Setting, Observed], float] = {}
 
-    def error(choice: Choice, first: int, last: int, bound: float) -> float:
-        """Of units first .. last on their own output; those before are part of their input."""
-        reference = (*choice[:first], *(None for _ in choice[first:]))
+    def error(setting: Setting, first: int, last: int, bound: float) -> float:
+        """The error of the output of units first .. last; those before are part of their input."""
+        reference = (*setting[:first], *(None for _ in setting[first:]))
         observed = trial.observed(units[first : last + 1])
         if observed is None:
-            reference = (None,) * len(units)  # the block's own target whatever is in front
-        key = choice, reference, observed
+            reference = (None,) * len(units)  # the target is the block's, whatever comes before
+        key = setting, reference, observed
         if key not in evaluated:
             evaluated[key] = trial.error(units, *key, bound)
         return evaluated[key]
 
     depth = len(units)
 
-    def jointly(choice: Choice, bound: float = inf) -> float:
-        return error(choice, 0, depth - 1, bound)
+    def jointly(setting: Setting, bound: float = inf) -> float:
+        return error(setting, 0, depth - 1, bound)
 
     start_error = jointly((0,) * depth)
-    layerwise: Choice = ()
+    layerwise: Setting = ()
 
-    def alone(choice: Choice, bound: float) -> float:
-        """Of the next unit, behind those that are chosen layer-wise."""
+    def alone(setting: Setting, bound: float) -> float:
+        """The error of the next unit alone, behind those that are set layer-wise."""
         unit = len(layerwise)
-        return error((*layerwise, *choice, *(None,) * (depth - unit - 1)), unit, unit, bound)
+        return error((*layerwise, *setting, *(None,) * (depth - unit - 1)), unit, unit, bound)
 
     while len(layerwise) < depth:
-        layerwise += minimise(alone, [size], (0,), size)
+        layerwise += minimize(alone, [size], (0,), size)
     layerwise_error = jointly(layerwise)
-    best = minimise(jointly, [size] * depth, layerwise, trial.search.exhaustive)
+    best = minimize(jointly, [size] * depth, layerwise, trial.options.exhaustive)
     lowest = jointly(best)
     if lowest == inf:
         raise RunError(f"no percentile gives {trial.block.layer_name(units[0][0])} a finite output")
-    trial.settle(units, best)
+    trial.keep(units, best)
     return Found(
         units=tuple(tuple(unit) for unit in units),
-        percentiles=tuple(trial.search.percentiles[index] for index in best if index is not None),
+        percentiles=tuple(trial.options.percentiles[index] for index in best if index is not None),
         error=lowest,
         layerwise_error=layerwise_error,
         start_error=start_error,
@@ -176,11 +175,11 @@ def _search_run(trial: Trial, units: Sequence[Sequence[str]]) -> Found:
     )
 
 
-def _check_cover(block: Block, runs: Sequence[Sequence[Sequence[str]]]) -> None:
-    named = [name for run in runs for unit in run for name in unit]
+def _check_cover(block: Block, segments: Sequence[Sequence[Sequence[str]]]) -> None:
+    named = [name for segment in segments for unit in segment for name in unit]
     if sorted(named) != sorted(block.linears):
         wrong = sorted(set(named) ^ set(block.linears))
         raise UserError(
-            f"the blocks must cover every linear of {block.name} once: "
+            f"the segments must cover every linear of {block.name} once: "
             + (f"{wrong[0]} is missing or unknown" if wrong else "some are named twice")
         )

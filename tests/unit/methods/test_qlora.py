@@ -100,10 +100,10 @@ def test_sizes_and_double_quantization_reach_the_quantizers() -> None:
         return quantizer
 
     default, exact = run(), run(double_quantization=False)
-    assert (default.block_size, len(default.constants)) == (64, 16)
-    assert not torch.equal(default.dequantized_absmax, default.constants)
-    assert torch.equal(exact.dequantized_absmax, exact.constants)
-    assert len(run(block_size=32).constants) == 32
+    assert (default.block_size, len(default.absmax)) == (64, 16)
+    assert not torch.equal(default.dequantized_absmax, default.absmax)
+    assert torch.equal(exact.dequantized_absmax, exact.absmax)
+    assert len(run(block_size=32).absmax) == 32
     assert not torch.equal(
         run(constant_block_size=2).dequantized_absmax, default.dequantized_absmax
     )

@@ -19,7 +19,7 @@ from torch.nn.functional import gelu, layer_norm, silu
 from qvlm.cell import pipeline
 from qvlm.data import miniature
 from qvlm.data.prompts import Prompting
-from qvlm.methods.awq.folding import find_folds
+from qvlm.methods.awq.rescaling import find_rescalings
 from qvlm.models import LoadedModel, load_model
 from qvlm.models.checkpoints.tokenizer import load_tokenizer
 from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
@@ -353,7 +353,7 @@ def test_awq_finds_its_places_in_a_block_with_one_norm(tmp_path: Path) -> None:
     batches = [loaded.encode([PROBLEM], with_target=True)]
     spec = QuantSpec(4, "per_channel")
     walk = Walk(loaded.model, batches, QuantizationConfig(spec, spec, spec))
-    language = [find_folds(block) for block in walk.blocks() if block.kind == "language"]
+    language = [find_rescalings(block) for block in walk.blocks() if block.kind == "language"]
     attention = tuple(f"self_attn.{part}_proj" for part in "qkv")
     for layer, (behind_norm, behind_value) in enumerate(language):
         experts = tuple(f"mlp.experts.{e}.fc1" for e in range(4))

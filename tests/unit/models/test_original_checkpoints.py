@@ -22,7 +22,7 @@ from qvlm.cell import inputs as prepare
 from qvlm.data.prompts import Prompting
 from qvlm.errors import UserError
 from qvlm.methods.qvlm.dependency import element_joint
-from qvlm.methods.qvlm.vision import Tuning, loss_terms, reference
+from qvlm.methods.qvlm.vision_loss import Tuning, loss_terms, reference
 from qvlm.models import load_model
 from qvlm.models.checkpoints import hub
 from qvlm.models.checkpoints.tokenizer import load_tokenizer

@@ -91,16 +91,6 @@ def test_a_block_sees_what_the_quantized_model_will_show_it() -> None:
     assert changed == [False] + [True] * 5
 
 
-def test_the_float_stream_stays_float() -> None:
-    model, batches = toy_llava(), toy_batches()
-    walk = Walk(model, batches, CONFIG, keep_float_stream=True)
-    expected = seen_by(model, walk.names, batches)
-    for block in walk.blocks():
-        assert block.float_inputs is not None
-        assert equal([args[0] for args, _ in block.float_inputs], expected[block.name])
-        quantize(block)
-
-
 def test_float_outputs_are_those_of_the_float_block_on_quantized_inputs() -> None:
     model = toy_llava()
     for block in Walk(model, toy_batches(), CONFIG).blocks():
@@ -284,14 +274,13 @@ def test_what_is_not_finite_is_an_error_with_the_layers_name() -> None:
             quantize(block)
 
 
-@pytest.mark.parametrize("keep_float_stream", [False, True])
-def test_memory_does_not_grow_with_depth(keep_float_stream: bool) -> None:
+def test_memory_does_not_grow_with_depth() -> None:
     def peak(vision_layers: int, decoder_layers: int) -> int:
         model = toy_llava("llama", decoder_layers, vision_layers)
         batches = [toy_batch(rows=1, words=40, seed=seed) for seed in range(12)]
         held = 12 * 56 * 32 * 4  # the decoder's input, 56 tokens 32 wide in float32
         with LiveBytes(model) as count:
-            for block in Walk(model, batches, CONFIG, keep_float_stream).blocks():
+            for block in Walk(model, batches, CONFIG).blocks():
                 block.linear_inputs(max_tokens=64)
                 block.float_outputs()
         assert held < count.peak

@@ -35,7 +35,7 @@ weights = st.one_of(
 def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """bitsandbytes' NF4 codes and dequantized values of x, of its shape.
 
-    It gets the weight flattened: its CPU kernel takes wrong constants for the rows of a matrix
+    It gets the weight flattened: its CPU kernel takes a wrong absmax for the rows of a matrix
     whose width is no multiple of the block. And not compiled, which it tries for odd sizes.
     """
     with torch.compiler.set_stance("force_eager"):
@@ -47,13 +47,13 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_against_reference(x: Tensor) -> None:
-    quantizer = NormalFloatQuantizer.fit(x, 4)
+    quantizer = NormalFloatQuantizer.from_weight(x, 4)
     codes, values = reference(x)
     assert torch.equal(quantizer.quantize(x), codes)
     if bool(torch.isfinite(values).all()):
         assert torch.equal(quantizer(x), values)
         assert torch.equal(quantizer.dequantize(codes), values)
-    else:  # the sum of its constants overflowed
+    else:  # the sum of its absmax values overflowed
         assert bool(torch.isfinite(quantizer(x)).all())
 
 
@@ -90,10 +90,10 @@ def test_nf4_is_that_of_bitsandbytes_for_any_weight(values: np.ndarray) -> None:
     st.sampled_from([None, 2, 256]),
 )
 def test_any_weight_has_a_sound_codebook(
-    values: np.ndarray, bits: int, block: int, constants: int | None
+    values: np.ndarray, bits: int, block: int, nested_block: int | None
 ) -> None:
     x = torch.from_numpy(values)
-    quantizer = NormalFloatQuantizer.fit(x, bits, block, constants)
+    quantizer = NormalFloatQuantizer.from_weight(x, bits, block, nested_block)
     codes, x_hat = quantizer.quantize(x), quantizer(x)
     assert codes.shape == x.shape and codes.dtype == torch.uint8 and int(codes.max()) < 2**bits
     assert x_hat.shape == x.shape and x_hat.dtype == torch.float32
@@ -130,21 +130,21 @@ def test_levels_are_evenly_spaced_in_probability(bits: int) -> None:
 def test_codes_are_nearest_levels_of_the_block_maximum(bits: int) -> None:
     torch.manual_seed(bits)
     x = torch.randn(6, 64)
-    quantizer = NormalFloatQuantizer.fit(x, bits, constant_block_size=None)
-    constants = x.abs().amax(1, keepdim=True)
+    quantizer = NormalFloatQuantizer.from_weight(x, bits, nested_block_size=None)
+    absmax = x.abs().amax(1, keepdim=True)
     levels = normal_float_levels(bits)
-    distance = (x[..., None] / constants[..., None] - levels).abs()
+    distance = (x[..., None] / absmax[..., None] - levels).abs()
     best = distance.amin(2)
-    assert bool(((x / constants - levels[quantizer.quantize(x).long()]).abs() <= best + 1e-6).all())
-    torch.testing.assert_close(quantizer(x), levels[quantizer.quantize(x).long()] * constants)
+    assert bool(((x / absmax - levels[quantizer.quantize(x).long()]).abs() <= best + 1e-6).all())
+    torch.testing.assert_close(quantizer(x), levels[quantizer.quantize(x).long()] * absmax)
 
 
 def test_more_bits_lose_less_and_double_quantization_loses_little() -> None:
     torch.manual_seed(0)
     x = torch.randn(128, 128)
-    errors = [float((NormalFloatQuantizer.fit(x, b)(x) - x).square().mean()) for b in BITS]
+    errors = [float((NormalFloatQuantizer.from_weight(x, b)(x) - x).square().mean()) for b in BITS]
     assert errors == sorted(errors, reverse=True)
-    single = NormalFloatQuantizer.fit(x, 4, constant_block_size=None)
+    single = NormalFloatQuantizer.from_weight(x, 4, nested_block_size=None)
     assert errors[2] < 1.01 * float((single(x) - x).square().mean())
 
 
@@ -152,7 +152,7 @@ def test_a_linear_gives_back_its_integers() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 40)
     linear.weight.data *= torch.logspace(-2, 1, 40)[:, None]
-    quantizer = NormalFloatQuantizer.fit(linear.weight, 4)
+    quantizer = NormalFloatQuantizer.from_weight(linear.weight, 4)
     layer = QuantLinear.from_linear(linear, quantizer, TokenQuantizer(4))
     assert torch.equal(quantizer.dequantize(layer.weight_codes()), layer.weight)
     assert torch.equal(layer.weight.flatten(), reference(linear.weight.detach())[1].flatten())
@@ -160,8 +160,13 @@ def test_a_linear_gives_back_its_integers() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [((1,), "bits=1"), ((9,), "bits=9"), ((4, 0), "block_size=0"), ((4, 64, 0), "constant_block")],
+    [
+        ((1,), "bits=1"),
+        ((9,), "bits=9"),
+        ((4, 0), "block_size=0"),
+        ((4, 64, 0), "nested_block_size=0"),
+    ],
 )
 def test_what_cannot_be_is_refused_by_name(arguments: tuple[int, ...], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        NormalFloatQuantizer.fit(torch.ones(4), *arguments)
+        NormalFloatQuantizer.from_weight(torch.ones(4), *arguments)

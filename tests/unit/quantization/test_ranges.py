@@ -13,8 +13,8 @@ from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer
 from qvlm.quantization.ranges import (
     activation_quantizer,
     cluster_channels,
-    lp_minimal,
     minmax,
+    mse,
     percentile,
     weight_quantizer,
 )
@@ -50,9 +50,9 @@ def numpy_lp_range(values: Tensor, bits: int, p: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])
 @pytest.mark.parametrize("p", [0.5, 2.0])
-def test_lp_minimal_is_the_best_ratio_of_each_group(bits: int, p: float) -> None:
+def test_mse_is_the_best_ratio_of_each_group(bits: int, p: float) -> None:
     groups = heavy_tailed(12, 300)
-    lo, hi = lp_minimal(groups, QuantSpec(bits, "per_channel", p=p))
+    lo, hi = mse(groups, QuantSpec(bits, "per_channel", p=p))
     expected = np.array([numpy_lp_range(row, bits, p) for row in groups])
     np.testing.assert_allclose(torch.stack([lo, hi], 1).numpy(), expected, rtol=1e-5)
     full_lo, _ = minmax(groups, QuantSpec(bits, "per_channel"))
@@ -62,10 +62,10 @@ def test_lp_minimal_is_the_best_ratio_of_each_group(bits: int, p: float) -> None
 
 def test_the_search_in_pieces_is_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     groups, spec = heavy_tailed(7, 50), QuantSpec(3, "per_channel")
-    whole = ranges.lp_distances(groups, spec)
+    whole = ranges.clipping_errors(groups, spec)
     for piece in (16, 130):
         monkeypatch.setattr(ranges, "_PIECE", piece)
-        torch.testing.assert_close(ranges.lp_distances(groups, spec), whole, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ranges.clipping_errors(groups, spec), whole, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.995, 0.98, 0.75])
@@ -169,7 +169,12 @@ def test_a_group_that_does_not_divide_is_refused() -> None:
 
 
 def test_a_granularity_of_the_other_kind_is_refused() -> None:
-    with pytest.raises(UserError, match="activation granularity='per_group'"):
+    with pytest.raises(UserError, match="activation granularity=per_group is not a known"):
         activation_quantizer(torch.ones(5, 24), QuantSpec(4, "per_group"))
-    with pytest.raises(UserError, match="weight granularity='per_token'"):
+    with pytest.raises(UserError, match="weight granularity=per_token is not a known"):
         weight_quantizer(torch.ones(5, 24), QuantSpec(4, "per_token"))
+
+
+def test_minmax_ranges_contain_zero() -> None:
+    lo, hi = minmax(torch.tensor([[1.0, 2.0], [-3.0, -1.0]]), QuantSpec(4, "per_channel"))
+    assert lo.tolist() == [0.0, -3.0] and hi.tolist() == [2.0, 0.0]

@@ -1,4 +1,4 @@
-"""Visual encoder optimisation: its loss written out, its gradients against finite differences."""
+"""Visual encoder optimization: its loss written out, its gradients against finite differences."""
 
 import copy
 from collections.abc import Iterator
@@ -12,21 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvlm.errors import RunError, UserError
-from qvlm.methods.qvlm import vision
+from qvlm.methods.qvlm import vision_loss
 from qvlm.methods.qvlm.dependency import JOINTS, Activation, conditional_entropy, element_joint
-from qvlm.methods.qvlm.vision import (
-    Reference,
-    Tuning,
-    fine_tune,
-    freeze,
-    jacobian_norms,
-    loss_terms,
-    reference,
-    simulate,
-    tower_layers,
-    unwind,
-    with_images,
-)
+from qvlm.methods.qvlm.simulation import freeze, simulate, tower_layers, unwind
+from qvlm.methods.qvlm.vision import fine_tune, schedule, with_images
+from qvlm.methods.qvlm.vision_loss import Reference, Tuning, jacobian_norms, loss_terms, reference
 from qvlm.quantization import (
     QuantizationConfig,
     Quantizer,
@@ -37,6 +27,7 @@ from qvlm.quantization import (
     Walk,
     activation_quantizer,
 )
+from qvlm.validation import shown
 from tests.helpers.toy import IMAGE_TOKEN, IMAGE_TOKENS, toy_batch, toy_batches, toy_llava
 
 pytestmark = pytest.mark.instruction_set
@@ -344,7 +335,7 @@ def test_few_tokens_are_enough_for_an_entropy(monkeypatch: pytest.MonkeyPatch) -
         seen.append((len(first.samples), len(second.samples)))
         return element_joint(first, second)
 
-    monkeypatch.setattr(vision, "_PIECE", 5 * 64 * 16)
+    monkeypatch.setattr(vision_loss, "_PIECE", 5 * 64 * 16)
     with torch.no_grad():
         loss_terms(
             model, toy_batch(), references[0], layers, dict.fromkeys(layers, 1.0), noting, Tuning()
@@ -466,7 +457,7 @@ def test_twice_gives_the_same_weights_and_the_seed_the_order() -> None:
 
 def test_batches_make_steps_of_the_size_asked_for() -> None:
     sizes = [3, 1, 2, 4, 1]
-    steps = vision._schedule(sizes, Tuning(epochs=3, batch_size=4))
+    steps = schedule(sizes, Tuning(epochs=3, batch_size=4))
     for epoch in range(3):
         own = [step for number, step in steps if number == epoch]
         assert sorted(index for step in own for index in step) == list(range(5))
@@ -487,7 +478,7 @@ def test_a_tower_in_half_precision_is_refused() -> None:
     model = build()
     references = [reference(model, batch) for batch in toy_batches(2)]
     model.model.vision_tower.half()
-    with pytest.raises(UserError, match=r"^method\.veo=True: .*float32"):
+    with pytest.raises(UserError, match=r"^method\.veo=true .*float32"):
         tune(model, references)
 
 
@@ -534,29 +525,29 @@ def test_freezing_rounds_what_was_tuned() -> None:
 
 def test_a_calibration_set_without_images_is_refused() -> None:
     assert len(with_images(toy_batches(3))) == 2
-    with pytest.raises(UserError, match=r"^method\.veo=True: .*no image; accepted are"):
+    with pytest.raises(UserError, match=r"^method\.veo=true .*no image\. Choose"):
         with_images(toy_batches(3, image=False))
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "accepted"),
+    ("option", "value", "expected"),
     [
-        ("epochs", 0, "whole numbers from 1"),
-        ("epochs", 2.5, "whole numbers from 1"),
-        ("batch_size", -1, "whole numbers from 1"),
-        ("batch_size", True, "whole numbers from 1"),
-        ("learning_rate", float("nan"), "finite numbers from 0"),
-        ("learning_rate", "1e-4", "finite numbers from 0"),
-        ("regression", -0.1, "finite numbers from 0"),
-        ("entropy", float("inf"), "finite numbers from 0"),
-        ("error", None, "finite numbers from 0"),
-        ("eta", False, "finite numbers from 0"),
+        ("epochs", 0, "a whole number of at least 1"),
+        ("epochs", 2.5, "a whole number of at least 1"),
+        ("batch_size", -1, "a whole number of at least 1"),
+        ("batch_size", True, "a whole number of at least 1"),
+        ("learning_rate", float("nan"), "a finite number of at least 0"),
+        ("learning_rate", "1e-4", "a finite number of at least 0"),
+        ("regression", -0.1, "a finite number of at least 0"),
+        ("entropy", float("inf"), "a finite number of at least 0"),
+        ("error", None, "a finite number of at least 0"),
+        ("eta", False, "a finite number of at least 0"),
     ],
 )
-def test_impossible_tuning_is_refused(option: str, value: Any, accepted: str) -> None:
+def test_impossible_tuning_is_refused(option: str, value: Any, expected: str) -> None:
     with pytest.raises(
-        UserError, match=rf"^method\.veo_{option}={value!r}: accepted are {accepted}$"
+        UserError, match=rf"^method\.veo_{option}={shown(value)} is not {expected}\.$"
     ):
         Tuning(**{option: value})
-    with pytest.raises(UserError, match=r"^method\.seed=-1: accepted are whole numbers from 0$"):
+    with pytest.raises(UserError, match=r"^method\.seed=-1 is not a whole number of at least 0\.$"):
         Tuning(seed=-1)

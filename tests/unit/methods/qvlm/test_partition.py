@@ -15,6 +15,7 @@ from qvlm.methods.qvlm.partition import (
     mean_dependency,
     partition,
 )
+from qvlm.validation import shown
 
 pytestmark = pytest.mark.instruction_set
 
@@ -108,7 +109,7 @@ def test_the_default_threshold_is_the_mean_of_what_is_known() -> None:
 
 @pytest.mark.parametrize("depth", [0, -1, 2.0, True, None, "3"])
 def test_an_impossible_depth_is_refused(depth: object) -> None:
-    message = rf"^method\.max_depth={depth!r}: accepted are whole numbers from 1$"
+    message = rf"^method\.max_depth={shown(depth)} is not a whole number of at least 1\.$"
     with pytest.raises(UserError, match=message):
         check_depth(depth)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
@@ -117,7 +118,7 @@ def test_an_impossible_depth_is_refused(depth: object) -> None:
 
 @pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf"), True, "0.5", [1]])
 def test_an_impossible_threshold_is_refused(threshold: object) -> None:
-    with pytest.raises(UserError, match=r"^method\.h0=.*: accepted are null .* numbers from 0$"):
+    with pytest.raises(UserError, match=r"^method\.h0=.* is not a finite number of at least 0\.$"):
         check_threshold(threshold)  # type: ignore[arg-type]
     check_threshold(None)
     check_threshold(0)

@@ -1,19 +1,19 @@
-"""Where a block lets channels be rescaled without changing what it computes.
+"""Channels of a block that can be rescaled without a change of what the block computes.
 
-If an op produces channels that only linear maps read, then dividing the op's channels by s and
-multiplying the columns of every reader by s changes nothing: W x = (W diag(s)) (diag(s)^-1 x). Two
-kinds of such places are looked for:
+If an op produces channels that only linear maps read, the op's channels can be divided by s and the
+columns of every reader multiplied by s: W x = (W diag(s)) (diag(s)^-1 x). There are two kinds:
 
-- a norm and everything that reads its output: query, key and value; gate and up; all experts of a
-  mixture, and with them the router, which reads the same channels but is not quantized;
-- a linear before a linear with only channel-wise products between: value before the attention
-  output, up before down. With grouped-query attention the former do not match in size and are left.
+- A norm and everything that reads its output: query, key and value; gate and up; all experts of a
+  mixture and their router, which reads the same channels but is not quantized.
+- A linear in front of a linear with only channel-wise products in between: value before attention
+  output, up before down. With grouped-query attention, value and output differ in width and are
+  left out.
 
-Who reads a norm is found by running the block and seeing which inputs are the norm's outputs;
-experts count together, so that one without a token is not forgotten. Then each place is tried: it
-is rescaled by powers of two, which are exact in floating point, and taken only if the block's
-outputs stay the same to the bit. So an activation function in between, a norm that adds one to its
-weight or an unknown further reader cannot do harm: that place is left out.
+Running the block shows which linears read a norm: those whose inputs are the norm's outputs.
+Experts count together, so that an expert without a token is included. Then every rescaling is
+tried with powers of two, which are exact in floating point, and taken only if the block's outputs
+stay equal to the bit. So an activation function in between, a norm that adds one to its weight, or
+an unknown further reader rules a rescaling out and does no harm.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.quantization.block import Block
+from qvlm.quantization.hooks import hooked
 
-# Linear to the linear beside it that feeds it, by the names that transformers uses.
+# For each linear the linear beside it that feeds it, by the names that transformers uses.
 SOURCES = {
     "o_proj": "v_proj",
     "out_proj": "v_proj",
@@ -33,19 +34,19 @@ SOURCES = {
     "down_proj": "up_proj",
 }
 
-# Tokens that are looked up in a norm's output to recognise one of its readers.
+# Number of tokens that are looked up in a norm's output to recognize one of its readers.
 _PROBE_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Fold:
-    """One place where channels can be rescaled.
+class Rescaling:
+    """Channels that can be rescaled; all names are relative to the block.
 
     Attributes:
-        source: the norm or linear that produces the channels, by name relative to the block.
-        readers: the linears to be quantized that read them.
-        routers: further modules that read them and stay in floating point.
-        width: how many channels.
+        source: Name of the norm or linear that produces the channels.
+        readers: Names of the linears to be quantized that read the channels.
+        routers: Names of further modules that read them and stay in floating point.
+        width: Number of channels.
     """
 
     source: str
@@ -71,23 +72,25 @@ class Fold:
             weight.copy_(weight.float() * scale)
 
 
-def find_folds(block: Block) -> list[Fold]:
-    """The places of a block, before any of its linears is replaced, in execution order of readers.
+def find_rescalings(block: Block) -> list[Rescaling]:
+    """Finds the rescalings of a block whose linears are all in floating point.
 
-    Empty for a block that no calibration batch reaches.
+    Returns:
+        Rescalings in the execution order of their readers; none for a block that no calibration
+        batch reaches.
     """
     if not block.inputs:
         return []
     found = [
-        fold
-        for fold in (*_behind_norms(block), *_behind_linears(block))
-        if _keeps_function(block, fold)
+        rescaling
+        for rescaling in (*_behind_norms(block), *_behind_linears(block))
+        if _keeps_function(block, rescaling)
     ]
     order = list(block.linears)
-    return sorted(found, key=lambda fold: min(map(order.index, fold.readers)))
+    return sorted(found, key=lambda rescaling: min(map(order.index, rescaling.readers)))
 
 
-def _behind_norms(block: Block) -> list[Fold]:
+def _behind_norms(block: Block) -> list[Rescaling]:
     norms = {name: m for name, m in _leaves(block.module).items() if _weight_ndim(m) == 1}
     maps = {name: m for name, m in _leaves(block.module).items() if _weight_ndim(m) == 2}
     outputs: dict[str, Tensor] = {}
@@ -107,52 +110,45 @@ def _behind_norms(block: Block) -> list[Fold]:
         return lambda module, args: note(args[0] if args else None)
 
     few = slice(_PROBE_TOKENS)
-    hooks = [
-        module.register_forward_hook(after(keep(outputs, name, slice(None))))
-        for name, module in norms.items()
-    ]
-    hooks += [
-        module.register_forward_pre_hook(before(keep(inputs, name, few)))
-        for name, module in maps.items()
-    ]
-    try:
+    with hooked(
+        {module: before(keep(inputs, name, few)) for name, module in maps.items()},
+        {module: after(keep(outputs, name, slice(None))) for name, module in norms.items()},
+    ):
         block.run(calls=block.inputs[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
 
-    folds = []
+    rescalings = []
     for norm, produced in outputs.items():
         kinds = {_kind(name) for name, read in inputs.items() if _among(read, produced)}
         members = [name for name in maps if _kind(name) in kinds]
         readers = tuple(name for name in block.linears if name in members)
         routers = tuple(name for name in members if name not in block.linears)
         if readers:
-            folds.append(Fold(norm, readers, routers, produced.shape[1]))
-    return folds
+            rescalings.append(Rescaling(norm, readers, routers, produced.shape[1]))
+    return rescalings
 
 
-def _behind_linears(block: Block) -> list[Fold]:
-    folds = []
+def _behind_linears(block: Block) -> list[Rescaling]:
+    rescalings = []
     for name, linear in block.linears.items():
         parent, dot, child = name.rpartition(".")
         source = parent + dot + SOURCES.get(child, "")
         if source in block.linears and block.linears[source].out_features == linear.in_features:
-            folds.append(Fold(source, (name,), (), linear.in_features))
-    return folds
+            rescalings.append(Rescaling(source, (name,), (), linear.in_features))
+    return rescalings
 
 
-def _keeps_function(block: Block, fold: Fold) -> bool:
-    """Whether rescaling by powers of two leaves the block's outputs equal to the bit."""
+def _keeps_function(block: Block, rescaling: Rescaling) -> bool:
+    """Whether the block's outputs stay equal to the bit when channels scale by powers of two."""
     parts = [
-        block.module.get_submodule(name) for name in (fold.source, *fold.readers, *fold.routers)
+        block.module.get_submodule(name)
+        for name in (rescaling.source, *rescaling.readers, *rescaling.routers)
     ]
     saved = [{key: value.clone() for key, value in part.state_dict().items()} for part in parts]
     weight = parts[0].weight
     assert isinstance(weight, Tensor)
-    channels = torch.arange(fold.width, device=weight.device)
+    channels = torch.arange(rescaling.width, device=weight.device)
     try:
-        fold.apply(block.module, torch.exp2(channels * 7 % 5 - 2))
+        rescaling.apply(block.module, torch.exp2(channels * 7 % 5 - 2))
         outputs = block.run()
     finally:
         for part, state in zip(parts, saved, strict=True):
@@ -170,12 +166,12 @@ def _weight_ndim(module: nn.Module) -> int:
 
 
 def _kind(name: str) -> str:
-    """The name with experts' numbers left out: what one expert reads, all of them read."""
+    """The name without the numbers of experts: all experts read what one of them reads."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _among(rows: Tensor, table: Tensor) -> bool:
-    """Whether each row is one of the table's; both [tokens, features]."""
+    """Whether each of the rows is a row of the table; both are [tokens, features]."""
     if len(rows) == 0 or rows.shape[1] != table.shape[1]:
         return False
     return bool((rows[:, None] == table).all(2).any(1).all())

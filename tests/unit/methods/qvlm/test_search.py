@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qvlm.errors import RunError, UserError
-from qvlm.methods.qvlm.search import minimise, search_block
-from qvlm.methods.qvlm.trial import Search, output_error
+from qvlm.methods.objective import output_error
+from qvlm.methods.qvlm.search import minimize, search_block
+from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.quantization import (
     Block,
     QuantizationConfig,
@@ -24,11 +25,11 @@ from qvlm.quantization import (
     Walk,
     activation_quantizer,
     folded_weight,
-    lp_minimal,
+    mse,
     percentile,
     weight_quantizer,
 )
-from qvlm.quantization.ranges import Ranges
+from qvlm.quantization.ranges import RangeEstimator
 from tests.helpers.toy import toy_batches, toy_llava
 
 pytestmark = pytest.mark.instruction_set
@@ -63,19 +64,19 @@ def put(module: nn.Module, name: str, layer: nn.Module) -> None:
 # --- the oracle -----------------------------------------------------------------------------
 
 
-def rule(p: float, clip: str) -> Ranges | None:
+def rule(p: float, clip: str) -> RangeEstimator | None:
     if p == 1 or clip == "percentile":
         return None if p == 1 else percentile(p)
 
     def tighter(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        ends = lp_minimal(groups, spec), percentile(p)(groups, spec)
+        ends = mse(groups, spec), percentile(p)(groups, spec)
         (low, high), (lower, higher) = ends
         return low.maximum(lower), high.minimum(higher)
 
     return tighter
 
 
-def quantized(block: Block, name: str, x: Tensor, p: float, search: Search) -> QuantLinear:
+def quantized(block: Block, name: str, x: Tensor, p: float, search: SearchOptions) -> QuantLinear:
     """A linear that saw x, whose input and weight ranges are those of a percentile."""
     linear = block.linears[name]
     weights, activations = block.spec(name)
@@ -104,12 +105,12 @@ def observe(block: Block, layers: dict[str, nn.Module], names: Sequence[str]) ->
     return seen if names else outputs
 
 
-def error_of(ours: list[Tensor], exact: list[Tensor], normalise: bool) -> float:
+def error_of(ours: list[Tensor], exact: list[Tensor], normalize: bool) -> float:
     """Mean over tokens of the squared error, or of its share of the token's energy."""
     shares = []
     for output, target in zip(ours, exact, strict=True):
         x, y = (np.asarray(t.double()).reshape(-1, t.shape[-1]) for t in (output, target))
-        energy = (y**2).sum(1) if normalise else 1.0
+        energy = (y**2).sum(1) if normalize else 1.0
         shares.append(((x - y) ** 2).sum(1) / energy)
     return float(np.concatenate(shares).mean())
 
@@ -117,7 +118,7 @@ def error_of(ours: list[Tensor], exact: list[Tensor], normalise: bool) -> float:
 class Brute:
     """All settings of a run of a block, one by one, the runs before already chosen."""
 
-    def __init__(self, block: Block, search: Search) -> None:
+    def __init__(self, block: Block, search: SearchOptions) -> None:
         self.block, self.search = block, search
         self.samples, self.exact = block.linear_inputs(), block.run()
         self.layers = {
@@ -138,12 +139,12 @@ class Brute:
                 if index < first:
                     before[name] = self.layers[name, p]
         if self.search.output == "layer":
-            return error_of(observe(self.block, layers, []), self.exact, self.search.normalise)
+            return error_of(observe(self.block, layers, []), self.exact, self.search.normalize)
         named = [name for unit in run[first : len(choice)] for name in unit]
         last = self.samples[named[-1]]
         named = [name for name in named if torch.equal(self.samples[name], last)]
         ours, exact = (observe(self.block, which, named) for which in (layers, before))
-        return error_of(ours, exact, self.search.normalise)
+        return error_of(ours, exact, self.search.normalize)
 
     def layerwise(self, run: Run) -> tuple[float, ...]:
         choice: tuple[float, ...] = ()
@@ -156,7 +157,7 @@ class Brute:
         options = itertools.product(self.search.percentiles, repeat=len(run))
         return min(options, key=lambda option: self.error(run, option))
 
-    def settle(self, run: Run, choice: Sequence[float]) -> None:
+    def keep(self, run: Run, choice: Sequence[float]) -> None:
         for unit, p in zip(run, choice, strict=True):
             self.chosen |= {name: self.layers[name, p] for name in unit}
 
@@ -183,10 +184,10 @@ EXPERTS = [
             "llama",
             "per_token",
             TOWER,
-            {"output": "block", "normalise": False, "percentiles": MIXED},
+            {"output": "block", "normalize": False, "percentiles": MIXED},
         ),
         (VISION, "llama", "per_token", TOWER, {"clip": "further"}),
-        (DECODER, "llama", "per_channel_group", LLAMA, {"normalise": False}),
+        (DECODER, "llama", "per_channel_group", LLAMA, {"normalize": False}),
         (DECODER, "llama", "per_channel", LLAMA, {"clip_weights": False, "output": "block"}),
         (DECODER, "routed", "per_channel_group", EXPERTS, {"output": "block"}),
         (DECODER, "routed", "per_channel_group", EXPERTS, {"percentiles": MIXED}),
@@ -195,7 +196,7 @@ EXPERTS = [
 def test_the_search_is_brute_force(
     name: str, text: str, language: str, runs: list[Run], options: dict[str, Any]
 ) -> None:
-    search = Search(**{"percentiles": GRID, **options})
+    search = SearchOptions(**{"percentiles": GRID, **options})
     block = get_block(name, text, language)
     brute = Brute(block, search)
     expected = []
@@ -205,7 +206,7 @@ def test_the_search_is_brute_force(
             best = brute.jointly(run)
             settings = best, brute.layerwise(run), start
             expected.append((run, best, [brute.error(run, choice) for choice in settings]))
-            brute.settle(run, best)
+            brute.keep(run, best)
     found = search_block(block, runs, search)
     assert len(found) == len(expected)
     for result, (run, percentiles, errors) in zip(found, expected, strict=True):
@@ -224,15 +225,15 @@ def test_the_search_is_brute_force(
 
 def test_joint_search_beats_layer_wise_search_on_the_output_of_the_block() -> None:
     """Measured on the blocks that both leave, exhaustively and by coordinate descent."""
-    search = Search(percentiles=(1.0, 0.9))
+    search = SearchOptions(percentiles=(1.0, 0.9))
     target = get_block(VISION).run()
     errors = {}
     for name, joint, exhaustive in (("layer", False, 64), ("all", True, 64), ("some", True, 1)):
         block = get_block(VISION)
         units = [[linear] for linear in block.linears]
         runs = [units] if joint else [[unit] for unit in units]
-        found = search_block(block, runs, Search(search.percentiles, exhaustive=exhaustive))
-        errors[name] = error_of(block.run(), target, normalise=True)
+        found = search_block(block, runs, SearchOptions(search.percentiles, exhaustive=exhaustive))
+        errors[name] = error_of(block.run(), target, normalize=True)
         assert found[-1].error == pytest.approx(errors[name], rel=1e-4)
         if joint:
             assert found[0].layerwise_error == pytest.approx(errors["layer"], rel=1e-4)
@@ -242,7 +243,7 @@ def test_joint_search_beats_layer_wise_search_on_the_output_of_the_block() -> No
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 2**30), st.data())
-def test_minimise_finds_the_least_or_descends(
+def test_minimize_finds_the_least_or_descends(
     sizes: list[int], seed: int, data: st.DataObject
 ) -> None:
     table = np.random.default_rng(seed).integers(0, 9, sizes)
@@ -251,58 +252,58 @@ def test_minimise_finds_the_least_or_descends(
     def error(choice: Any, bound: float = inf) -> float:
         return value if (value := float(table[choice])) <= bound else inf
 
-    best = minimise(error, sizes, start, exhaustive=table.size)
+    best = minimize(error, sizes, start, exhaustive=table.size)
     assert best == tuple(np.unravel_index(table.argmin(), table.shape))  # the first of equal ones
-    found = minimise(error, sizes, start, exhaustive=table.size - 1)
+    found = minimize(error, sizes, start, exhaustive=table.size - 1)
     assert error(found) <= error(start)
     for position, size in enumerate(sizes):
-        neighbours = [(*found[:position], i, *found[position + 1 :]) for i in range(size)]
-        assert error(found) == min(map(error, neighbours))
+        neighbors = [(*found[:position], i, *found[position + 1 :]) for i in range(size)]
+        assert error(found) == min(map(error, neighbors))
 
 
 def test_candidates_are_counted_once_each() -> None:
     """Layer-wise 3 + 3 + 3, all 27 jointly; the last layer-wise ones are among those."""
-    found = search_block(get_block(VISION), TOWER, Search(GRID))
+    found = search_block(get_block(VISION), TOWER, SearchOptions(GRID))
     assert [result.candidates for result in found] == [3 + 3 + 27] * 2
     # On a narrower output the third has its own reference.
-    found = search_block(get_block(VISION), TOWER, Search(GRID, output="block"))
+    found = search_block(get_block(VISION), TOWER, SearchOptions(GRID, output="block"))
     assert found[1].candidates == 3 + 3 + 3 + 27
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_the_error_is_per_token(normalise: bool) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_error_is_per_token(normalize: bool) -> None:
     torch.manual_seed(0)
     exact = [torch.randn(2, 5, 4), torch.randn(1, 3, 4)]
     exact[0][0, 0] *= 1000
     ours = [x + 0.1 * torch.randn_like(x) * x.norm(dim=-1, keepdim=True) for x in exact]
-    error = output_error(ours, exact, normalise)
-    assert error == pytest.approx(error_of(ours, exact, normalise), rel=1e-5)
-    loud = output_error([ours[0][:1, :1]], [exact[0][:1, :1]], normalise) / 13
-    assert (loud / error > 0.99) == (not normalise)  # one token of huge norm is everything, or not
-    assert output_error([], [], normalise) == 0
+    error = output_error(ours, exact, normalize)
+    assert error == pytest.approx(error_of(ours, exact, normalize), rel=1e-5)
+    loud = output_error([ours[0][:1, :1]], [exact[0][:1, :1]], normalize) / 13
+    assert (loud / error > 0.99) == (not normalize)  # one token of huge norm is everything, or not
+    assert output_error([], [], normalize) == 0
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_a_hopeless_candidate_is_not_run_to_the_end(normalise: bool) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_hopeless_candidate_is_not_run_to_the_end(normalize: bool) -> None:
     torch.manual_seed(0)
     exact = [torch.randn(2, 5, 4) for _ in range(3)]
     ours = [x + torch.randn_like(x) for x in exact]
-    error = output_error(ours, exact, normalise)
-    assert output_error(ours, exact, normalise, bound=error) == error  # as good as the best: counts
+    error = output_error(ours, exact, normalize)
+    assert output_error(ours, exact, normalize, bound=error) == error  # as good as the best: counts
     asked = iter(ours)
-    assert output_error(asked, exact, normalise, bound=error / 100) == inf
+    assert output_error(asked, exact, normalize, bound=error / 100) == inf
     assert len(list(asked)) == 2
 
 
 def test_few_tokens_mean_few_batches() -> None:
     block = get_block(DECODER)
     runs = [[[linear]] for linear in block.linears]
-    brute = Brute(block, Search((1.0,)))
+    brute = Brute(block, SearchOptions((1.0,)))
     for linear in block.linears:
-        brute.settle([[linear]], (1.0,))
+        brute.keep([[linear]], (1.0,))
     ours, exact = observe(block, brute.chosen, []), block.run()
     each = [error_of([a], [b], True) for a, b in zip(ours, exact, strict=True)]
-    found = search_block(block, runs, Search((1.0,), tokens=1))
+    found = search_block(block, runs, SearchOptions((1.0,), tokens=1))
     assert found[-1].error == pytest.approx(each[0], rel=1e-4)
     assert each[0] != pytest.approx(each[1], rel=1e-3)
 
@@ -327,7 +328,7 @@ def test_an_expert_is_searched_with_the_tokens_routed_to_it(text: str) -> None:
     everyone = sum(batch["input_ids"].numel() for batch in batches)
     assert 0 < len(tokens) < everyone
     block = next(block for block in walk.blocks() if block.name == DECODER)
-    search_block(block, [[[linear] for linear in block.linears]], Search((0.9,)))
+    search_block(block, [[[linear] for linear in block.linears]], SearchOptions((0.9,)))
     layer = block.module.get_submodule(name)
     expected = activation_quantizer(tokens, config().language, percentile(0.9))
     assert isinstance(layer, QuantLinear)
@@ -340,7 +341,7 @@ def test_an_expert_without_tokens_falls_back_and_is_named() -> None:
     walk = Walk(model, toy_batches(2), config())
     block = next(block for block in walk.blocks() if block.name == DECODER)
     weights = {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
-    found = search_block(block, EXPERTS, Search((0.9, 0.8)))
+    found = search_block(block, EXPERTS, SearchOptions((0.9, 0.8)))
     assert [result.units[0][0] for result in found] == [run[0][0] for run in EXPERTS[:-1]]
     silent = [name for (name,) in EXPERTS[-1]]
     assert walk.uncalibrated == [f"{DECODER}.{name}" for name in silent]
@@ -357,7 +358,7 @@ def test_an_expert_without_tokens_falls_back_and_is_named() -> None:
 def test_a_searched_block_can_stay_trainable() -> None:
     blocks = [get_block(VISION, language="per_channel") for _ in range(2)]
     for block, keep in zip(blocks, (False, True), strict=True):
-        search_block(block, TOWER, Search(GRID), keep_float=keep)
+        search_block(block, TOWER, SearchOptions(GRID), keep_float=keep)
     for name in blocks[0].linears:
         frozen, kept = (block.module.get_submodule(name) for block in blocks)
         assert isinstance(frozen, QuantLinear) and isinstance(kept, QuantLinear)
@@ -377,7 +378,7 @@ def test_a_searched_block_can_stay_trainable() -> None:
 def test_runs_that_do_not_cover_are_refused(runs: list[Run], reason: str) -> None:
     block = get_block(VISION)
     with pytest.raises(UserError, match=rf"must cover every linear of {VISION} once: .*{reason}"):
-        search_block(block, runs, Search(GRID))
+        search_block(block, runs, SearchOptions(GRID))
     assert isinstance(block.module.get_submodule("mlp.fc1"), nn.Linear)
 
 
@@ -386,7 +387,7 @@ def test_a_block_without_a_finite_output_is_named_and_left_as_it_was() -> None:
     with torch.no_grad():
         block.linears["mlp.fc2"].bias[0] = float("inf")
     with pytest.raises(RunError, match=rf"{VISION}\.self_attn\.q_proj a finite output"):
-        search_block(block, TOWER, Search(GRID))
+        search_block(block, TOWER, SearchOptions(GRID))
     for name, linear in block.linears.items():
         assert block.module.get_submodule(name) is linear
 
@@ -394,24 +395,30 @@ def test_a_block_without_a_finite_output_is_named_and_left_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"percentiles": ()}, r"method\.percentiles=\(\): accepted are lists"),
-        ({"percentiles": 0.99}, r"method\.percentiles=0\.99: accepted are lists"),
-        ({"percentiles": "0.99"}, r"method\.percentiles='0\.99': accepted are lists"),
-        ({"percentiles": None}, r"method\.percentiles=None: accepted are lists"),
-        ({"percentiles": [1.0, 0.5]}, r"method\.percentiles=\[1\.0, 0\.5\]: .* above 0\.5"),
-        ({"percentiles": [1.01]}, r"method\.percentiles=\[1\.01\]: .* up to 1"),
-        ({"percentiles": [float("nan")]}, r"method\.percentiles=\[nan\]: accepted are numbers"),
-        ({"percentiles": ["high"]}, r"method\.percentiles=\['high'\]: accepted are numbers"),
-        ({"percentiles": [True]}, r"method\.percentiles=\[True\]: accepted are numbers"),
-        ({"normalise": "yes"}, r"method\.normalise='yes': accepted are true and false"),
-        ({"clip_weights": 1}, r"method\.clip_weights=1: accepted are true and false"),
-        ({"output": "model"}, r"method\.output='model': accepted are layer, block"),
-        ({"clip": "off"}, r"method\.clip='off': accepted are percentile, further"),
-        ({"tokens": 0}, r"method\.search_tokens=0: accepted are whole numbers from 1"),
-        ({"tokens": 1.5}, r"method\.search_tokens=1\.5: accepted are whole numbers from 1"),
-        ({"exhaustive": 0}, r"method\.exhaustive=0: accepted are whole numbers from 1"),
+        ({"percentiles": ()}, r"method\.percentiles=\(\) is not a list"),
+        ({"percentiles": 0.99}, r"method\.percentiles=0\.99 is not a list"),
+        ({"percentiles": "0.99"}, r"method\.percentiles=0\.99 is not a list"),
+        ({"percentiles": None}, r"method\.percentiles=null is not a list"),
+        ({"percentiles": [1.0, 0.5]}, r"method\.percentiles=\[1\.0, 0\.5\] is not .* above 0\.5"),
+        ({"percentiles": [1.01]}, r"method\.percentiles=\[1\.01\] is not .* up to 1"),
+        ({"percentiles": [float("nan")]}, r"method\.percentiles=\[nan\] is not a list of numbers"),
+        ({"percentiles": ["high"]}, r"method\.percentiles=\['high'\] is not a list of numbers"),
+        ({"percentiles": [True]}, r"method\.percentiles=\[True\] is not a list of numbers"),
+        ({"normalize": "yes"}, r"method\.normalise=yes is not a switch"),
+        ({"clip_weights": 1}, r"method\.clip_weights=1 is not a switch"),
+        (
+            {"output": "model"},
+            r"method\.output=model is not a known value. Choose one of: layer, block",
+        ),
+        (
+            {"clip": "off"},
+            r"method\.clip=off is not a known value. Choose one of: percentile, further",
+        ),
+        ({"tokens": 0}, r"method\.search_tokens=0 is not a whole number of at least 1"),
+        ({"tokens": 1.5}, r"method\.search_tokens=1\.5 is not a whole number of at least 1"),
+        ({"exhaustive": 0}, r"method\.exhaustive=0 is not a whole number of at least 1"),
     ],
 )
 def test_an_impossible_search_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
-        Search(**options)
+        SearchOptions(**options)

@@ -13,8 +13,9 @@ from transformers import CLIPVisionConfig
 
 from qvlm.errors import RunError, UserError
 from qvlm.methods.awq.clipping import clipped_quantizer
-from qvlm.methods.awq.folding import Fold, find_folds
-from qvlm.methods.awq.method import AWQ, Choice, channel_scale
+from qvlm.methods.awq.method import AWQ
+from qvlm.methods.awq.rescaling import Rescaling, find_rescalings
+from qvlm.methods.awq.search import ChosenScale, ScaleSearch, channel_scale
 from qvlm.methods.base import MethodReport
 from qvlm.methods.rtn import RTN
 from qvlm.models import Llava, LlavaArchitecture, MoeStableLmConfig
@@ -108,10 +109,10 @@ def test_folding_any_scale_leaves_the_logits_unchanged(family: str) -> None:
     walk = Walk(model, toy_batches(2), config())
     sources: dict[str, list[str]] = {}
     for block in walk.blocks():
-        for fold in find_folds(block):
-            random = torch.Generator().manual_seed(fold.width)
-            fold.apply(block.module, torch.randn(fold.width, generator=random).exp())
-            sources.setdefault(block.kind, []).append(fold.source)
+        for rescaling in find_rescalings(block):
+            random = torch.Generator().manual_seed(rescaling.width)
+            rescaling.apply(block.module, torch.randn(rescaling.width, generator=random).exp())
+            sources.setdefault(block.kind, []).append(rescaling.source)
     difference = (logits(model) - before).abs().max()
     assert difference < 1e-5 * before.abs().max()
     assert sources["vision"] == ["layer_norm1", "self_attn.v_proj", "layer_norm2"] * 2
@@ -131,16 +132,16 @@ def test_folding_any_scale_leaves_the_logits_unchanged(family: str) -> None:
 @pytest.mark.parametrize("family", ["routed", "mixtral", "moe_stablelm"])
 def test_a_norm_before_a_mixture_is_folded_into_router_and_every_expert(family: str) -> None:
     block = list_of_blocks(family)[0]
-    fold = next(f for f in block[1] if f.source == "post_attention_layernorm")
-    experts = sorted({name.split(".")[2] for name in fold.readers})
+    rescaling = next(f for f in block[1] if f.source == "post_attention_layernorm")
+    experts = sorted({name.split(".")[2] for name in rescaling.readers})
     assert experts == [str(i) for i in range(3 if family == "routed" else 4)]
-    assert len(fold.readers) == 2 * len(experts)
-    assert fold.routers == ("mlp.gate" if family == "mixtral" else "mlp.router",)
+    assert len(rescaling.readers) == 2 * len(experts)
+    assert rescaling.routers == ("mlp.gate" if family == "mixtral" else "mlp.router",)
 
 
-def list_of_blocks(family: str) -> list[tuple[str, list[Fold]]]:
+def list_of_blocks(family: str) -> list[tuple[str, list[Rescaling]]]:
     walk = Walk(build(family), toy_batches(2), config())
-    return [(b.name, find_folds(b)) for b in walk.blocks() if b.kind == "language"]
+    return [(b.name, find_rescalings(b)) for b in walk.blocks() if b.kind == "language"]
 
 
 def test_an_expert_without_a_token_is_folded_too() -> None:
@@ -154,8 +155,8 @@ def test_an_expert_without_a_token_is_folded_too() -> None:
 
     before = unreached()
     for block in Walk(model, toy_batches(2), config()).blocks():
-        for fold in find_folds(block):
-            fold.apply(block.module, torch.linspace(0.2, 3, fold.width))
+        for rescaling in find_rescalings(block):
+            rescaling.apply(block.module, torch.linspace(0.2, 3, rescaling.width))
     torch.testing.assert_close(unreached(), before, rtol=1e-4, atol=1e-5)
 
 
@@ -190,7 +191,9 @@ def test_a_place_that_would_change_the_function_is_left_out() -> None:
     before = copy.deepcopy(model.state_dict())
     blocks = iter(Walk(model, toy_batches(2), config()).blocks())
     block = next(b for b in blocks if b.name == f"{DECODER}.0")
-    assert [fold.source for fold in find_folds(block)] == ["post_attention_layernorm"]
+    assert [rescaling.source for rescaling in find_rescalings(block)] == [
+        "post_attention_layernorm"
+    ]
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -201,11 +204,11 @@ class Unrounded(AWQ):
         super().__init__(n_grid=3, fallback=False)
         self.linears: dict[str, nn.Linear] = {}
 
-    def _quantize_linear(
+    def quantize_linear(
         self, block: Block, name: str, samples: Tensor, scale: Tensor | None
     ) -> QuantLinear:
         self.linears[block.layer_name(name)] = block.linears[name]
-        return super()._quantize_linear(block, name, samples, scale)
+        return super().quantize_linear(block, name, samples, scale)
 
 
 @pytest.mark.parametrize("family", ["llama", "moe_stablelm"])
@@ -215,8 +218,7 @@ def test_without_the_rounding_awq_leaves_the_logits_unchanged(family: str) -> No
     method = Unrounded()
     method.quantize(Walk(model, toy_batches(2), config()))
     for name, linear in method.linears.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
+        model.set_submodule(name, linear)
     after = model.state_dict()
     folded = [key for key in norms if "norm" in key and not torch.equal(norms[key], after[key])]
     assert folded  # scales other than one were chosen
@@ -241,9 +243,7 @@ class Watched(Walk):
             exact = block.run()
             rtn = copy.deepcopy(block.module)
             for name, samples in block.linear_inputs().items():
-                parent, _, child = name.rpartition(".")
-                layer = block.quantize_linear(name, samples)
-                setattr(rtn.get_submodule(parent), child, layer)
+                rtn.set_submodule(name, block.quantize_linear(name, samples))
             rtn_error = mean_squared(block.run(rtn), exact)
             yield block
             self.errors.append((mean_squared(block.run(), exact), rtn_error))
@@ -271,16 +271,22 @@ def test_no_block_is_worse_than_rtn(family: str, scaling: str, search_activation
     assert min(gains) < 0.9
 
 
-class Absurd(AWQ):
+class AbsurdSearch(ScaleSearch):
     """Chooses scales that no search would."""
 
-    def _choose_scale(self, block: Block, fold: Fold, samples: dict[str, Tensor]) -> Choice:
-        return Choice(fold, 1.0, torch.logspace(-6, 6, fold.width), 0.0, 0.0)
+    def choose(self, block: Block, rescaling: Rescaling, samples: dict[str, Tensor]) -> ChosenScale:
+        return ChosenScale(rescaling, 1.0, torch.logspace(-6, 6, rescaling.width), 0.0, 0.0)
+
+
+def absurd_awq(fallback: bool = True) -> AWQ:
+    method = AWQ(max_shrink=0, fallback=fallback)
+    method.search = AbsurdSearch([0.0], folded=True, quantize_inputs=False)
+    return method
 
 
 def test_a_block_that_loses_to_rtn_becomes_rtns() -> None:
     ours, theirs = build("moe_stablelm"), build("moe_stablelm")
-    report = Absurd(max_shrink=0).quantize(Walk(ours, toy_batches(2), config()))
+    report = absurd_awq().quantize(Walk(ours, toy_batches(2), config()))
     kept = {block["block"]: block["kept"] for block in report.details["blocks"]}
     assert kept.pop("model.multi_modal_projector") == "AWQ"  # nothing to scale
     assert set(kept.values()) == {"RTN"}
@@ -288,7 +294,7 @@ def test_a_block_that_loses_to_rtn_becomes_rtns() -> None:
     one, two = ours.state_dict(), theirs.state_dict()
     assert all(torch.equal(one[key], two[key]) for key in two)
     absurd = build("moe_stablelm")
-    Absurd(max_shrink=0, fallback=False).quantize(Walk(absurd, toy_batches(2), config()))
+    absurd_awq(fallback=False).quantize(Walk(absurd, toy_batches(2), config()))
     assert not torch.equal(logits(absurd), logits(theirs))
 
 
@@ -316,8 +322,8 @@ def test_alpha_is_that_of_brute_force(scaling: str, search_activations: bool) ->
         out = inside.double() @ w_hat.T
         errors[step / 8] = float((out - x.double() @ weight.double().T).square().mean())
     method = AWQ(scaling, n_grid=9, search_activations=search_activations)
-    fold = next(fold for fold in find_folds(block) if fold.source == place)
-    choice = method._choose_scale(block, fold, block.linear_inputs())
+    rescaling = next(rescaling for rescaling in find_rescalings(block) if rescaling.source == place)
+    choice = method.search.choose(block, rescaling, block.linear_inputs())
     assert choice.alpha == min(errors, key=lambda alpha: errors[alpha])
     assert choice.error == pytest.approx(min(errors.values()), rel=1e-4)
     assert choice.rtn_error == pytest.approx(errors[0.0], rel=1e-4)
@@ -436,12 +442,12 @@ def test_the_bits_are_proven(family: str, language: str, weight: str, scaling: s
         assert torch.equal(layer.weight_quantizer.dequantize(layer.weight_codes()), layer.weight)
 
 
-class Halfway(AWQ):
+class HalfwaySearch(ScaleSearch):
     """Takes alpha = 1/2 everywhere."""
 
-    def _choose_scale(self, block: Block, fold: Fold, samples: dict[str, Tensor]) -> Choice:
-        activity = torch.cat([samples[name] for name in fold.readers]).abs().mean(0)
-        return Choice(fold, 0.5, channel_scale(activity, 0.5), 0.0, 0.0)
+    def choose(self, block: Block, rescaling: Rescaling, samples: dict[str, Tensor]) -> ChosenScale:
+        activity = torch.cat([samples[name] for name in rescaling.readers]).abs().mean(0)
+        return ChosenScale(rescaling, 0.5, channel_scale(activity, 0.5), 0.0, 0.0)
 
 
 @pytest.mark.parametrize("language", ["per_channel_group", "per_channel"])
@@ -451,11 +457,12 @@ def test_a_layer_is_what_its_scale_says(scaling: str, language: str) -> None:
     spec = config(3, language)
     walk = Walk(build("llama"), toy_batches(2), spec)
     block = next(block for block in walk.blocks() if block.kind == "language")
-    method = Halfway(scaling, fallback=False)
+    method = AWQ(scaling, fallback=False)
+    method.search = HalfwaySearch([0.5], scaling == "folded", quantize_inputs=False)
     name, x = "mlp.down_proj", block.linear_inputs()["mlp.down_proj"]
     weight = block.linears[name].weight.detach().clone()
     s = channel_scale(x.abs().mean(0), 0.5)
-    method._quantize_block(block)
+    method.quantize_block(block)
     layer = block.module.get_submodule(name)
     assert isinstance(layer, QuantLinear)
 
@@ -533,14 +540,17 @@ def test_an_activation_that_is_not_finite_ends_the_run_with_its_layer() -> None:
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [
-        ({"scaling": "both"}, "method.scaling='both': accepted are folded, weight_only"),
+        (
+            {"scaling": "both"},
+            "method.scaling=both is not a known value. Choose one of: folded, weight_only",
+        ),
         ({"n_grid": 0}, "method.n_grid=0"),
         ({"n_grid": 2.5}, "method.n_grid=2.5"),
-        ({"clip_grid": True}, "method.clip_grid=True"),
+        ({"clip_grid": True}, "method.clip_grid=true"),
         ({"max_shrink": 1.0}, "method.max_shrink=1.0"),
-        ({"max_shrink": "half"}, "method.max_shrink='half'"),
-        ({"search_activations": "yes"}, "method.search_activations='yes'"),
-        ({"fallback": None}, "method.fallback=None"),
+        ({"max_shrink": "half"}, "method.max_shrink=half"),
+        ({"search_activations": "yes"}, "method.search_activations=yes"),
+        ({"fallback": None}, "method.fallback=null"),
     ],
 )
 def test_a_wrong_parameter_is_refused_by_name(parameters: dict[str, object], named: str) -> None:

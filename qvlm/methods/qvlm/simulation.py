@@ -1,0 +1,63 @@
+"""Simulated quantization of a whole model, for as long as its vision tower is fine-tuned."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qvlm.methods.qvlm.vision_loss import Layers
+from qvlm.quantization import QuantLinear, UniformQuantizer, Walk
+from qvlm.quantization.targets import vision_layers
+
+
+def simulate(walk: Walk) -> dict[str, nn.Linear]:
+    """Quantizes the walk's model with the ranges that every method starts from.
+
+    The quantized linears of the vision tower stay trainable.
+
+    Returns:
+        Float linears by full name, for `unwind`.
+    """
+    floats: dict[str, nn.Linear] = {}
+    for block in walk.blocks():
+        for name, samples in block.linear_inputs().items():
+            floats[block.layer_name(name)] = block.linears[name]
+            keep = block.kind == "vision"
+            block.replace(name, block.quantize_linear(name, samples, keep_float=keep))
+    return floats
+
+
+@torch.no_grad()
+def unwind(model: PreTrainedModel, floats: Mapping[str, nn.Linear]) -> None:
+    """Puts the float linears back, those of the tower with their tuned weights."""
+    for full_name, linear in floats.items():
+        layer = model.get_submodule(full_name)
+        assert isinstance(layer, QuantLinear)
+        if layer.float_weight is not None:
+            weight, inputs = layer.float_weight, layer.input_quantizer
+            linear.weight.copy_(
+                weight / inputs.scale
+                if isinstance(inputs, UniformQuantizer) and inputs.folds
+                else weight
+            )
+            if linear.bias is not None and layer.bias is not None:
+                linear.bias.copy_(layer.bias)
+        model.set_submodule(full_name, linear)
+
+
+def freeze(model: PreTrainedModel) -> None:
+    """Quantizes the weights that are still trainable for good."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.freeze()
+
+
+def tower_layers(model: PreTrainedModel) -> Layers:
+    """The quantized linears of the vision tower; empty if it is in floating point."""
+    return {
+        f"{name}.{inner}": (layer, layer.input_quantizer)
+        for name, module in vision_layers(model).items()
+        for inner, layer in module.named_modules()
+        if isinstance(layer, QuantLinear)
+    }
