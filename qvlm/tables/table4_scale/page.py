@@ -74,7 +74,8 @@ def _notes(setting: Setting, threads: int) -> str:
         "*extrapolated* time is what ran plus, for each layer that did not run, what a layer of "
         "its shape took. Extrapolated memory is the prediction.",
         f"Ratios to bf16 come from {setting.repeats} repeats side by side on a layer of each "
-        "shape, extrapolated to all layers: median (lowest to highest). Above 1 is faster than bf16.",
+        "shape, extrapolated to all layers: median (lowest to highest). Above 1 is faster than "
+        "bf16.",
     ]
     if not find_spec("bitsandbytes"):
         notes.append("bitsandbytes is not installed: its NF4 was not measured.")
