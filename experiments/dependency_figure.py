@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qvlm.cell import inputs as prepare
 from qvlm.command import run_command
-from qvlm.config.schema import CONF, RunConfig, canonical, from_hydra, register
+from qvlm.config.compose import CONF, from_hydra, register
+from qvlm.config.schema import RunConfig, canonical
 from qvlm.methods.qvlm.dependency import element_joint, entropy, lane, mine, quantization_error
 from qvlm.methods.qvlm.search import search_block
 from qvlm.methods.qvlm.trial import Search

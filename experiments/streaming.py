@@ -209,7 +209,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     words = [f"model={options.model}", f"model.path={folder}/checkpoint", "bits=w4a4"]
     words += [f"model.vision_tower={folder}/clip", f"model.dtype={options.dtype}", "tracking=off"]
     words += [f"method={options.method}", f"calibration.samples={options.samples}", "stream=true"]
-    words += [f"save_packed={packed}", "evaluation.limit=0", f"results_dir={folder}/results"]
+    words += [f"save_packed={packed}", "evaluate=false", f"results_dir={folder}/results"]
     print(f"quantized: {run(words)}", flush=True)
     size = sum(file.stat().st_size for file in packed.iterdir())
     layers, exceeding, cost = in_fresh_process(prove, packed)

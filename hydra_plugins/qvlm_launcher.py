@@ -1,35 +1,43 @@
-"""Where the cells of a sweep run: what Hydra calls a launcher, for all that `launcher=` names.
+"""Where the cells of a sweep run: Hydra's launcher for everything that `launcher=NAME` names.
 
-Hydra's own plugins for joblib, submitit and Ray give up a sweep's other jobs when one job dies, and
-one of them asks for an older cloudpickle than the rest of this project; `qvlm.launchers` uses the
-three libraries directly, which takes less code than to go around that. `hydra/launcher=NAME` still
-chooses any other plugin.
+Hydra's own plugins for joblib, submitit and Ray give up the other jobs of a sweep when one job
+dies, and one of them needs an older cloudpickle than the rest of this project. `qvlm.sweep` uses
+the three libraries directly, which takes less code than working around that. `hydra/launcher=NAME`
+still chooses any other plugin.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, JobStatus
 
+if TYPE_CHECKING:  # importing these imports PyTorch
+    from qvlm.cell.identity import Cell
+    from qvlm.sweep.job import Outcome
+
 
 class CellLauncher(BasicLauncher):
-    """Runs jobs as the `launcher` node of their configuration says."""
+    """Runs cells as the `launcher` node of their configuration says."""
+
+    def launch_cells(self, cells: "Sequence[Cell]") -> "list[Outcome]":
+        """Runs cells of one sweep, and returns the outcome of each, in order."""
+        from qvlm.sweep.launch import build, launch
+
+        return launch(build(cells[0].config.launcher), cells)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Runs a batch; the value of a job is the folder of its record, or what went wrong."""
-        from qvlm.config.schema import from_hydra
-        from qvlm.sweep.launchers import Here, build, launch
+        """Does the same for a sweeper other than `CellSweeper`, which hands on overrides only."""
+        from qvlm.cell.identity import Cell
+        from qvlm.config.compose import from_hydra
 
         assert self.hydra_context is not None
         compose = self.hydra_context.config_loader.load_sweep_config
         configs = [from_hydra(compose(self.config, list(job))) for job in job_overrides]
-        launcher = build(configs[0].launcher)
-        if isinstance(launcher, Here):
-            return super().launch(job_overrides, initial_job_idx)
         returns = []
-        for outcome in launch(launcher, configs):
+        for outcome in self.launch_cells([Cell.of(config) for config in configs]):
             done = JobReturn()
             done.return_value, done.status = outcome, JobStatus.COMPLETED
             returns.append(done)

@@ -1,24 +1,26 @@
 """What `-m` does: every combination of the given values, checked first, full precision first.
 
-Hydra finds sweepers in the namespace package `hydra_plugins`; this one is Hydra's own expansion
-with four differences. All cells are composed and checked before the first one runs. Cells that are
-the same (full precision at every bit width) are run once. Full-precision cells are launched as a
-batch of their own and must succeed before a quantized cell starts, in parallel launchers too: a
-wrong checkpoint or prompt shows there and nowhere else. Cells that another process computes are
-left for the end, full precision too, since that other process sees to it.
+Hydra finds sweepers in the namespace package `hydra_plugins`. This one is Hydra's own expansion
+with four differences. All cells are composed, checked and identified before the first one runs.
+Cells that are the same (full precision at every bit width) run once. Full-precision cells are a
+batch of their own, which must succeed before a quantized cell starts, because they show a wrong
+checkpoint or prompt. Cells that another process computes are left for the end.
 
-A cell that fails does not stop the others of its batch; all failures are raised together.
+A cell that fails does not stop the others of its batch. All failures are raised together.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+if TYPE_CHECKING:  # importing it imports PyTorch
+    from qvlm.cell.identity import Cell
+
 
 class CellSweeper(BasicSweeper):
-    """Expands like `BasicSweeper` and runs what `qvlm.cli.plan` makes of it."""
+    """Expands like `BasicSweeper`, and runs the batches that `qvlm.sweep.plan` makes."""
 
     def sweep(self, arguments: list[str]) -> Any:
         """Runs all combinations of `arguments` and of `hydra.sweeper.params`.
@@ -26,31 +28,26 @@ class CellSweeper(BasicSweeper):
         Raises:
             ExceptionGroup: with the failure of every cell that failed.
         """
-        from qvlm.cli import plan  # imports this project only when there is something to sweep
         from qvlm.records.locks import Held, Watch
+        from qvlm.sweep.plan import plan  # imported only when there is something to sweep
 
         assert self.hydra_context is not None
         assert self.config is not None
-        assert self.launcher is not None
-        launcher = self.launcher
-        loader = self.hydra_context.config_loader
+        loader, master = self.hydra_context.config_loader, self.config
         parser = OverridesParser.create(config_loader=loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (combinations,) = self.split_arguments(overrides, None)
-        master = self.config
-        returns: list[Sequence[Any]] = []
+        outcomes: list[Any] = []
         failures: list[Exception] = []
-        held: list[tuple[list[str], Held]] = []
+        held: list[tuple[tuple[list[str], Cell], Held]] = []
 
-        def run(batch: list[list[str]]) -> None:
-            results = launcher.launch(batch, initial_job_idx=sum(map(len, returns)))
-            returns.append(results)
-            for job, result in zip(batch, results, strict=True):
-                value = result.return_value
-                if isinstance(value, Held):
-                    held.append((job, value))
-                elif isinstance(value, Exception):
-                    failures.append(value)
+        def run(batch: "Sequence[tuple[list[str], Cell]]") -> None:
+            for planned, outcome in zip(batch, self._launch(batch, len(outcomes)), strict=True):
+                outcomes.append(outcome)
+                if isinstance(outcome, Held):
+                    held.append((planned, outcome))
+                elif isinstance(outcome, Exception):
+                    failures.append(outcome)
 
         for batch in plan(combinations, lambda job: loader.load_sweep_config(master, job)):
             if failures:
@@ -64,4 +61,14 @@ class CellSweeper(BasicSweeper):
             run(batch)
         if failures:
             raise ExceptionGroup("cells failed", failures)
-        return returns
+        return outcomes
+
+    def _launch(self, batch: "Sequence[tuple[list[str], Cell]]", index: int) -> list[Any]:
+        """Runs a batch with our launcher, or with another plugin, which knows overrides only."""
+        from hydra_plugins.qvlm_launcher import CellLauncher
+
+        assert self.launcher is not None
+        if isinstance(self.launcher, CellLauncher):
+            return list(self.launcher.launch_cells([cell for _, cell in batch]))
+        jobs = [overrides for overrides, _ in batch]
+        return [job.return_value for job in self.launcher.launch(jobs, initial_job_idx=index)]

@@ -1,13 +1,13 @@
-"""The two ways a run can end badly, and the exit code of each.
+"""The two ways in which a run can end badly, each with its exit code.
 
-Both carry one sentence for a person. The command line prints that sentence to stderr without a
-traceback (`HYDRA_FULL_ERROR=1` brings the traceback back); a caller in Python catches them.
+Both carry one sentence for a person. The command line prints it to stderr without a traceback,
+which `HYDRA_FULL_ERROR=1` brings back. A caller in Python catches the exceptions.
 """
 
 
 class UserError(Exception):
-    """What was asked for cannot be: names the option or file and what is accepted. Exit code 2."""
+    """The request is not possible. Names the option or file and what is accepted. Exit code 2."""
 
 
 class RunError(Exception):
-    """A run broke while it was running: names the layer, record or file. Exit code 1."""
+    """Something broke during a run. Names the layer, record or file. Exit code 1."""

@@ -1,5 +1,8 @@
-"""One cell: a model quantized by one method at one bit width, evaluated and recorded.
+"""One cell: a model quantized by one method to one bit width, evaluated and recorded.
 
-`pipeline` is the line that every cell runs through. `identity` says which record a cell has,
-`inputs` makes what the line works with, and `streaming` serves models larger than memory.
+Open `pipeline` first: it is the line that every cell runs through. `identity` says which record a
+cell has, and `checks` refuses a wrong option before anything is read. `inputs` and `method` make
+what the line works with, `findings` holds what it finds, and `streaming` quantizes a model that is
+larger than memory. Only `qvlm.sweep`, `qvlm.cli` and the experiments may import this folder; it may
+import everything else except `qvlm.tables` and `qvlm.planning`.
 """

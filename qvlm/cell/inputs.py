@@ -1,16 +1,7 @@
-"""Turns a configuration into the things that a cell works with, and says early if it cannot.
+"""What a cell works with: checkpoint and model, problems, quantizer, device and prompt."""
 
-`check` runs before any cell of a sweep does: it builds everything that is cheap to build, so that a
-mistyped option costs seconds and not the hours of the cells before it. What only shows once model
-and data are loaded (a truncated checkpoint, a missing column, too small a split) is a `UserError`
-of the cell itself, which has written nothing by then.
-"""
-
-import inspect
 import os
 import random
-from collections.abc import Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,225 +10,23 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from qvlm.config.schema import MAP, RunConfig, canonical, influences
+from qvlm.config.schema import MAP, RunConfig
 from qvlm.data.prompts import Prompting
 from qvlm.data.scienceqa import load_scienceqa, require_published
 from qvlm.errors import UserError
-from qvlm.methods.base import Method
 from qvlm.models.checkpoints.hub import local_folder
 from qvlm.models.load import LoadedModel, embedded, load_model
 from qvlm.models.placement import room, spread
-from qvlm.packing import read_origin
 from qvlm.quantization import QuantizationConfig, QuantSpec
-from qvlm.records import provenance
-from qvlm.records.record import find_record, identify, require_writable
 from qvlm.runtime import workers
-
-CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".model", ".tiktoken")
-DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
-# What a packed checkpoint does not settle: which questions, how they are asked, and where.
-_NOT_OF_THE_CHECKPOINT = (
-    *("data", "evaluation", "tracking", "launcher", "kernel", "results_dir", "device", "threads"),
-    *("force", "seed", "group", "max_memory"),
-)
-
-
-def check(config: RunConfig) -> dict[str, Any]:
-    """Makes sure that a cell can start, and returns what identifies it: see `identity`.
-
-    Raises:
-        UserError: naming the option that is wrong and what it accepts.
-    """
-    check_options(config)
-    return identity(config)
-
-
-def check_options(config: RunConfig) -> None:
-    """The part of `check` that neither reads nor fetches a checkpoint."""
-    method = build_method(config.method)
-    if config.stream and not getattr(method, "one_pass", True):
-        raise not_streamed(method.name)
-    prompting(config)
-    find_device(config.device)
-    if config.device == MAP:
-        room(config.max_memory)
-    if not config.full_precision:
-        quantization_config(config)
-    require_writable(config.runs_dir)
-    if config.save_packed is not None:
-        require_writable(Path(config.save_packed).parent)
-
-
-def identity(config: RunConfig) -> dict[str, Any]:
-    """What identifies a cell; fetches its checkpoint, and hashes it.
-
-    Returns:
-        `hash`, and what it was made from: `influences`, `code`, `files_hashed`.
-
-    Raises:
-        UserError: if a checkpoint is not there and cannot be fetched.
-    """
-    files = {"model": provenance.content_hash(checkpoint_folder(config), CHECKPOINT_FILES)}
-    if config.model.vision_tower is not None and config.model.packed is None:
-        tower = local_folder(config.model.vision_tower, "model.vision_tower")
-        files["vision_tower"] = provenance.content_hash(tower, CHECKPOINT_FILES)
-    if Path(config.data.source).is_dir():
-        files["data"] = provenance.content_hash(Path(config.data.source), DATA_FILES)
-    code, parts = code_version(config), influences(config)
-    return {
-        "hash": identify(parts, code, files),
-        "influences": parts,
-        "code": code,
-        "files_hashed": files,
-    }
-
-
-def code_version(config: RunConfig) -> str:
-    """The version of the code that a cell runs."""
-    return provenance.code_version(method_file(config.method))
-
-
-def adopt(config: RunConfig) -> RunConfig:
-    """The cell that is meant: canonical, and what a packed checkpoint was quantized with.
-
-    Raises:
-        UserError: if the checkpoint does not say, or does not fit in the schema.
-    """
-    if config.model.packed is None:
-        return canonical(config)
-    folder = config.model.packed
-    if config.save_packed is not None:
-        raise UserError("save_packed: model.packed is packed already; accepted is null")
-    try:
-        saved = read_origin(folder)["config"]
-        given = OmegaConf.merge(OmegaConf.structured(RunConfig), saved)
-        origin = OmegaConf.to_object(given)
-    except (KeyError, TypeError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model.packed: {folder} is of another version ({reason})") from error
-    assert isinstance(origin, RunConfig)
-    return canonical(
-        replace(
-            origin,
-            model=replace(origin.model, packed=folder),
-            execution="packed",
-            save_packed=None,
-            stream=False,
-            **{key: getattr(config, key) for key in _NOT_OF_THE_CHECKPOINT},
-        )
-    )
-
-
-def not_streamed(method: str) -> UserError:
-    """The error for a method that a stream cannot serve."""
-    return UserError(
-        f"stream: {method} looks at layers of the float model before it quantizes them, and a "
-        "stream reads each of them once; accepted are methods that take block after block: rtn, "
-        "awq, layerwise, qlora, zeroquant"
-    )
-
-
-def streamed(config: RunConfig) -> RunConfig:
-    """The cell once its model is written: what is evaluated is the packed checkpoint."""
-    model = replace(config.model, packed=config.save_packed)
-    return replace(config, model=model, save_packed=None, stream=False)
-
-
-def is_saved(config: RunConfig, identity: Mapping[str, Any]) -> bool:
-    """Whether there is nothing to save, or just this cell's packed model is where it should be.
-
-    Raises:
-        UserError: if something else is.
-    """
-    if config.save_packed is None:
-        return True
-    folder = Path(config.save_packed)
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
-    if not (folder / "config.json").is_file():
-        raise UserError(f"save_packed: {folder} holds other files; give a new or an empty folder")
-    try:
-        return bool(read_origin(folder)["hash"] == identity["hash"])
-    except (UserError, KeyError):
-        return False  # killed while it was written
-
-
-def is_recorded(config: RunConfig, identity: Mapping[str, Any]) -> bool:
-    """Whether nothing is left to compute: the record is whole, and so is what is to be saved."""
-    saved = is_saved(config, identity)
-    record, _ = find_record(record_path(config, identity), identity["hash"])
-    return saved and (record is not None or config.only_written) and not config.force
-
-
-def record_path(config: RunConfig, identity: Mapping[str, Any]) -> Path:
-    """The folder of a cell's record."""
-    names = [config.model.name, config.method_name, config.bits.label.lower()]
-    if (execution := canonical(config).execution) != "simulated":
-        names.append(execution)
-    return config.runs_dir / "-".join([*names, identity["hash"][:8]])
-
-
-def method_class(node: Mapping[str, Any]) -> Any:
-    """What `method._target_` names.
-
-    Raises:
-        UserError: if it cannot be imported.
-    """
-    target = node["_target_"]
-    try:
-        return get_object(target)
-    except Exception as error:  # anything can happen while a stranger's module is imported
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(
-            f"method._target_: {target} cannot be imported ({reason}); give the import path of a "
-            "class, and its folder as --config-dir or in PYTHONPATH"
-        ) from error
-
-
-def method_file(node: Mapping[str, Any]) -> Path:
-    """The file in which a method is written."""
-    return Path(inspect.getfile(method_class(node)))
-
-
-def build_method(node: Mapping[str, Any]) -> Method:
-    """Makes the method that `_target_` names from the parameters beside it.
-
-    Raises:
-        UserError: for a parameter that it does not take, lacks or refuses.
-    """
-    target = method_class(node)
-    given = {key for key in node if key != "_target_"}
-    parameters = inspect.signature(target).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for key in sorted(given - {p.name for p in parameters}):
-            accepted = ", ".join(p.name for p in parameters) or "no parameters at all"
-            raise UserError(f"unknown key method.{key}; {target.__name__} accepts {accepted}")
-    try:
-        method = instantiate(dict(node), _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from error
-        reason = str(cause or error).splitlines()[0]
-        raise UserError(f"method: {target.__name__} refuses its parameters: {reason}") from error
-    if not callable(getattr(method, "quantize", None)) or not hasattr(method, "name"):
-        raise UserError(
-            f"method._target_: {node['_target_']} is no method; a method has a name and "
-            "quantize(walk)"
-        )
-    return method
 
 
 def quantization_config(config: RunConfig) -> QuantizationConfig:
-    """Which tensors are quantized how, for the bit widths of this cell.
+    """Which tensors are quantized how, at the bit widths of a cell.
 
     Raises:
-        UserError: naming the option.
+        UserError: if an option of the quantizer is wrong.
     """
     bits, quantizer = config.bits, config.quantizer
     assert bits.weights is not None
@@ -262,7 +51,11 @@ def quantization_config(config: RunConfig) -> QuantizationConfig:
 
 
 def prompting(config: RunConfig) -> Prompting:
-    """Prompt format and conversation template of the checkpoint."""
+    """Prompt format and conversation template of the checkpoint.
+
+    Raises:
+        UserError: if one of the two is unknown.
+    """
     try:
         return Prompting(config.model.prompt_format, config.model.conversation)
     except UserError as error:
@@ -270,10 +63,10 @@ def prompting(config: RunConfig) -> Prompting:
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
-    """Where the checkpoint is: an embedded miniature by name, a folder, or one from the hub.
+    """The folder of the checkpoint that a cell is identified by. Fetches it from the Hub if needed.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no such checkpoint.
     """
     if config.model.packed is not None:
         return local_folder(config.model.packed, "model.packed")
@@ -281,33 +74,42 @@ def checkpoint_folder(config: RunConfig) -> Path:
 
 
 def find_device(name: str) -> str:
-    """Resolves "auto" for the first process, and refuses a device that is not here.
+    """Resolves "auto" for rank 0, and refuses a device that this machine does not have.
+
+    Returns:
+        "cpu", "map", or "cuda" with the number of a GPU.
 
     Raises:
-        UserError: naming the devices that are.
+        UserError: if there is no such device, or there are more ranks than GPUs.
     """
-    cards = torch.cuda.device_count()
-    present = ["cpu", *(f"cuda:{index}" for index in range(cards)), *([MAP] if cards else [])]
+    gpus = torch.cuda.device_count()
+    present = ["cpu", *(f"cuda:{index}" for index in range(gpus)), *([MAP] if gpus else [])]
     if name == "auto":
-        name = "cuda" if cards else "cpu"
-    if name not in present and (name != "cuda" or not cards):
-        raise UserError(f"device: {name!r} is not here; accepted are auto, {', '.join(present)}")
+        name = "cuda" if gpus else "cpu"
+    if name not in present and (name != "cuda" or not gpus):
+        raise UserError(
+            f"device={name} is not on this machine. Choose one of: auto, {', '.join(present)}."
+        )
     if workers.world_size() > 1 and name != "cpu":
         if name != "cuda":
             raise UserError(
-                f"device: {name!r} is for one process; accepted with {workers.world_size()} are "
-                "auto, cuda (a card for each) and cpu"
+                f"device={name} is not for {workers.world_size()} processes. Choose one of: auto, "
+                "cuda (a GPU for each process), cpu."
             )
-        if workers.local_world_size() > cards:
+        if workers.local_world_size() > gpus:
             raise UserError(
-                f"device: {workers.local_world_size()} processes need a card each, and {cards} "
-                "are here; start fewer, or give device=cpu"
+                f"device={name} is not possible: {workers.local_world_size()} processes need a GPU "
+                f"each, and this machine has {gpus}. Start fewer, or give device=cpu."
             )
     return "cuda:0" if name == "cuda" else name
 
 
 def settle(config: RunConfig, device: str) -> None:
-    """Seeds every generator, asks for deterministic kernels, silences the libraries' own bars."""
+    """Prepares a process for a cell.
+
+    Seeds every random number generator, asks for deterministic kernels, and turns off the progress
+    bars of libraries, which show even without a terminal.
+    """
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
@@ -318,60 +120,79 @@ def settle(config: RunConfig, device: str) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
     elif not embedded(config.model.path):
         keep_few_primitives()
-    datasets.disable_progress_bars()  # they show without a terminal too
+    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
 
 
 def keep_few_primitives() -> None:
-    """Lets a process keep 16 of oneDNN's primitives, unless the environment says otherwise.
+    """Limits oneDNN's cache to 16 primitives, unless the environment sets another limit.
 
     oneDNN multiplies bf16 matrices on a CPU. It makes a primitive for every number of rows that it
-    meets and keeps 1,024 of them, where a mixture of experts meets hundreds: a quarter of a GiB in
-    one question. What that costs in time is in docs/LOG.md. To be called before the first product.
+    meets and keeps 1,024 of them. A mixture of experts meets hundreds of row counts, which takes a
+    quarter of a GiB in one question; docs/LOG.md says what the limit costs in time. Call this
+    before the first matrix product.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def load(config: RunConfig, device: str) -> LoadedModel:
-    """The model in floating point, or as it was packed; of a streamed cell, hollow.
+    """Loads the model that a cell evaluates: in floating point, or packed.
 
     Raises:
         UserError: if a file of the checkpoint is missing, truncated or does not fit.
     """
-    model = config.model
-    loaded = load_model(
-        checkpoint_folder(config),
-        model.name,
-        prompting(config),
-        "cpu" if device == MAP else device,
-        model.dtype,
-        vision_tower=None if model.packed else model.vision_tower,
-        image_size=model.image_size,
-        image_fit=model.image_fit,
-        expert_capacity=model.expert_capacity,
-        hollow=config.stream,
-    )
+    packed = config.packed_source
+    folder = local_folder(packed, "model.packed") if packed else checkpoint_folder(config)
+    loaded = _load(config, folder, "cpu" if device == MAP else device)
     if device == MAP:
-        simulated = not config.full_precision and model.packed is None
+        simulated = not config.full_precision and packed is None
         spread(loaded.model, room(config.max_memory), to_be_quantized=simulated)
     return loaded
 
 
-def load_questions(config: RunConfig) -> datasets.Dataset:
-    """The problems to evaluate.
+def load_for_streaming(config: RunConfig, device: str) -> LoadedModel:
+    """Loads the float model with its decoder layers on the meta device.
 
     Raises:
-        UserError: if they cannot be had, or are not as many as were published.
+        UserError: if a file of the checkpoint is missing, truncated or does not fit.
+    """
+    return _load(config, checkpoint_folder(config), device, hollow=True)
+
+
+def _load(config: RunConfig, folder: Path, device: str, hollow: bool = False) -> LoadedModel:
+    model = config.model
+    return load_model(
+        folder,
+        model.name,
+        prompting(config),
+        device,
+        model.dtype,
+        vision_tower=model.vision_tower if hollow or config.packed_source is None else None,
+        image_size=model.image_size,
+        image_fit=model.image_fit,
+        expert_capacity=model.expert_capacity,
+        hollow=hollow,
+    )
+
+
+def load_problems(config: RunConfig) -> datasets.Dataset:
+    """Loads the problems to evaluate.
+
+    Raises:
+        UserError: if they cannot be loaded, or are not as many as were published.
     """
     data, limit = config.data, config.evaluation.limit
-    questions = load_scienceqa(data.source, data.split, limit, data.seed)
+    problems = load_scienceqa(data.source, data.split, limit, data.seed)
     if data.published and data.split == "test" and limit is None:
-        require_published(questions, data.source)
-    return questions
+        require_published(problems, data.source)
+    return problems
 
 
 def draw_calibration(config: RunConfig) -> tuple[list[dict[str, Any]], list[int]]:
-    """Draws the calibration problems, without replacement, and their rows in the split.
+    """Draws the calibration problems without replacement.
+
+    Returns:
+        The problems, and their rows in the split, in ascending order.
 
     Raises:
         UserError: if the split has fewer.
@@ -381,16 +202,14 @@ def draw_calibration(config: RunConfig) -> tuple[list[dict[str, Any]], list[int]
     count = calibration.samples
     order = random.Random(calibration.seed).sample(range(len(pool)), len(pool))
     if calibration.images == "only":
-        # In small steps: a picture is decoded to be looked at.
+        # One row at a time, because an image is decoded when its row is read.
         order = list(islice((row for row in order if pool[row]["image"] is not None), count))
     if count > len(order):
+        images = calibration.images == "only"
         raise UserError(
-            f"calibration.samples: {count} is more than split {calibration.split} has"
-            + (
-                f" with images; accepted are 1 to {len(order)}, or calibration.images=any"
-                if calibration.images == "only"
-                else f"; accepted are 1 to {len(order)}"
-            )
+            f"calibration.samples={count} is more than split {calibration.split} has"
+            f"{' with images' if images else ''}. Give a number from 1 to {len(order)}"
+            f"{', or calibration.images=any' if images else ''}."
         )
     rows = sorted(order[:count])
     return [pool[row] for row in rows], rows

@@ -1,30 +1,32 @@
-"""Quantizes a model larger than memory, a decoder layer at a time, into a packed checkpoint.
+"""Quantizes a model larger than memory, one decoder layer at a time, into a packed checkpoint.
 
 First everything but the decoder layers is in memory, and the vision tower and the projector are
-quantized as in any walk. Then the language model's inputs are caught and all that is dropped: from
-there on one decoder layer is read, quantized, run, packed and written before the next, and beside
-it are the hidden states of the calibration problems. The result is that of packing in memory, to
-the bit.
+quantized as in any walk. Then the inputs of the language model are caught and all of that is
+dropped. From there on one decoder layer is read, quantized, run, packed and written before the
+next, and only the hidden states of the calibration problems stay in memory beside it. The result
+equals that of packing in memory, to the bit.
 
-What has to see a layer twice, or several together, cannot be streamed: Q-VLM looks for dependencies
-in the float model before it quantizes, and tunes the vision tower through the language model.
+A method that needs a layer twice, or several layers at once, cannot be streamed. Q-VLM looks for
+dependencies in the float model before it quantizes, and tunes the vision tower through the
+language model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from qvlm.cell import inputs as prepare
+from qvlm.cell import inputs
+from qvlm.cell.findings import Quantized
+from qvlm.cell.identity import Cell
+from qvlm.cell.method import not_streamable
 from qvlm.cell.walk import ProgressWalk
-from qvlm.config.schema import RunConfig
 from qvlm.methods.base import Method, MethodReport
 from qvlm.models.load import LoadedModel, save_encoding
 from qvlm.models.meta import fill
-from qvlm.packing import PackedStream, read_origin
+from qvlm.packing import PartialCheckpoint, read_origin
 from qvlm.quantization import Block, QuantizationConfig, batch_by_length, expected_layers
 from qvlm.quantization.block import advance
 from qvlm.quantization.targets import block_layers, quantizable
@@ -33,12 +35,15 @@ from qvlm.runtime.stages import Stages
 
 
 class StreamedWalk(ProgressWalk):
-    """A walk over a hollow model that begins where its stream ends, and adds every block to it.
+    """A walk that reads each decoder layer when it comes to it, and writes it once it is quantized.
+
+    It begins after the last block that the stream holds.
 
     Args:
-        loaded: hollow.
-        batches, quantization: see `Walk`.
-        stream: of the same model.
+        loaded: Model whose decoder layers are on the meta device.
+        batches: Calibration batches; see `Walk`.
+        quantization: Which tensors are quantized how.
+        stream: Packed checkpoint that is being written, of the same model.
     """
 
     def __init__(
@@ -46,12 +51,12 @@ class StreamedWalk(ProgressWalk):
         loaded: LoadedModel,
         batches: Sequence[Mapping[str, Tensor]],
         quantization: QuantizationConfig,
-        stream: PackedStream,
+        stream: PartialCheckpoint,
     ) -> None:
         super().__init__(loaded.model, batches, quantization)
         assert loaded.tensors is not None
         self.tensors = loaded.tensors
-        self.tensors.close()  # what is read is in memory, and mapped pages are counted as well
+        self.tensors.close()  # tower and projector are in memory; mapped pages would count twice
         self.device = str(loaded.model.device)
         self.stream = stream
         self.finished = stream.done
@@ -59,31 +64,31 @@ class StreamedWalk(ProgressWalk):
 
     def _visit(self, runs: Sequence[Sequence[str]]) -> Iterator[Block]:
         if self.keep_float_stream or any(len(run) > 1 for run in runs):
-            raise prepare.not_streamed("the method")
+            raise not_streamable("the method")
         self._resume()
-        inputs = self.stream.calls
+        calls = self.stream.calls
         for name in self.names[self.stream.done :]:
             kind, module = self._layers[name]
             if self._is_entry(name):
-                inputs = self._catch(name)
+                calls = self._catch(name)
             if kind == "language":
-                self.model.to("meta")  # nothing but the inputs is needed any more
+                self.model.to("meta")  # only the hidden states are needed from here on
                 fill(module, name, self.tensors, self.device)
                 self.tensors.close()
-            block = Block({name: module}, kind, inputs, None, self.quantization, self.uncalibrated)
+            block = Block({name: module}, kind, calls, None, self.quantization, self.uncalibrated)
             yield block
             block.close()
-            if quantizable(module):  # it only looked
-                raise prepare.not_streamed("the method")
+            if quantizable(module):  # the method left the block as it was
+                raise not_streamable("the method")
             following = self.names[self.stream.done + 1 :][:1]
             if following and not self._is_entry(following[0]):
-                inputs = advance(module, inputs)
+                calls = advance(module, calls)
             else:
-                inputs = []
-            self.stream.add(module, inputs, self.uncalibrated)
+                calls = []
+            self.stream.add(module, calls, self.uncalibrated)
 
     def _resume(self) -> None:
-        """Brings the model to where the stream ends, if what is before it will run again."""
+        """Restores the blocks that the stream holds, if the rest of the walk runs them again."""
         done = self.stream.done
         if done == 0:
             self.stream.add_rest(self.model)
@@ -92,52 +97,48 @@ class StreamedWalk(ProgressWalk):
                 self.stream.restore(position, self._layers[name][1])
 
 
-def stream_cell(
-    config: RunConfig, method: Method, device: str, identity: str, stages: Stages
-) -> dict[str, Any]:
-    """Writes a cell's packed model to `save_packed`, or goes on with it, or finds it there.
+def stream_cell(cell: Cell, method: Method, device: str, stages: Stages) -> Quantized:
+    """Writes a cell's packed model to `save_packed`, resumes it, or finds it there.
 
     Args:
-        identity: the cell's hash.
-
-    Returns:
-        What a record says of it: `report`, `calibration_ids`, `uncalibrated`.
+        cell: Cell with stream=true.
+        method: Method of the cell.
+        device: Device to quantize on.
+        stages: Stages of the cell. Two are added, "calibrate" and "quantize", unless the model is
+            found.
 
     Raises:
         UserError: if checkpoint, data or folder cannot be used, or the method cannot be streamed.
         RunError: if something broke on the way.
     """
-    folder = Path(str(config.save_packed))
-    if config.force or not prepare.is_saved(config, {"hash": identity}):
-        _quantize(config, method, device, identity, folder, stages)
+    folder = Path(str(cell.config.save_packed))
+    if cell.config.force or not cell.is_saved():
+        _quantize(cell, method, device, folder, stages)
     origin = read_origin(folder)
-    return {
-        "report": MethodReport(**origin["report"]),
-        "calibration_ids": origin["calibration_ids"],
-        "uncalibrated": origin["uncalibrated"],
-    }
+    return Quantized(
+        MethodReport(**origin["report"]), origin["calibration_ids"], origin["uncalibrated"]
+    )
 
 
-def _quantize(
-    config: RunConfig, method: Method, device: str, identity: str, folder: Path, stages: Stages
-) -> None:
-    quantization = prepare.quantization_config(config)
+def _quantize(cell: Cell, method: Method, device: str, folder: Path, stages: Stages) -> None:
+    config = cell.config
+    quantization = inputs.quantization_config(config)
     with stages.stage("calibrate"):
-        loaded = prepare.load(config, device)
-        samples, ids = prepare.draw_calibration(config)
+        loaded = inputs.load_for_streaming(config, device)
+        samples, ids = inputs.draw_calibration(config)
         batches = batch_by_length(loaded, samples, config.calibration.batch_size)
     with stages.stage("quantize"):
         expected = expected_layers(loaded.model, quantization.vision_tower)
         names = list(block_layers(loaded.model, quantization.vision_tower))
-        stream = PackedStream(folder, identity, names, device, config.force)
+        stream = PartialCheckpoint(folder, cell.hash, names, device, config.force)
         walk = StreamedWalk(loaded, batches, quantization, stream)
         report = method.quantize(walk)
-        if walk.finished:  # what an earlier process found is not known here
+        if walk.finished:  # what the method reported of those blocks is lost
             report = replace(report, details={**report.details, "resumed_blocks": walk.finished})
         origin = {
             "config": asdict(config),
             "expected": expected,
-            "hash": identity,
+            "hash": cell.hash,
             "calibration_ids": ids,
             "uncalibrated": list(walk.uncalibrated),
             "report": plain(asdict(report)),

@@ -1,61 +1,51 @@
-"""What a run can be told, as dataclasses: the schema that Hydra holds every YAML and override to.
+"""Every option of a cell, as dataclasses. Hydra holds each YAML file and override to them.
 
-One dataclass per config group; `RunConfig` is the whole. Hydra checks keys and types while it
-composes; `__post_init__` checks values as soon as a `RunConfig` exists, whoever made it; and
-`from_hydra` closes the door that Hydra leaves open, a key added with `+`. The nodes `method` and
-`launcher` are open, because what they name has parameters of its own: `qvlm.prepare` and
-`qvlm.launchers` hold them to what their `_target_` takes.
+There is one dataclass per config group, and `RunConfig` is the whole. Hydra checks keys and types
+while it composes (`qvlm.config.compose`), and `__post_init__` checks values as soon as an object is
+made, whoever makes it. The nodes `method` and `launcher` are open, because what their `_target_`
+names has parameters of its own. `qvlm.cell.inputs` and `qvlm.sweep.launch` check those.
 
-Imports nothing heavy, so that a mistyped option is answered at once.
+This module imports neither PyTorch nor Hydra, so that a mistyped option is answered at once.
 """
 
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
+from qvlm.bits import BitWidths
 from qvlm.errors import UserError
+from qvlm.validation import number, one_of, whole_number
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-
-HERE = {"_target_": "qvlm.sweep.launchers.Here"}
-FULL_PRECISION = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
-MAP = "map"  # the device that is all devices
-KERNELS = ("auto", "reference", "bf16", "native", "int_mm", "int4_weight_only", "triton")
-
-
-def _one_of(key: str, value: object, accepted: Collection[str]) -> None:
-    if value not in accepted:
-        raise UserError(f"{key}: {value!r} is unknown; accepted are {', '.join(accepted)}")
-
-
-def _within(key: str, value: float | None, low: float, high: float | None = None) -> None:
-    if value is None or not (value >= low and (high is None or value <= high)):
-        accepted = f"from {low:g} to {high:g}" if high is not None else f"of at least {low:g}"
-        raise UserError(f"{key}: {value} is not accepted; give a number {accepted}")
+DEFAULT_LAUNCHER = {"_target_": "qvlm.sweep.local.Here"}
+FULL_PRECISION_METHOD = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
+MAP = "map"  # the value of `device` that stands for all devices
+UNPARSABLE = ("wrong", "random")  # what an answer without a letter counts as
 
 
 @dataclass
 class ModelConfig:
-    """A checkpoint and what it was tuned with.
+    """A checkpoint and the prompt that it was tuned with.
 
     Attributes:
-        name: in records and tables.
-        path: a folder, the name of an embedded miniature, or a repository of the hub.
-        stands_for: the model of the paper whose numbers tables show beside this one's.
-        vision_tower: folder or repository of the tower, where the checkpoint only names one; null
-            is the one that it names.
-        image_size: side of the tower's input in pixels, held against the checkpoint; null is
-            whatever that says.
-        image_fit: how a picture becomes square, "crop" or "pad"; null is what the checkpoint says.
-        expert_capacity: "checkpoint" drops the tokens that an expert has no place for, as the
-            checkpoint states; "unlimited" drops none.
-        weight_group_size: weights that share a scale, where the quantizer groups them.
-        packed: a folder that `save_packed` wrote: it is evaluated as it is, and brings method,
-            bits, quantizer and calibration with it.
+        name: Name in records and tables.
+        path: Folder, name of an embedded miniature, or repository on the Hugging Face Hub.
+        stands_for: Model of the paper whose numbers tables print beside this model's.
+        prompt_format: Parts of prompt and answer, in ScienceQA's notation; see `qvlm.data.prompts`.
+        conversation: Name of the conversation template.
+        vision_tower: Folder or repository of the vision tower, for a checkpoint that only names
+            its tower. Null stands for the tower that the checkpoint names.
+        image_size: Side of the tower's input in pixels, which must agree with the checkpoint. Null
+            stands for the checkpoint's value.
+        image_fit: How an image becomes square, "crop" or "pad". Null stands for the checkpoint's
+            value.
+        expert_capacity: "checkpoint" drops the tokens that exceed an expert's capacity, as the
+            checkpoint states. "unlimited" drops none.
+        dtype: Floating-point type of the weights.
+        weight_group_size: Number of weights that share a scale, if the quantizer groups them.
+        packed: Folder that `save_packed` wrote. Its model is evaluated as it is, and method, bits,
+            quantizer and calibration are those that it was made with.
     """
 
     name: str = MISSING
@@ -73,40 +63,22 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
-            _within("model.image_size", self.image_size, 1)
+            whole_number("model.image_size", self.image_size)
         if self.image_fit is not None:
-            _one_of("model.image_fit", self.image_fit, ("crop", "pad"))
-        _one_of("model.expert_capacity", self.expert_capacity, ("checkpoint", "unlimited"))
-        _one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        _within("model.weight_group_size", self.weight_group_size, 1)
-
-
-@dataclass
-class BitsConfig:
-    """Bits per weight and per activation; both null is full precision."""
-
-    weights: int | None = None
-    activations: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.weights is None) != (self.activations is None):
-            raise UserError(
-                "bits.weights and bits.activations are both null (full precision) or both from "
-                f"2 to 8; got {self.weights} and {self.activations}"
-            )
-        if self.weights is not None:
-            _within("bits.weights", self.weights, 2, 8)
-            _within("bits.activations", self.activations, 2, 8)
-
-    @property
-    def label(self) -> str:
-        """As tables print it: "FP", "W4A4"."""
-        return "FP" if self.weights is None else f"W{self.weights}A{self.activations}"
+            one_of("model.image_fit", self.image_fit, ("crop", "pad"))
+        one_of("model.expert_capacity", self.expert_capacity, ("checkpoint", "unlimited"))
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        whole_number("model.weight_group_size", self.weight_group_size)
 
 
 @dataclass
 class GranularityConfig:
-    """Which elements share a scale; `qvlm.quantization.QuantSpec` says what there is."""
+    """Which elements share a scale.
+
+    Attributes:
+        granularity: One of the granularities of `qvlm.quantization.QuantSpec`.
+        group_size: Number of elements that share a scale, if the granularity forms groups.
+    """
 
     granularity: str = MISSING
     group_size: int = 128
@@ -114,15 +86,15 @@ class GranularityConfig:
 
 @dataclass
 class QuantizerConfig:
-    """The quantizer that every method shares.
+    """The quantizer that every method starts from.
 
     Attributes:
-        weight: of every quantized linear layer.
-        language: activations of projector and language model.
-        vision: activations of the vision tower.
-        vision_tower: whether the vision tower is quantized at all.
-        ranges: "lp", clipped to the least lp distance, or "minmax".
-        p: the exponent of that distance.
+        weight: Granularity of the weights of every quantized linear layer.
+        language: Granularity of the activations of projector and language model.
+        vision: Granularity of the activations of the vision tower.
+        vision_tower: Whether the vision tower is quantized.
+        ranges: Range estimator: "lp" clips to the smallest lp distance, "minmax" does not clip.
+        p: Exponent of that distance.
     """
 
     weight: GranularityConfig = field(default_factory=GranularityConfig)
@@ -138,12 +110,13 @@ class DataConfig:
     """Problems in ScienceQA's schema.
 
     Attributes:
-        name: what records call the data.
-        source: "miniature", which is generated, a folder, or a data set of the hub.
-        split: the one that is evaluated.
-        published: the source is the whole published ScienceQA, and has its class sizes.
-        seed: of the generator; apart from the run's seed, so that a new seed meets the same
-            questions and two runs can be compared question by question.
+        name: Name in records.
+        source: "miniature" for generated problems, a folder, or a data set of the Hub.
+        split: Name of the split that is evaluated.
+        published: Whether the source is the whole published ScienceQA, whose class sizes are then
+            required.
+        seed: Seed of the generator. It is apart from the run's seed, so that runs with different
+            seeds answer the same questions and can be compared question by question.
     """
 
     name: str = MISSING
@@ -155,11 +128,15 @@ class DataConfig:
 
 @dataclass
 class CalibrationConfig:
-    """The problems, with their answers, from which activation ranges are taken.
+    """The problems, with their answers, that activation ranges are estimated on.
 
     Attributes:
-        images: "only" draws problems with a picture, the image-text pairs of the paper; "any" draws
-            from all.
+        split: Name of the split that they are drawn from.
+        samples: Number of problems.
+        images: "only" draws problems with an image, the image-text pairs of the paper. "any" draws
+            from all problems.
+        batch_size: Number of problems per batch.
+        seed: Seed of the draw.
     """
 
     split: str = "train"
@@ -169,9 +146,9 @@ class CalibrationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("calibration.images", self.images, ("only", "any"))
-        _within("calibration.samples", self.samples, 1)
-        _within("calibration.batch_size", self.batch_size, 1)
+        one_of("calibration.images", self.images, ("only", "any"))
+        whole_number("calibration.samples", self.samples)
+        whole_number("calibration.batch_size", self.batch_size)
 
 
 @dataclass
@@ -179,11 +156,12 @@ class EvaluationConfig:
     """How answers are generated and scored.
 
     Attributes:
-        temperature: 0 is greedy; above, tokens are sampled.
-        unparsable: an answer without a letter is "wrong", or "random" as the official script has
-            it, which lifts a broken model by 20 to 50 points.
-        limit: evaluate only so many questions; null is all of them. A streamed cell may have 0: it
-            ends once the packed model is written.
+        batch_size: Number of questions per batch.
+        max_new_tokens: Number of tokens after which an answer is cut off.
+        unparsable: What an answer without a letter counts as: "wrong", or a "random" choice, the
+            rule of the official script, which lifts a broken model by 20 to 50 points.
+        temperature: Sampling temperature. 0 decodes greedily.
+        limit: Number of questions to evaluate. Null stands for all of them.
     """
 
     batch_size: int = 128
@@ -193,15 +171,31 @@ class EvaluationConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        _within("evaluation.batch_size", self.batch_size, 1)
-        _within("evaluation.temperature", self.temperature, 0)
-        _within("evaluation.max_new_tokens", self.max_new_tokens, 1)
-        _one_of("evaluation.unparsable", self.unparsable, ("wrong", "random"))
+        whole_number("evaluation.batch_size", self.batch_size)
+        number("evaluation.temperature", self.temperature)
+        whole_number("evaluation.max_new_tokens", self.max_new_tokens)
+        one_of("evaluation.unparsable", self.unparsable, UNPARSABLE)
+        if self.limit == 0:
+            raise UserError(
+                "evaluation.limit=0 is not a number of questions. To write the packed model and "
+                "stop, give evaluate=false."
+            )
+        if self.limit is not None:
+            whole_number("evaluation.limit", self.limit)
 
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases: "offline" needs no account and no network, "off" writes nothing."""
+    """Weights & Biases.
+
+    Attributes:
+        mode: "offline" needs neither account nor network, "online" needs both, and "off" writes
+            nothing.
+        project: Name of the project.
+        entity: Name of the account or team. Null stands for the account's default.
+        dir: Folder that offline runs are written to.
+        examples: Number of questions that are shown with their images and answers.
+    """
 
     mode: str = "offline"
     project: str = "qvlm"
@@ -210,8 +204,8 @@ class TrackingConfig:
     examples: int = 8
 
     def __post_init__(self) -> None:
-        _one_of("tracking.mode", self.mode, ("offline", "online", "off"))
-        _within("tracking.examples", self.examples, 0)
+        one_of("tracking.mode", self.mode, ("offline", "online", "off"))
+        whole_number("tracking.examples", self.examples, 0)
 
 
 @dataclass
@@ -228,42 +222,47 @@ class RunConfig:
     """One cell: one model, quantized by one method to one bit width, evaluated on one data set.
 
     Attributes:
-        method: `_target_` and its parameters.
-        launcher: `_target_` of what runs the cells of a sweep, see `qvlm.launchers`, and its
-            options.
-        method_name: the name of the method's YAML; names the record's folder.
-        execution: "simulated" multiplies rounded numbers in floating point; "exact" does so in
-            float64 during the evaluation, so that only outputs are rounded; "packed" keeps codes
-            and multiplies them with the products of `qvlm.packing`.
-        kernel: the packed product, see `qvlm.packing.KERNELS`; "auto" is chosen by each layer.
-        save_packed: a folder to write the packed model to; its execution is packed.
-        stream: have only one decoder layer in memory while quantizing, and write it to
-            `save_packed` before the next is read; for models larger than memory.
-        group: cells that belong together, in Weights & Biases.
-        device: "auto" is the first GPU, or the CPU where there is none; "map" spreads a model that
-            is too large for one card over all of them and main memory.
-        max_memory: of device=map, the most that each card, in order, and then main memory may hold
-            of the model, such as "20GiB"; where it ends early, most of what is free.
-        threads: of PyTorch on the CPU; null leaves its choice.
-        force: compute even if a complete record exists.
-        preflight: say what the cell will read, need and take, and stop.
+        method: `_target_`, the import path of the method's class, and its parameters.
+        launcher: `_target_`, the import path of a class of `qvlm.sweep`, and its options.
+        seed: Seed of every random number generator.
+        execution: "simulated" multiplies dequantized numbers in the model's floating-point type.
+            "exact" does so in float64 during the evaluation, so that only outputs are rounded.
+            "packed" keeps codes and multiplies them with the kernels of `qvlm.packing`.
+        kernel: Kernel of packed execution, one of `qvlm.packing.KERNELS`. With "auto" each layer
+            chooses its own.
+        save_packed: Folder to write the packed model to. Execution is then packed.
+        stream: Whether to quantize with only one decoder layer in memory, each being written to
+            `save_packed` before the next is read. For models larger than memory.
+        evaluate: Whether to evaluate the model. If false, the cell ends once the packed model is
+            written, and there is no record.
+        results_dir: Folder of records, tables and tracking.
+        device: "auto" is the first GPU, or the CPU if there is none. "map" spreads a model that is
+            too large for one GPU over all GPUs and main memory.
+        max_memory: Most memory that device=map may use of each GPU, in order, and then of main
+            memory, such as "20GiB". A device that is not listed may use most of what it has free.
+        threads: Number of PyTorch's CPU threads. Null leaves the number to PyTorch.
+        force: Whether to compute a cell that is recorded already.
+        preflight: Whether to print what cells will read, need and take, and stop.
+        group: Name that groups cells in Weights & Biases.
+        method_name: Name of the method's YAML file, which is part of the record's folder name.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: dict[str, Any] = field(default_factory=dict)
-    bits: BitsConfig = field(default_factory=BitsConfig)
+    bits: BitWidths = field(default_factory=BitWidths)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
-    launcher: dict[str, Any] = field(default_factory=lambda: dict(HERE))
+    launcher: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_LAUNCHER))
     seed: int = 0
     execution: str = "simulated"
     kernel: str = "auto"
     save_packed: str | None = None
     stream: bool = False
+    evaluate: bool = True
     results_dir: str = "results"
     device: str = "auto"
     max_memory: list[str] = field(default_factory=list)
@@ -275,62 +274,81 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.method.get("_target_"), str):
-            raise UserError("method._target_: give the import path of a class, pkg.module.Class")
+            raise UserError("method._target_ is not an import path. Give package.module.Class.")
         if self.threads is not None:
-            _within("threads", self.threads, 1)
-        _one_of("execution", self.execution, ("simulated", "exact", "packed"))
-        _one_of("kernel", self.kernel, KERNELS)
+            whole_number("threads", self.threads)
+        one_of("execution", self.execution, ("simulated", "exact", "packed"))
         if self.max_memory and self.device != MAP:
-            raise UserError("max_memory: it limits device=map; accepted without that is []")
+            raise UserError("max_memory is not for one device. Give device=map, or max_memory=[].")
         if self.kernel != "auto" and not self.packed:
-            raise UserError(f"kernel: {self.kernel!r} needs execution=packed")
+            raise UserError(
+                f"kernel={self.kernel} is not for simulated execution. Give execution=packed."
+            )
         if self.execution == "exact" and self.packed:
             raise UserError(
-                "execution: 'exact' is simulated, and save_packed and model.packed are not: "
-                "accepted with them is packed"
+                "execution=exact is not for packed models, which save_packed and model.packed "
+                "stand for. Give execution=packed."
             )
-        streams = self.stream and not self.full_precision
-        if streams and self.model.packed is None and self.save_packed is None:
-            raise UserError("stream: give save_packed=FOLDER, where the packed model is written to")
-        if streams and self.device == MAP:
+        if not self.evaluate and (self.save_packed is None or self.full_precision):
             raise UserError(
-                "stream: device=map is not accepted, because one decoder layer at a time needs one "
-                "device; stream with device=auto, and evaluate with device=map model.packed=FOLDER"
+                "evaluate=false is not possible if no packed model is written. Give "
+                "save_packed=FOLDER and a method that quantizes."
             )
-        if self.evaluation.limit is not None:
-            _within("evaluation.limit", self.evaluation.limit, 0 if streams else 1)
+        if self.stream and not self.full_precision:
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        if self.model.packed is None and self.save_packed is None:
+            raise UserError(
+                "stream=true is not possible without a folder for the packed model. Give "
+                "save_packed=FOLDER."
+            )
+        if self.device == MAP:
+            raise UserError(
+                "stream=true is not possible with device=map, because the one decoder layer in "
+                "memory needs one device. Stream with device=auto, and evaluate with device=map "
+                "model.packed=FOLDER."
+            )
 
     @property
     def packed(self) -> bool:
-        """Whether codes are multiplied, and not their values."""
+        """Whether codes are multiplied, rather than the numbers that they stand for."""
         wanted = self.execution == "packed" or self.save_packed or self.model.packed
         return bool(wanted) and not self.full_precision
 
     @property
+    def packed_source(self) -> str | None:
+        """The packed checkpoint that is evaluated, or None if the model is quantized in memory.
+
+        A streamed cell writes it first; other cells are given one as `model.packed`.
+        """
+        return self.model.packed or (self.save_packed if self.stream else None)
+
+    @property
     def runs_dir(self) -> Path:
-        """Where the records are."""
+        """The folder of the records."""
         return Path(self.results_dir) / "runs"
 
     @property
     def full_precision(self) -> bool:
         """Whether nothing is quantized: bits=fp with any method is the same cell as method=fp."""
-        return self.bits.weights is None or self.method == FULL_PRECISION
+        return self.bits.is_full_precision or self.method == FULL_PRECISION_METHOD
 
     @property
-    def only_written(self) -> bool:
-        """Whether a stream is to leave a packed model and nothing else: there is no record."""
-        return self.evaluation.limit == 0
+    def title(self) -> str:
+        """Model, method and bit widths, as messages name a cell."""
+        return f"{self.model.name}, {self.method_name}, {self.bits.label}"
 
 
 def canonical(config: RunConfig) -> RunConfig:
-    """The same cell under its one name: full precision has no bits and no other method."""
+    """The same cell in its one form: full precision has no bit widths and no other method."""
     if not config.full_precision:
         return replace(config, execution="packed" if config.packed else config.execution)
     return replace(
         config,
-        method=dict(FULL_PRECISION),
+        method=dict(FULL_PRECISION_METHOD),
         method_name="fp",
-        bits=BitsConfig(),
+        bits=BitWidths(),
         execution="simulated",
         save_packed=None,
         stream=False,
@@ -338,79 +356,19 @@ def canonical(config: RunConfig) -> RunConfig:
 
 
 def influences(config: RunConfig) -> dict[str, Any]:
-    """The part of a configuration that changes a number: what a record is identified by.
+    """The part of a canonical configuration that can change a number.
 
-    The content of the checkpoint counts as well and is hashed beside it (`qvlm.prepare`). Where the
-    work happens (device, threads), where it is written and how it is shown do not count. Full
-    precision does not depend on quantizer and calibration, and only packed execution on the kernel.
-    Nor is simulated execution named, which is what there was before there was another.
+    It identifies a record together with the code version and the hashes of the files that the cell
+    reads. Paths are therefore no part of it, nor are the options that say where the work happens
+    (device, threads), where it is written, and how it is shown. Full precision does not depend on
+    quantizer, calibration and execution. Only packed execution depends on the kernel.
     """
-    config = canonical(config)
     parts = ["model", "method", "bits", "data", "evaluation", "seed"]
     if not config.full_precision:
-        parts += ["quantizer", "calibration"]
-    if config.execution != "simulated":
-        parts.append("execution")
+        parts += ["quantizer", "calibration", "execution"]
     if config.packed:
         parts.append("kernel")
     whole = asdict(config)
-    for place in ("path", "packed", "vision_tower", "stands_for"):
-        del whole["model"][place]
+    for path in ("path", "packed", "vision_tower", "stands_for"):
+        del whole["model"][path]
     return {part: whole[part] for part in parts}
-
-
-def from_hydra(composed: DictConfig) -> RunConfig:
-    """The typed configuration of a composed one.
-
-    Raises:
-        UserError: for a key that is not in the schema, a missing one, or a value that is refused.
-        OmegaConfBaseException: for a value of a wrong type or an interpolation that leads nowhere.
-    """
-    schema = OmegaConf.structured(RunConfig)
-    _compare_keys(composed, schema, "")
-    for key in sorted(OmegaConf.missing_keys(composed)):
-        if not key.startswith("hydra."):
-            raise UserError(f"{key} is missing; give {key}=VALUE")
-    container = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(container, dict)
-    container.pop("hydra", None)
-    config = OmegaConf.to_object(OmegaConf.merge(schema, container))
-    assert isinstance(config, RunConfig)
-    return config
-
-
-def _compare_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
-    """Refuses keys that were added with `+` or deleted with `~`, here and in the nodes below."""
-    accepted = [str(key) for key in schema.keys()]  # noqa: SIM118
-    present = [str(key) for key in given.keys()]  # noqa: SIM118 - `in` skips missing values
-    for key in present:
-        if key not in accepted and f"{prefix}{key}" != "hydra":
-            raise UserError(
-                f"unknown key {prefix}{key}; accepted are {', '.join(sorted(accepted))}"
-            )
-    for key in accepted:
-        if key not in present:
-            raise UserError(f"{prefix}{key} cannot be deleted; give it a value")
-        inner = schema._get_node(key)
-        if isinstance(inner, DictConfig) and OmegaConf.get_type(inner) is not dict:
-            below = given._get_node(key)
-            if not isinstance(below, DictConfig) or below._is_none():
-                raise UserError(f"{prefix}{key} cannot be null; give it a value")
-            _compare_keys(below, inner, f"{prefix}{key}.")
-
-
-def register() -> None:
-    """Makes the schema known to Hydra, and what `-m` does (`hydra_plugins`)."""
-    store = ConfigStore.instance()
-    schema = OmegaConf.structured(RunConfig)
-    OmegaConf.set_struct(schema.method, False)  # a method's parameters are its own affair
-    OmegaConf.set_struct(schema.launcher, False)
-    store.store(name="schema", node=schema)
-    sweeper = {
-        "_target_": "hydra_plugins.qvlm_sweeper.CellSweeper",
-        "max_batch_size": None,
-        "params": None,
-    }
-    store.store(group="hydra/sweeper", name="cells", node=sweeper)
-    launcher = {"_target_": "hydra_plugins.qvlm_launcher.CellLauncher"}
-    store.store(group="hydra/launcher", name="cells", node=launcher)

@@ -24,6 +24,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from torch import nn
 
+from qvlm.config.schema import UNPARSABLE
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.evaluation.answers import KeptAnswers
@@ -31,8 +32,6 @@ from qvlm.evaluation.metrics import class_metrics
 from qvlm.models.load import LoadedModel
 
 _TASK = "scienceqa"
-# An answer without a letter is wrong, or scored as a random choice as in the official script.
-UNPARSABLE_RULES = ("wrong", "random")
 # Percentage of cut answers above which a user is warned.
 CUT_WARNING = 1.0
 
@@ -151,10 +150,10 @@ def _check(
     unparsable: str,
     temperature: float,
 ) -> None:
-    if unparsable not in UNPARSABLE_RULES:
+    if unparsable not in UNPARSABLE:
         raise UserError(
             f"evaluation.unparsable={unparsable!r} is not a rule. "
-            f"Choose one of: {', '.join(UNPARSABLE_RULES)}."
+            f"Choose one of: {', '.join(UNPARSABLE)}."
         )
     for option, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:

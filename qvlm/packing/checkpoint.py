@@ -1,11 +1,11 @@
 """Packed checkpoints in transformers' format: sharded safetensors, loaded without a float model.
 
 `save_packed` writes the form of every packed layer into `config.json`; its tensors are ordinary
-entries of the state dict. With this module imported, `from_pretrained` knows the format: it puts
-empty packed layers into the skeleton of the model, which has no memory yet, and fills them from the
-shards. `load_packed` is `from_pretrained` with every way to fail said in one sentence.
+entries of the state dict. Importing this module teaches `from_pretrained` the format: it puts empty
+packed layers into the model on the meta device and fills them from the shards. `load_packed` calls
+`from_pretrained` and turns every way to fail into one sentence.
 
-Left out: other formats, and quantizing on the way in.
+Left out: other formats, and quantizing a float checkpoint while it is loaded.
 """
 
 import json
@@ -26,35 +26,40 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qvlm.errors import UserError
-from qvlm.packing.layer import Form, PackedLinear
+from qvlm.packing.form import Form
+from qvlm.packing.layer import PackedLinear
 from qvlm.packing.model import packed_layers
 
 METHOD = "qvlm_packed"
 VERSION = 2
-# Before version 2 channels were stored in their own order, which is what a form says by default.
+# Version 1 stored channels in their own order, which is the default of a form.
 READABLE = (1, 2)
-# What the model was quantized with; beside the weights, because it is nothing to load them with.
+# File that says how the model was quantized. It is not part of config.json, since loading the
+# weights does not need it.
 ORIGIN = "qvlm.json"
 
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """What `config.json` says of a packed checkpoint.
+    """The part of `config.json` that describes a packed checkpoint.
 
     Args:
-        layers: the `Form` of each packed layer, by full name.
-        version: of the format.
+        layers: Fields of the `Form` of each packed layer, by full name.
+        version: Version of the format.
 
     Raises:
-        UserError: for a version that this code does not know.
+        UserError: If this code does not know the version.
     """
 
     def __init__(
         self, layers: dict[str, dict[str, Any]], version: int = VERSION, **kwargs: Any
     ) -> None:
         if version not in READABLE:
-            accepted = " and ".join(map(str, READABLE))
-            raise UserError(f"packed format version {version!r}: accepted are {accepted}")
+            choices = " or ".join(map(str, READABLE))
+            raise UserError(
+                f"Version {version!r} of the packed format is not known. Give a checkpoint of "
+                f"version {choices}."
+            )
         self.quant_method = METHOD
         self.layers = layers
         self.version = version
@@ -62,7 +67,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts empty packed layers where the checkpoint has them."""
+    """Puts an empty packed layer in place of each layer that is packed in the checkpoint."""
 
     requires_calibration = True
 
@@ -80,32 +85,39 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """There are no gradients."""
+        """Packed models cannot be trained: their layers have no gradients."""
         return False
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's config.json says that it is packed."""
+    """Whether the config.json of a checkpoint says that it is packed."""
     return (config.get("quantization_config") or {}).get("quant_method") == METHOD
 
 
 def write_origin(folder: str | Path, origin: Mapping[str, Any]) -> None:
-    """Writes what a packed checkpoint was quantized with; last, so that it marks a whole one."""
+    """Writes how a packed checkpoint was quantized.
+
+    This is written last, so a folder with the file holds a complete checkpoint.
+
+    Args:
+        folder: Folder of the checkpoint.
+        origin: What describes the cell: its configuration, hash and report, in plain values.
+    """
     (Path(folder) / ORIGIN).write_text(json.dumps(origin, indent=2), encoding="utf-8")
 
 
 def read_origin(folder: str | Path) -> dict[str, Any]:
-    """What a packed checkpoint was quantized with.
+    """Returns how a packed checkpoint was quantized, as `write_origin` wrote it.
 
     Raises:
-        UserError: if the folder does not say.
+        UserError: If the folder has no readable file of this kind.
     """
     try:
         origin = json.loads((Path(folder) / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.packed: {folder} has no readable {ORIGIN}; give a folder that "
-            "python run.py save_packed=FOLDER wrote"
+            f"model.packed: {folder} has no readable {ORIGIN}. Give a folder that python run.py "
+            "save_packed=FOLDER wrote."
         ) from error
     assert isinstance(origin, dict)
     return origin
@@ -114,20 +126,32 @@ def read_origin(folder: str | Path) -> dict[str, Any]:
 def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2GB") -> None:
     """Writes a packed model with `save_pretrained`.
 
+    Args:
+        model: Packed model.
+        folder: Folder to write to.
+        shard_size: Largest size of a shard.
+
     Raises:
-        UserError: if the model has no packed layer.
+        UserError: If the model has no packed layer.
     """
     layers = packed_layers(model)
     if not layers:
-        raise UserError(f"{type(model).__name__} has no packed layer to save: pack it before")
-    describe(model, {name: asdict(layer.form) for name, layer in layers.items()})
-    # Tensors keep the names that they have in the model, wherever it was loaded from.
+        raise UserError(
+            f"{type(model).__name__} has no packed layer to save. Pack the model first."
+        )
+    add_packed_config(model, {name: asdict(layer.form) for name, layer in layers.items()})
+    # Tensors are saved under their names in the model, not under those of the original checkpoint.
     model._weight_conversions = []
     model.save_pretrained(folder, max_shard_size=shard_size)
 
 
-def describe(model: PreTrainedModel, forms: dict[str, dict[str, Any]]) -> None:
-    """Has a model's configuration say which of its layers are packed, and their `Form`."""
+def add_packed_config(model: PreTrainedModel, forms: dict[str, dict[str, Any]]) -> None:
+    """Adds the packed layers to the configuration of a model.
+
+    Args:
+        model: Model whose configuration will be saved.
+        forms: Fields of the `Form` of each packed layer, by full name.
+    """
     config = PackedConfig(forms)
     model.config.quantization_config = config
     model.hf_quantizer = PackedQuantizer(config, pre_quantized=True)
@@ -137,18 +161,21 @@ def load_packed(kind: type[PreTrainedModel], folder: str | Path, **kwargs: Any) 
     """Loads a checkpoint of `save_packed` in evaluation mode.
 
     Args:
-        kind: the model's class.
-        kwargs: further arguments of `from_pretrained`.
+        kind: Class of the model.
+        folder: Folder of the checkpoint.
+        kwargs: Further arguments of `from_pretrained`.
 
     Raises:
-        UserError: if the folder is no packed checkpoint, of an unknown version, truncated, or does
-            not fit its config.json.
+        UserError: If the folder is not a packed checkpoint, has an unknown version, is truncated,
+            or does not fit its config.json.
     """
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not is_packed(config):
-            raise UserError(f"{folder} is no packed checkpoint: its config.json does not say so")
+            raise UserError(
+                f"{folder} is not a packed checkpoint: its config.json does not describe one."
+            )
         model, report = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -1,32 +1,33 @@
-"""Packs a whole quantized model in place, and counts what its weights take."""
+"""Packs the layers of a whole quantized model in place, and counts the bytes of its weights."""
 
 from collections import Counter
 
 from torch import nn
 
 from qvlm.errors import UserError
+from qvlm.packing.kernels import AUTO, kernel_named
 from qvlm.packing.layer import PackedLinear
 from qvlm.quantization.linear import QuantLinear
 
 
-def pack_model(model: nn.Module, kernel: str = "auto") -> int:
-    """Puts a `PackedLinear` in the place of every `QuantLinear`, one at a time.
+def pack_model(model: nn.Module, kernel: str = AUTO) -> int:
+    """Replaces every `QuantLinear` of a model with a `PackedLinear`, one at a time.
 
     Args:
-        kernel: of every layer; one that cannot take a layer leaves that at "auto". What ran is in
-            `kernels_used`.
+        model: Quantized model.
+        kernel: Kernel for every layer, see `force_kernel`.
 
     Returns:
-        How many layers were packed.
+        Number of layers that were packed.
 
     Raises:
-        UserError: if there is nothing to pack, the kernel takes no layer, or a layer has no packed
-            form.
+        UserError: If the model has no quantized linear, a layer has no packed form, there is no
+            such kernel, or it serves none of the layers.
     """
     layers = [name for name, part in model.named_modules() if isinstance(part, QuantLinear)]
     if not layers:
         raise UserError(
-            f"{type(model).__name__} has no quantized linear to pack: quantize it before"
+            f"{type(model).__name__} has no quantized linear to pack. Quantize the model first."
         )
     for name in layers:
         layer = model.get_submodule(name)
@@ -38,31 +39,37 @@ def pack_model(model: nn.Module, kernel: str = "auto") -> int:
 
 
 def force_kernel(model: nn.Module, kernel: str) -> None:
-    """Has every packed layer use a kernel; one that cannot take a layer leaves that at "auto".
+    """Makes every packed layer use a kernel, except layers that it cannot serve.
+
+    These stay at "auto". `kernels_used` tells which kernels ran.
 
     Raises:
-        UserError: if it takes no layer.
+        UserError: If there is no such kernel, or it serves none of the layers.
     """
-    if kernel == "auto":
+    if kernel == AUTO:
         return
-    serving = [layer for layer in packed_layers(model).values() if kernel in layer.serving()]
-    if not serving:
-        raise UserError(f"kernel={kernel!r} takes no layer of this model: accepted is auto")
-    for layer in serving:
+    forced, layers = kernel_named(kernel), packed_layers(model).values()
+    served = [layer for layer in layers if forced.obstacle(layer) is None]
+    if not served:
+        choices = ", ".join((AUTO, *sorted({name for layer in layers for name in layer.serving()})))
+        raise UserError(
+            f"kernel={kernel!r} serves no layer of this model. Choose one of: {choices}."
+        )
+    for layer in served:
         layer.kernel = kernel
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """The packed layers by full name."""
+    """Returns the packed layers of a model by their full names."""
     return {name: part for name, part in model.named_modules() if isinstance(part, PackedLinear)}
 
 
 def kernels_used(model: nn.Module) -> dict[str, int]:
-    """Kernel to how many calls of packed layers it served so far."""
+    """Returns the number of calls that each kernel has served in all packed layers, by its name."""
     return dict(sum((layer.used for layer in packed_layers(model).values()), Counter[str]()))
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers; shared ones count once."""
+    """Returns the bytes of all parameters and buffers, where shared tensors count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,6 +1,10 @@
-"""What cells will read, need and take, said before anything heavy is done.
+"""What cells need before they run: memory, files and hours.
 
-`preflight=true` runs this instead of the cells. Nothing is downloaded, loaded or hashed: sizes come
-from the disk, from the hub's list of files, or, where neither is within reach, from the published
-shape of the model; memory and hours are estimates from that shape and a probe of two layers.
+- `footprint`: the predictor of memory, and the command that prints it. Open this first.
+- `measured`: measured memory, to compare with the predictions.
+- `preflight`: the page of `preflight=true`, with `estimates` (memory of a whole cell), `timing`
+  (hours) and `sources` (files).
+
+Nothing is downloaded, and weights are not loaded. These modules may import everything that a cell
+is made of; only the command line and the tables import them.
 """

@@ -1,23 +1,20 @@
-"""Will it fit? `python -m qvlm.fit --budget 6` says what each model takes at each bit width.
+"""Predicts what a model takes in memory: `python -m qvlm.planning.footprint --budget 6`.
 
-Three parts, in bytes, add up to what a question takes:
+Three parts, in bytes, add up to what one question takes:
 
 - weights: the tensors of the real modules, built on the meta device, where they have shapes and no
-  memory, with packed layers in the place of linears (codes, scales, zero points; embeddings, head,
-  norms and routers stay as they are);
-- KV cache: of prompt and answer, counted in the cache that such a model returns;
-- activations: the most that is alive at once beside these, while the model on the meta device
-  encodes an image and reads the prompt. The packed layer that takes most to work with adds that
-  (`PackedLinear.working_bytes`).
+  memory. Packed layers replace the linears that are quantized (codes, scales, zero points);
+  embeddings, head, norms and routers stay as they are.
+- KV cache: of the prompt and the answer, counted in the cache that such a model returns.
+- activations: the most that is alive at once beside these while the model on the meta device
+  encodes an image and reads the prompt. Packed execution adds the working memory of the packed
+  layer that needs most (`PackedLinear.working_bytes`).
 
 The prompt is a ScienceQA question of 344 text tokens and its image: 600 tokens for LLaVA at 224
 pixels, whose image takes 256. Full precision is the dtype of conf/model, and one question is
-answered at a time. Not counted: Python and its libraries, and the pixels.
+answered at a time. Python, its libraries and the pixels are not counted.
 
-Beside the predicted weight bytes stand measured ones: those of recorded runs of packed models, of
-`make table4-scale`, and of the embedded miniatures, which are packed on the spot. Where
-`make table4-scale` measured the peak of a process that answers, it stands beside the prediction for
-the same prompt, with what a process takes here that has no model.
+The table shows measured bytes beside the predicted ones where there are any (`planning.measured`).
 """
 
 import argparse
@@ -28,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import psutil
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
@@ -38,38 +33,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qvlm.cell import inputs as prepare
-from qvlm.config.schema import CONF, RunConfig, canonical, from_hydra, register
+from qvlm.config.compose import CONF, from_hydra, register
+from qvlm.config.schema import RunConfig, canonical
 from qvlm.errors import RunError, UserError
 from qvlm.markdown import table
 from qvlm.models.architectures import architecture, image_tokens
 from qvlm.models.llava import Llava, LlavaArchitecture
-from qvlm.models.load import embedded
 from qvlm.models.meta import skeleton
 from qvlm.models.mixture import MixtureOfExperts
-from qvlm.packing.model import pack_model, packed_layers, weight_bytes
-from qvlm.packing.plan import blind, plan
-from qvlm.quantization.targets import block_layers, quantizable
-from qvlm.records.record import find_records
-from qvlm.runtime.processes import in_fresh_process
+from qvlm.packing.model import packed_layers, weight_bytes
+from qvlm.packing.uncalibrated import put_empty_layers
 
 GIB = 2**30
 TEXT_TOKENS = 344
 ANSWER_TOKENS = 64
-# Of `make table4-scale`: image and text together, and the tokens of an answer that are timed.
+# `make table4-scale`: prompt tokens, image included, and tokens of the timed answer.
 SCALE_PROMPT, SCALE_ANSWER = 600, 4
-# What the weights of a method are packed to; others may quantize other things than the default.
-FORMS = {"FP": "FP", "RTN": "uniform", "AWQ": "uniform", "Q-VLM": "uniform", "QLoRA": "QLoRA"}
 MODELS = tuple(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A bit width and the kind of weights.
+    """A bit width and a format of the weights.
 
     Attributes:
-        bits: an option of conf/bits; "fp" is full precision.
-        method: as tables print it. "uniform" is the format of all methods but QLoRA.
-        granularity: of the language model's activations; None is the default quantizer's.
+        bits: Option of conf/bits; "fp" is full precision.
+        method: Name of the format as tables print it. "uniform" is the format of every method
+            except QLoRA.
+        granularity: Granularity of the language model's activations; None for the default.
     """
 
     bits: str
@@ -78,12 +69,12 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """As tables print the bits."""
+        """Bit widths as tables print them."""
         return self.bits.upper()
 
     @property
     def normal_float(self) -> bool:
-        """Whether weights are QLoRA's."""
+        """Whether the weights are in QLoRA's format, NormalFloat."""
         return self.method == "QLoRA"
 
 
@@ -105,12 +96,18 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of the three parts."""
         return self.weights + self.cache + self.activations
 
 
 def configuration(model: str, bits: str, granularity: str | None = None) -> RunConfig:
-    """A cell's configuration, with the default quantizer, or activations of this granularity."""
+    """Returns the configuration of a cell.
+
+    Args:
+        model: Option of conf/model.
+        bits: Option of conf/bits.
+        granularity: Granularity of the language model's activations; None for the default.
+    """
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = [f"model={model}", f"bits={bits}", "method_name=rtn"]
@@ -126,13 +123,14 @@ def predict(
     text_tokens: int = TEXT_TOKENS,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> Need:
-    """What a model takes, without its weights.
+    """Predicts what a model takes. Its weights need not be on this machine.
 
     Args:
-        built: its architecture.
-        config: of a cell of this model and bit width.
-        text_tokens: of the prompt, beside its image.
-        answer_tokens: that the cache must hold besides.
+        built: Architecture of the model.
+        config: Configuration of a cell with this model and bit width.
+        variant: Bit width and format of the weights.
+        text_tokens: Tokens of the prompt beside those of its image.
+        answer_tokens: Tokens of the answer, for which the cache has room as well.
     """
     dtype = getattr(torch, config.model.dtype)
     prompt = image_tokens(built) + text_tokens
@@ -140,40 +138,27 @@ def predict(
     cache, activations = _running(skeleton(built, dtype), prompt)
     if variant != FULL:
         quantization = prepare.quantization_config(config)
-        plan(model, quantization, variant.normal_float)
+        put_empty_layers(model, quantization, variant.normal_float)
         layers = packed_layers(model).values()
         activations += max(layer.working_bytes(prompt) for layer in layers)
     return Need(weight_bytes(model), cache * (prompt + answer_tokens) // prompt, activations)
 
 
-def pack_blindly(model: nn.Module, config: RunConfig, variant: Variant) -> None:
-    """Packs a model for real, uncalibrated: see `qvlm.packing.plan.blind`."""
-    quantization = prepare.quantization_config(config)
-    for kind, block in block_layers(model, quantization.vision_tower).values():
-        for name, linear in quantizable(block).items():
-            inputs = quantization.activation(kind)
-            block.set_submodule(
-                name, blind(linear, quantization.weight, inputs, variant.normal_float)
-            )
-    pack_model(model)
-
-
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside, as long as they live.
+    """Counts the bytes of tensors that are made in the block, for as long as they live.
 
     Args:
-        known: tensors that are not counted, nor are views of them.
+        known: Tensors that are not counted, and neither are views of them.
 
     Attributes:
-        peak: the most bytes that were alive at once.
+        peak: Most bytes that were alive at once.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.peak = 0
-        self._known = [
-            tensor.untyped_storage() for tensor in known
-        ]  # kept, so that ids stay theirs
+        # Kept alive, so that no other storage gets the id of one of these.
+        self._known = [tensor.untyped_storage() for tensor in known]
         self._sizes = dict.fromkeys(map(id, self._known), 0)
 
     def __torch_dispatch__(
@@ -190,7 +175,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _OneExpert(nn.Module):
-    """A mixture all of whose tokens go to one expert: who goes where is unknown on meta."""
+    """A mixture that sends every token to one expert: routing is unknown on the meta device."""
 
     def __init__(self, mixture: MixtureOfExperts) -> None:
         super().__init__()
@@ -203,7 +188,7 @@ class _OneExpert(nn.Module):
 
 @torch.no_grad()
 def _running(model: Llava, prompt: int) -> tuple[int, int]:
-    """Bytes of the KV cache of a prompt, and of the activations beside it, on the meta device."""
+    """Returns the bytes of the KV cache of a prompt and those of the activations beside it."""
     for name, module in list(model.named_modules()):
         if isinstance(module, MixtureOfExperts):
             model.set_submodule(name, _OneExpert(module))
@@ -217,57 +202,14 @@ def _running(model: Llava, prompt: int) -> tuple[int, int]:
     return cache, live.peak - cache
 
 
-def placed(runs: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The rows of `table4_scale.csv` beside the records whose memory was measured.
+def table_rows(
+    models: Sequence[str], budget: float, text_tokens: int, runs: Path
+) -> Iterator[list[str]]:
+    """Yields the rows of the table, one per model and variant."""
+    from qvlm.planning import measured  # needs the classes of this module
 
-    By model, bits and kind of weights.
-    """
-    scale = runs.parent / "table4_scale.csv"
-    if not scale.is_file():
-        return {}
-    rows = pd.read_csv(scale, keep_default_na=False)
-    rows = rows[(rows["weight_gib"] != "") & ~rows["extrapolated"].str.contains("memory")]
-    records: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
-    return {(row["model"], row["bits"], row["method"]): row for row in records}
-
-
-def recorded(runs: Path) -> dict[tuple[str, str, str], int]:
-    """Measured weight bytes by model, bits and kind of weights.
-
-    Args:
-        runs: the folder of records; `table4_scale.csv` beside it counts too.
-    """
-    found = {key: round(float(row["weight_gib"]) * GIB) for key, row in placed(runs).items()}
-    for record in find_records(runs):
-        run, form = record.run, FORMS.get(record.method)
-        if "weight_bytes" in run and form and (form == "FP" or run["execution"] == "packed"):
-            found[record.model, record.bits, form] = run["weight_bytes"]
-    return found
-
-
-def measured(model: str, config: RunConfig, variant: Variant) -> int | None:
-    """Weight bytes of an embedded miniature, loaded and packed; None for a model not at hand."""
-    if not embedded(config.model.path):
-        return None
-    loaded = prepare.load(config, "cpu").model
-    if variant != FULL:
-        pack_blindly(loaded, config, variant)
-    return weight_bytes(loaded)
-
-
-def without_model() -> int:
-    """Bytes that a process on the CPU takes which has no model."""
-    return in_fresh_process(_resident)
-
-
-def _resident() -> int:
-    return psutil.Process().memory_info().rss
-
-
-def rows(models: Sequence[str], budget: float, text_tokens: int, runs: Path) -> Iterator[list[str]]:
-    """The table's rows."""
-    found, peaks = recorded(runs), placed(runs)
-    bare = without_model() if peaks else 0
+    found, peaks = measured.recorded(runs), measured.scale_rows(runs)
+    bare = measured.without_model() if peaks else 0
     for model in models:
         built = architecture(model)
         for variant in VARIANTS:
@@ -275,7 +217,7 @@ def rows(models: Sequence[str], budget: float, text_tokens: int, runs: Path) -> 
             need = predict(built, config, variant, text_tokens)
             actual = found.get((model, variant.label, variant.method))
             if actual is None:
-                actual = measured(model, config, variant)
+                actual = measured.packed_miniature(model, config, variant)
             sizes = (need.weights, need.cache, need.activations, need.total)
             process = ["not measured", ""]
             if (peak := peaks.get((model, variant.label, variant.method))) is not None:
@@ -291,8 +233,8 @@ def rows(models: Sequence[str], budget: float, text_tokens: int, runs: Path) -> 
             ]
 
 
-def _against(predicted: int, measured: int) -> list[str]:
-    return [_gib(measured), f"{100 * (predicted / measured - 1):+.1f} %"]
+def _against(predicted: int, actual: int) -> list[str]:
+    return [_gib(actual), f"{100 * (predicted / actual - 1):+.1f} %"]
 
 
 def _gib(count: int) -> str:
@@ -300,25 +242,30 @@ def _gib(count: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command line and returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m qvlm.fit", description="What each model takes at each bit width, in GiB."
+        prog="python -m qvlm.planning.footprint",
+        description="Predicts what each model takes at each bit width, in GiB.",
     )
-    parser.add_argument("--budget", type=float, default=6.0, help="memory that there is, in GiB")
+    parser.add_argument("--budget", type=float, default=6.0, help="available memory in GiB")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
-    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, help="beside the image's")
-    parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="the records")
+    parser.add_argument(
+        "--text-tokens", type=int, default=TEXT_TOKENS, help="text tokens of a question"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="folder of records")
     given = parser.parse_args(arguments)
     try:
         if not given.budget > 0:
-            raise UserError(f"--budget: {given.budget:g} is not accepted; give a number above 0")
+            raise UserError(f"--budget: {given.budget:g} is not above 0. Choose a number above 0.")
         if given.text_tokens < 1:
-            raise UserError(f"--text-tokens: {given.text_tokens}; accepted are numbers from 1")
+            raise UserError(
+                f"--text-tokens: {given.text_tokens} is not at least 1. Choose a number from 1."
+            )
         transformers.utils.logging.disable_progress_bar()
         header = ["model", "bits", "method", "weights", "KV cache", "activations", "sum"]
         header += [f"fits {given.budget:g} GiB", "weights measured", "prediction off by"]
         header += ["process measured", "prediction off by"]
-        lines = list(rows(given.models, given.budget, given.text_tokens, given.runs))
+        lines = list(table_rows(given.models, given.budget, given.text_tokens, given.runs))
         print(f"GiB for one question: {given.text_tokens} text tokens, an image and ", end="")
         print(f"{ANSWER_TOKENS} tokens of answer.\n")
         print(table(header, lines, left=3))

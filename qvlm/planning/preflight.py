@@ -1,45 +1,54 @@
-"""The page that preflight prints, and the sentence that it may end with."""
+"""Preflight: what cells would read, need and take, before anything heavy is done.
+
+`preflight=true` prints this page instead of running the cells. It ends with one sentence if a cell
+does not fit, which names an option that helps.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
 
 import psutil
 import torch
 
 from qvlm.cell import inputs as prepare
+from qvlm.cell.checks import check_options
+from qvlm.cell.identity import Cell, code_version, resolve
+from qvlm.cell.method import build_method
 from qvlm.config.schema import MAP, RunConfig, influences
 from qvlm.errors import UserError
 from qvlm.markdown import table
 from qvlm.models.load import embedded
 from qvlm.planning import sources
-from qvlm.planning.estimates import TOWER_BYTES, Shape, find_shape, memory, seconds
+from qvlm.planning.estimates import TOWER_BYTES, Shape, find_shape, memory
+from qvlm.planning.footprint import GIB
 from qvlm.planning.sources import Source
-from qvlm.records.record import find_record
+from qvlm.planning.timing import seconds
+from qvlm.records.record import read_run
 
-GIB = 2**30
 NOTES = """\
-Memory is what the device needs beside Python and its libraries. Hours are of the evaluation, if
-every answer is as long as evaluation.max_new_tokens allows; they come from a timing of two decoder
-layers on this machine, and leave out loading, the vision tower and what a method searches. Both
-are estimates. "*": if the files are those of the record; they are compared when the cell runs."""
+Memory is what the device needs without Python and its libraries. Hours are those of the evaluation
+if every answer is as long as evaluation.max_new_tokens allows. They come from timing two decoder
+layers on this machine and leave out loading, the vision tower and the search of a method. Both are
+estimates. "*": there is a record if the files have not changed, which is checked when the cell
+runs."""
 
 
 def preflight(configs: Sequence[RunConfig]) -> None:
     """Prints what cells will read, need and take.
 
     Args:
-        configs: of the cells.
+        configs: Configurations of the cells.
 
     Raises:
-        UserError: for a wrong option, something that is nowhere, or a cell that does not fit.
+        UserError: If an option is wrong, a file or repository does not exist, or a cell does not
+            fit in memory.
     """
-    configs = [prepare.adopt(config) for config in configs]
+    configs = [resolve(config) for config in configs]
     for config in configs:
-        prepare.check_options(config)
+        check_options(config)
     print(f"Preflight of {len(configs)} cells: nothing is run, downloaded or hashed.\n")
     devices = {config.device: prepare.find_device(config.device) for config in configs}
     for device in dict.fromkeys(["cpu", *devices.values()]):
@@ -76,7 +85,7 @@ def preflight(configs: Sequence[RunConfig]) -> None:
 
 
 def _sources(configs: Sequence[RunConfig], shapes: dict[str, Shape | None]) -> list[Source]:
-    """What the cells read, each thing once."""
+    """Returns what the cells read, without duplicates."""
     found: dict[tuple[str, str], Source] = {}
     for config in configs:
         model, shape = config.model, shapes[repr(config.model)]
@@ -96,10 +105,10 @@ def _sources(configs: Sequence[RunConfig], shapes: dict[str, Shape | None]) -> l
 
 
 def _check_disk(found: Sequence[Source]) -> None:
-    """Refuses downloads that the disk of the cache has no place for.
+    """Makes sure that the disk of each cache has room for what is downloaded to it.
 
     Raises:
-        UserError: naming the way out.
+        UserError: If it has not, with the way out.
     """
     wanted: dict[Path, float] = {}
     for source in found:
@@ -110,26 +119,25 @@ def _check_disk(found: Sequence[Source]) -> None:
         print(f"disk of {cache}: {_gib(free)} GiB free, {_gib(size)} GiB to download\n")
         if size > free:
             raise UserError(
-                f"{_gib(size)} GiB are to be downloaded to {cache}, which has {_gib(free)} GiB "
-                "free; set HF_HOME to a folder on a larger disk, or give model.path=FOLDER"
+                f"{cache} has {_gib(free)} GiB free, and {_gib(size)} GiB would be downloaded; "
+                "set HF_HOME to a folder on a larger disk, or set model.path=FOLDER"
             )
 
 
 def _recorded(config: RunConfig) -> str:
-    """ "yes", "yes*" if only the files were not compared, or "" if there is no record."""
+    """Returns "yes", "yes*" if the files were not compared, or "" if there is no record."""
     if config.force:
         return ""
     other = config.model.vision_tower or config.model.packed
     small_enough_to_hash = not other and not Path(config.data.source).is_dir()
     if embedded(config.model.path) and small_enough_to_hash:
-        identity = prepare.identity(config)
-        record, _ = find_record(prepare.record_path(config, identity), identity["hash"])
+        record, _ = Cell.of(config).find_record()
         return "yes" if record else ""
-    wanted = json.loads(json.dumps(influences(config))), prepare.code_version(config)
+    wanted = json.loads(json.dumps(influences(config))), code_version(config)
     for file in config.runs_dir.glob(f"{config.model.name}-{config.method_name}-*/run.json"):
         try:
-            run: dict[str, Any] = json.loads(file.read_text())
-        except (OSError, ValueError):
+            run = read_run(file.parent)
+        except (OSError, ValueError, RecursionError):
             continue
         if (run.get("influences"), run.get("code")) == wanted:
             return "yes*"
@@ -137,7 +145,7 @@ def _recorded(config: RunConfig) -> str:
 
 
 def _refusal(config: RunConfig, shape: Shape, device: str) -> str:
-    """Why a cell does not fit and what would help, or "" if it does."""
+    """Returns why a cell does not fit and what would help, or "" if it fits."""
     need, loaded = (
         memory(config, shape),
         shape.parameters * getattr(torch, config.model.dtype).itemsize,
@@ -147,8 +155,8 @@ def _refusal(config: RunConfig, shape: Shape, device: str) -> str:
         if device == "cpu" or config.stream or loaded <= _free("cpu"):
             return ""
         return (
-            f"{cell} passes through {_gib(loaded)} GiB of main memory while it is loaded, of which "
-            f"{_gib(_free('cpu'))} are free; end what uses the rest"
+            f"{cell} needs {_gib(loaded)} GiB of main memory while it is loaded, of which "
+            f"{_gib(_free('cpu'))} GiB are free; end other programs"
         )
     sentence = (
         f"{cell} needs about {_gib(need)} GiB and {_device_name(device)} has {_gib(_free(device))}"
@@ -157,11 +165,11 @@ def _refusal(config: RunConfig, shape: Shape, device: str) -> str:
         place = other.device if other.device in ("cpu", MAP) else device
         if memory(other, shape) <= _space(other, place):
             return f"{sentence}; {option} would fit"
-    return f"{sentence}; no option makes it fit, give a device with more or a smaller model"
+    return f"{sentence}; no option makes it fit: use a larger device or a smaller model"
 
 
 def _alternatives(config: RunConfig, device: str) -> Iterator[tuple[str, RunConfig]]:
-    """Configurations that need less, the least change first."""
+    """Yields options and configurations that need less memory, the smallest change first."""
     batch = config.evaluation.batch_size
     while batch > 1:
         batch //= 2
@@ -174,7 +182,7 @@ def _alternatives(config: RunConfig, device: str) -> Iterator[tuple[str, RunConf
     if device.startswith("cuda"):
         yield "device=map", replace(config, device=MAP)
     if not config.full_precision and config.model.packed is None:
-        method = prepare.build_method(config.method)
+        method = build_method(config.method)
         if not config.stream and device != MAP and getattr(method, "one_pass", True):
             folder = config.save_packed or "FOLDER"
             yield (
@@ -188,24 +196,27 @@ def _alternatives(config: RunConfig, device: str) -> Iterator[tuple[str, RunConf
 
 
 def _space(config: RunConfig, device: str) -> float:
-    """Bytes that a cell may take: beside all cards main memory, unless it is quantized there."""
+    """Returns the bytes that a cell may use.
+
+    A cell on all GPUs may use main memory as well, unless it quantizes.
+    """
     evaluated_only = config.full_precision or config.model.packed is not None
     return _free(device) + (_free("cpu") if device == MAP and evaluated_only else 0)
 
 
 def _free(device: str) -> float:
-    """Bytes of memory that a device has left; "map" has that of all cards."""
+    """Returns the free bytes of a device; "map" is all GPUs together."""
     if device == "cpu":
         return float(psutil.virtual_memory().available)
     if device == MAP:
-        return sum(_free(f"cuda:{card}") for card in range(torch.cuda.device_count()))
+        return sum(_free(f"cuda:{index}") for index in range(torch.cuda.device_count()))
     return float(torch.cuda.mem_get_info(device)[0])
 
 
 def _device_name(device: str) -> str:
     cores = f"{psutil.cpu_count(logical=True)} cores"
     if device == MAP:
-        return f"map ({torch.cuda.device_count()} cards)"
+        return f"map ({torch.cuda.device_count()} GPUs)"
     name = cores if device == "cpu" else torch.cuda.get_device_name(device)
     return f"{device} ({name})"
 

@@ -1,4 +1,4 @@
-"""Where a cell's files are and how large, without fetching any."""
+"""Finds where the files of a cell are and how large they are, without fetching any."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,7 @@ from qvlm.models.checkpoints.hub import SMALL_FILES
 from qvlm.models.checkpoints.weights import INDEX_SUFFIX, STEMS
 from qvlm.models.load import embedded
 
-HUB_SECONDS = 10.0  # for its answer
+HUB_SECONDS = 10.0  # to wait for an answer of the hub
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Source:
     """Files that a cell reads.
 
     Attributes:
-        owner: what they are, for people.
-        place: a folder or repository.
-        size: in bytes; None if it cannot be known from here.
-        download: how much of it is not here yet, in bytes.
-        known: where the size is from.
-        cache: the folder that a download goes to; None if there is none.
+        owner: What the files are, for people.
+        place: Folder or repository.
+        size: Bytes of all files; None if they cannot be known on this machine.
+        download: Bytes that are not on this machine yet; None if unknown.
+        known: Where the size is from, for people.
+        cache: Folder that a download goes to, or None.
     """
 
     owner: str
@@ -50,7 +50,10 @@ class Source:
 
 
 def local_copy(place: str) -> Path | None:
-    """The folder of a checkpoint that is here: embedded, a folder, or in the hub's cache."""
+    """Returns the folder of a checkpoint on this machine, or None.
+
+    That is an embedded miniature, a folder, or a snapshot in the cache of the hub.
+    """
     if folder := embedded(place):
         return folder
     if Path(place).is_dir():
@@ -60,16 +63,16 @@ def local_copy(place: str) -> Path | None:
 
 
 def checkpoint(place: str, owner: str, option: str, estimate: float | None) -> Source:
-    """The files of a checkpoint.
+    """Finds the files of a checkpoint.
 
     Args:
-        place: embedded miniature, folder or repository.
-        owner: for people.
-        option: the configuration's key, for messages.
-        estimate: their size in bytes, where nobody can be asked.
+        place: Name of an embedded miniature, folder, or repository.
+        owner: What the checkpoint is, for people.
+        option: Key of the configuration, for messages.
+        estimate: Size in bytes if the hub does not answer, or None.
 
     Raises:
-        UserError: if it is nowhere, or cannot be had offline.
+        UserError: If it does not exist, or would have to be downloaded offline.
     """
     folder = local_copy(place)
     if folder is not None:
@@ -80,10 +83,10 @@ def checkpoint(place: str, owner: str, option: str, estimate: float | None) -> S
 
 
 def data(config: RunConfig) -> Source:
-    """The files of the data set.
+    """Finds the files of the data set.
 
     Raises:
-        UserError: as `checkpoint`.
+        UserError: If it does not exist, or would have to be downloaded offline.
     """
     place, owner = config.data.source, f"data {config.data.name}"
     if place == "miniature":
@@ -101,7 +104,7 @@ def data(config: RunConfig) -> Source:
 
 
 def question_count(config: RunConfig) -> int | None:
-    """How many questions will be asked, where that can be known without reading them."""
+    """Returns the number of questions, or None if it is known only after reading them."""
     place, split = config.data.source, config.data.split
     if config.evaluation.limit is not None:
         return config.evaluation.limit
@@ -115,7 +118,7 @@ def question_count(config: RunConfig) -> int | None:
             return len(json.loads((folder / OFFICIAL_FILES[1]).read_text())[OFFICIAL_SPLITS[split]])
         files = {*folder.rglob(f"{split}.parquet"), *folder.rglob(f"{split}-*.parquet")}
         return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files) or None
-    except (OSError, ValueError, KeyError):  # the cell itself will say what is wrong with it
+    except (OSError, ValueError, KeyError):  # the cell itself reports what is wrong with it
         return None
 
 
@@ -129,11 +132,13 @@ def _repository(
 ) -> Source:
     cache = Path(constants.HF_HUB_CACHE)
     if place.count("/") != 1 or place.startswith(("/", ".")):
-        raise UserError(f"{option}: {place} is no folder; give one, or owner/name on the hub")
+        raise UserError(
+            f"{option}: {place} is not a folder. Choose a folder, or owner/name on the hub."
+        )
     if constants.HF_HUB_OFFLINE:
         raise UserError(
-            f"{option}: {place} is not in the local cache and HF_HUB_OFFLINE forbids a download; "
-            f"unset it, or give {option}=FOLDER with a copy"
+            f"{option}: {place} is not in the local cache, and HF_HUB_OFFLINE forbids a download; "
+            f"unset it, or set {option}=FOLDER to a copy"
         )
     sizes = _listing(place, option, kind)
     if sizes is None:
@@ -145,23 +150,23 @@ def _repository(
 
 
 def _listing(place: str, option: str, kind: str) -> dict[str, int] | None:
-    """Names and sizes of a repository's files, or None if the hub does not answer."""
+    """Returns the sizes of a repository's files by name, or None if the hub does not answer."""
     try:
         info: Any = HfApi().repo_info(
             place, repo_type=kind, files_metadata=True, timeout=HUB_SECONDS
         )
     except (RepositoryNotFoundError, GatedRepoError) as error:
         raise UserError(
-            f"{option}: the hub has no {place} for you; mend the name, accept its terms on its "
-            f"page and log in with `hf auth login`, or give {option}=FOLDER with a copy"
+            f"{option}: the hub has no {place} that you may read; correct the name, accept its "
+            f"terms on its page and log in with `hf auth login`, or set {option}=FOLDER to a copy"
         ) from error
-    except Exception:  # no network, a proxy, a hub that is down: every layer has errors of its own
+    except Exception:  # no network, a proxy, a hub that is down: each raises errors of its own
         return None
     return {file.rfilename: file.size or 0 for file in info.siblings}
 
 
 def _needed(names: Iterable[str]) -> set[str]:
-    """What `qvlm.models.hub.local_folder` fetches of these files."""
+    """Returns the files that `qvlm.models.checkpoints.hub.local_folder` fetches."""
     names = set(names)
     small = {name for name in names if any(fnmatch(name, pattern) for pattern in SMALL_FILES)}
     for stem in STEMS:
@@ -176,7 +181,7 @@ def _tables(names: Iterable[str]) -> set[str]:
 
 
 def _complete(folder: Path, names: Iterable[str]) -> bool:
-    """Whether a cached folder has its weights: an interrupted download has only some."""
+    """Returns whether a cached folder has all weights. An interrupted download has only some."""
     names = set(names)
     for stem in STEMS:
         if stem + INDEX_SUFFIX in names:

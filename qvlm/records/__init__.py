@@ -1,1 +1,10 @@
-"""What a cell leaves behind: its record, the lock on it, where its numbers come from, W&B."""
+"""What a cell leaves behind: its record, and everything that protects and shows it.
+
+- `record`: the folder that holds a cell's numbers, and how records are found. Open this first.
+- `files`: the one way in which this project writes files, whole or not at all.
+- `locks`: one process at a time per cell, on one machine or several.
+- `tracking`: Weights & Biases.
+
+Everybody may import `files`; these modules import `qvlm.config`, `qvlm.data.prompts` and
+`qvlm.errors` only.
+"""

@@ -1,39 +1,39 @@
 """One process at a time per cell: a lock beside the record, in a folder that machines may share.
 
-    results/runs/.<record>.lock/<token>      who computes the cell: machine, process, job, since
+    results/runs/.<record>.lock
 
-A lock is a folder with one file in it, named by a token that no other lock ever has. Three steps,
-each of which a file system does as a whole or not at all:
+A lock is a `SoftFileLease` of filelock, which makes the file exclusively, sets its time every
+`HEARTBEAT` seconds, tells this process if the file is no longer its own, and proves by process id
+and start time that an owner on the same machine (and in the same container) has ended. The file
+also says, in a line that filelock ignores, which job owns the lock and since when.
 
-- To take it, the folder is made under another name and renamed. A rename onto a folder that holds a
-  file fails, so of two that try, one has it.
-- To keep it, a thread sets the time of the file every `HEARTBEAT` seconds.
-- To end it, the file is removed: by its owner, or by whoever found that the owner is gone. Since it
-  is removed by its token, one that comes late cannot remove what another has taken meanwhile; it
-  meets that one's folder when it renames its own.
+This module adds what filelock does not promise:
 
-An owner is gone if its process does not exist any more, which is seen at once by processes of the
-same machine (and of the same container) and by a Slurm job that was requeued about its own earlier
-run. Otherwise its heartbeat must have stood still for `STALE` seconds that the observer spent
-looking; the clocks of two machines are never compared.
+- Take-over on every file system. filelock exchanges two files atomically, which NFS cannot do, and
+  never takes over there. `Watch` removes the lock of an owner that has ended, while it holds a
+  second lock that excludes other watchers.
+- Locks without a readable owner, as a power cut leaves them: filelock waits for them forever.
+- Processes that ended and that nobody has waited for (zombies), which filelock takes for running,
+  and the earlier run of a requeued Slurm job, on whatever machine it was. Both have ended for sure.
+- Time in which the observer itself was stopped is not silence of the owner.
 
-What is not promised. An owner that was stopped, or cut off from the disk, for longer than `STALE`
-and then goes on is a second one until its next heartbeat, where it notices, is interrupted and
-raises `Held`. Until then it may write the answers of one more batch; that is harmless, because
-answers and records are written whole and are the same whoever computes them. The disk must rename
-folders atomically and show the time of a file within `STALE` seconds, as local disks and NFS do,
-and object stores do not. Only local disks were tried.
+An owner has ended if that can be proved, or if its heartbeat stood still for `STALE` seconds that
+the observer spent looking; the clocks of two machines are never compared.
+
+Not promised: an owner that was stopped or cut off from the disk for longer than `STALE` and then
+goes on is a second owner until its next two heartbeats, which interrupt it and raise `Held`. Until
+then it may write the answers of a few more batches. That is harmless, because answers and records
+are written whole and are the same whoever computes them. The disk must create files exclusively and
+show the time of a file within `STALE` seconds, as local disks and NFS do and object stores do not.
+Only local disks were tried.
 """
 
-import errno
 import json
 import os
-import shutil
 import signal
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -42,47 +42,48 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
+from filelock import FileLock, LeaseSettingsMismatch, SoftFileLease, Timeout
 from tqdm import tqdm
 
 from qvlm.errors import RunError
+from qvlm.records.files import reason
 
 LOCK = ".lock"
-PARTIAL = ".partial"  # what is being made; `qvlm.records` removes what was given up
 HEARTBEAT = 15.0  # seconds between two signs of life
 STALE = 180.0  # seconds without one; NFS may show the time of a file a minute late
 POLL = 1.0  # seconds between two looks at the same lock
-TRIES = 10  # to take a lock that is changing hands
-_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # the last: its parent was just removed
+TRIES = 10  # to make a lock in a folder that other processes remove
+_OWNER = "qvlm"  # key of the line that says who owns a lock
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who computes a cell.
+    """The process that computes a cell.
 
     Attributes:
-        host: the machine's name.
-        pid: the process.
-        started: when it took the lock, in UTC, by its own clock.
-        processes: the table of processes that `pid` is in; "" where it has no name.
-        job: its Slurm job, or "".
-        restarts: how often that job was requeued.
+        host: Name of its machine.
+        pid: Process id.
+        started: Time at which it took the lock, in UTC by its own clock, as ISO 8601.
+        namespace: Boot of the kernel and PID namespace in which `pid` is unique; "" if unknown.
+        job: Slurm job id, or "".
+        restarts: Number of times that the Slurm job was requeued.
     """
 
     host: str
     pid: int
     started: str
-    processes: str = ""
+    namespace: str = ""
     job: str = ""
     restarts: int = 0
 
     @classmethod
     def me(cls) -> "Owner":
-        """This process, now."""
+        """Returns this process as an owner that starts now."""
         return cls(
             socket.gethostname(),
             os.getpid(),
             datetime.now(UTC).isoformat(timespec="seconds"),
-            _process_table(),
+            _namespace(),
             os.environ.get("SLURM_JOB_ID", ""),
             int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         )
@@ -91,24 +92,31 @@ class Owner:
         job = f", Slurm job {self.job}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.started}"
 
-    def is_gone(self) -> bool:
-        """Whether it certainly does not run any more; False if that cannot be told from here."""
+    def has_ended(self) -> bool:
+        """Whether this process has certainly ended; False if that cannot be known from here."""
         me = Owner.me()
         if self.job and self.job == me.job and self.restarts < me.restarts:
             return True
-        return bool(self.processes) and self.processes == me.processes and not _exists(self.pid)
+        if not self.namespace or self.namespace != me.namespace:
+            return False
+        try:
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.AccessDenied:
+            return False
 
 
 class Held(RunError):
     """Another process computes the cell.
 
     Attributes:
-        record: the folder that its record will have.
-        owner: that process; None if the lock was changing hands.
+        record: Folder that the record of the cell will have.
+        owner: Process that computes it; None if the lock was just changing hands.
     """
 
     def __init__(self, record: Path, owner: Owner | None) -> None:
-        super().__init__(record, owner)  # what pickle makes it from again
+        super().__init__(record, owner)  # the arguments that unpickling passes
         self.record = record
         self.owner = owner
 
@@ -117,11 +125,11 @@ class Held(RunError):
 
 
 @dataclass(frozen=True)
-class _Sign:
-    """What can be seen of a lock: its token, its owner and the time of its file in ns."""
+class _Sight:
+    """A lock at one moment: two equal sights show the same owner without a heartbeat in between."""
 
-    token: str
     owner: Owner
+    inode: int
     beat: int
 
 
@@ -129,33 +137,56 @@ class Lock:
     """Holds the lock of a record while its block runs.
 
     Args:
-        record: the folder of the record; it need not exist.
-        heartbeat: seconds between two signs of life.
+        record: Folder of the record, which need not exist.
+
+    Attributes:
+        owner: This process.
 
     Raises:
-        Held: on entering, if another process has it; in or after the block, if another process
-            took it over because this one gave no sign of life.
-        RunError: if the disk does not take it.
+        Held: On entering, if another process has the lock; in or after the block, if another
+            process took it over because this one gave no sign of life.
+        RunError: If the lock cannot be written.
     """
 
-    def __init__(self, record: Path, heartbeat: float = HEARTBEAT) -> None:
+    def __init__(self, record: Path) -> None:
         self.record = record
         self.owner = Owner.me()
-        self._folder = lock_folder(record)
-        self._token = uuid.uuid4().hex
-        self._file = self._folder / self._token
-        self._heartbeat = heartbeat
+        self._lease = SoftFileLease(
+            lock_file(record),
+            lease_duration=STALE,
+            heartbeat_interval=HEARTBEAT,
+            on_compromise=self._interrupt,
+        )
         self._made: list[Path] = []
         self._lost = False
-        self._released = threading.Event()
-        self._thread = threading.Thread(target=self._live, daemon=True)
 
     def __enter__(self) -> "Lock":
-        parents = (self.record.parent, self.record.parent.parent)
-        self._made = [folder for folder in parents if not folder.exists()]
-        self._take()
-        self._thread.start()
+        path = lock_file(self.record)
+        self._made = [folder for folder in (path.parent, path.parent.parent) if not folder.exists()]
+        try:
+            for _ in range(TRIES - 1):
+                with suppress(FileNotFoundError, FileExistsError):  # the folder was just removed
+                    self._take(path)
+                    return self
+                self._lease.release()
+            self._take(path)
+        except (Timeout, LeaseSettingsMismatch) as error:
+            raise self._held() from error
+        except BaseException as error:
+            self._release()
+            if isinstance(error, OSError):
+                raise RunError(f"lock {path} cannot be written ({reason(error)})") from error
+            raise
         return self
+
+    def _take(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sight = _look(path)
+        if sight is not None and sight.owner.has_ended():
+            _take_over(path, sight, "which does not run any more")
+        self._lease.acquire(timeout=0)
+        with path.open("a") as file:
+            file.write(f"{_OWNER}={json.dumps(asdict(self.owner))}\n")
 
     def __exit__(
         self,
@@ -163,81 +194,42 @@ class Lock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._released.set()
-        self._thread.join()
-        _end(self._folder, self._token)
-        with suppress(OSError):  # something was written there
+        self._release()
+        if self._lost and isinstance(error, KeyboardInterrupt):
+            raise self._held() from error
+
+    def _release(self) -> None:
+        self._lease.release()
+        with suppress(OSError):  # not empty
             for folder in self._made:
                 folder.rmdir()
-        if self._lost and isinstance(error, KeyboardInterrupt):
-            raise self._taken_over() from error
 
     def confirm(self) -> None:
-        """Makes sure that the lock is still this process's.
+        """Makes sure that this process still has the lock.
 
         Raises:
-            Held: if it is not.
+            Held: If it does not.
         """
-        if not self._file.exists():
-            raise self._taken_over()
+        published = self._lease.owner
+        if published is None or published.token != self._lease.token:
+            raise self._held()
 
-    def _take(self) -> None:
-        owner = None
-        for _ in range(TRIES):
-            sign = _look(self._folder)
-            owner = sign.owner if sign else None
-            if sign and sign.owner.is_gone():
-                _take_over(self._folder, sign, "which does not run any more")
-            elif sign:
-                break
-            if self._rename_into_place():
-                return
-            time.sleep(0.05)
-        raise Held(self.record, owner)
+    def _held(self) -> Held:
+        sight = _look(lock_file(self.record))
+        return Held(self.record, sight.owner if sight else None)
 
-    def _rename_into_place(self) -> bool:
-        made = self._folder.with_name(f"{self._folder.name}.{self._token}{PARTIAL}")
-        try:
-            made.mkdir(parents=True)
-            (made / self._token).write_text(json.dumps(asdict(self.owner)))
-            with suppress(OSError):  # empty, if who ended it last was killed
-                self._folder.rmdir()
-            made.rename(self._folder)
-        except OSError as error:
-            shutil.rmtree(made, ignore_errors=True)
-            if error.errno not in _OCCUPIED:
-                raise RunError(f"{self._folder} cannot be written: {error}") from error
-            return self._file.exists()  # over NFS what was done may be reported as failed
-        return True
-
-    def _live(self) -> None:
-        while not self._released.wait(self._heartbeat):
-            try:
-                os.utime(self._file)
-            except FileNotFoundError:
-                self._lost = True
-                main = threading.main_thread().ident
-                assert main is not None
-                signal.pthread_kill(main, signal.SIGINT)  # unlike a flag, it ends a sleep
-                return
-            except OSError:
-                continue  # the disk is away; if that lasts, another process takes over
-
-    def _taken_over(self) -> Held:
-        sign = _look(self._folder)
-        return Held(self.record, sign.owner if sign else None)
+    def _interrupt(self, _: object) -> None:
+        self._lost = True
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)  # unlike a flag, it ends a sleep
 
 
 class Watch:
-    """Looks at locks again and again, and ends those whose owners are gone.
+    """Looks at locks again and again, and removes those whose owners have ended."""
 
-    Args:
-        stale: seconds without a sign of life after which an owner is gone.
-    """
-
-    def __init__(self, stale: float = STALE) -> None:
-        self._stale = stale
-        self._seen: dict[Path, tuple[_Sign, float, float]] = {}  # and when, and how long silent
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[_Sight, float, float]] = {}  # sight, when, silent seconds
 
     def wait(self, records: Sequence[Path]) -> list[int]:
         """Waits until locks of `records` are free, and returns the positions of those that are."""
@@ -247,81 +239,79 @@ class Watch:
             time.sleep(POLL)
 
     def is_free(self, record: Path) -> bool:
-        """Whether nobody computes the cell, as far as could be seen up to now."""
-        folder = lock_folder(record)
-        sign = _look(folder)
-        if sign is None or sign.owner.is_gone():
+        """Returns whether no process computes the cell, as far as was seen up to now."""
+        path = lock_file(record)
+        sight = _look(path)
+        if sight is None or sight.owner.has_ended():
             return True
         now = time.monotonic()
-        before, at, silent = self._seen.get(folder, (None, now, 0.0))
-        # Time in which this process did not look, being stopped itself, says nothing.
-        silent = silent + min(now - at, 2 * POLL) if sign == before else 0.0
-        self._seen[folder] = sign, now, silent
-        if silent < self._stale:
+        before, at, silent = self._seen.get(path, (None, now, 0.0))
+        # Time in which this process did not look, because it was stopped itself, does not count.
+        silent = silent + min(now - at, 2 * POLL) if sight == before else 0.0
+        self._seen[path] = sight, now, silent
+        if silent < STALE:
             return False
-        _take_over(folder, sign, f"which gave no sign of life for {silent:.0f} seconds")
-        return True
+        return _take_over(path, sight, f"which gave no sign of life for {silent:.0f} seconds")
 
 
-def lock_folder(record: Path) -> Path:
-    """Where the lock of a record is: beside it, hidden."""
+def lock_file(record: Path) -> Path:
+    """Returns the lock of a record: a hidden file beside it."""
     return record.with_name(f".{record.name}{LOCK}")
 
 
 def find_owner(record: Path) -> Owner | None:
-    """Who computes a cell, unless it is certainly gone."""
-    sign = _look(lock_folder(record))
-    return None if sign is None or sign.owner.is_gone() else sign.owner
+    """Returns the process that computes a cell, unless it has certainly ended."""
+    sight = _look(lock_file(record))
+    return None if sight is None or sight.owner.has_ended() else sight.owner
 
 
-def _look(folder: Path) -> _Sign | None:
+def _look(path: Path) -> _Sight | None:
+    """Returns what can be seen of a lock; None if there is none.
+
+    Raises:
+        RunError: If something else is in its place.
+    """
     try:
-        tokens = [name for name in os.listdir(folder) if name[0] != "."]  # .nfs...: removed
-        if not tokens:
-            return None
-        with open(folder / tokens[0]) as file:  # over NFS only opening asks for the present time
-            content, beat = file.read(), os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
+        with path.open(errors="replace") as file:  # on NFS only opening asks for the present time
+            lines, status = file.read(4096).splitlines(), os.fstat(file.fileno())
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise RunError(f"lock {path} cannot be read ({reason(error)}); remove it") from error
+    fields = dict(line.partition("=")[::2] for line in lines)
     try:
-        return _Sign(tokens[0], Owner(**json.loads(content)), beat)
-    except (ValueError, TypeError):  # of another version, or lost in a power cut
-        return _Sign(tokens[0], Owner("an unknown machine", 0, "an unknown time"), beat)
+        owner = Owner(**json.loads(fields[_OWNER]))
+    except (KeyError, ValueError, TypeError):  # just being written, or damaged by a power cut
+        pid = fields.get("pid", "")
+        host = fields.get("host", "an unknown machine")
+        owner = Owner(host, int(pid) if pid.isdecimal() else 0, "an unknown time")
+    return _Sight(owner, status.st_ino, status.st_mtime_ns)
 
 
-def _take_over(folder: Path, sign: _Sign, reason: str) -> None:
-    if _end(folder, sign.token):
-        name = folder.name.removeprefix(".").removesuffix(LOCK)
-        tqdm.write(f"{name}: taking over from {sign.owner}, {reason}")
+def _take_over(path: Path, sight: _Sight, why: str) -> bool:
+    """Removes the lock that was seen; returns False if it has changed since.
 
-
-def _end(folder: Path, token: str) -> bool:
-    """Ends the lock with this token; False if somebody else did."""
+    Only one process at a time removes locks, so none removes what another one has taken meanwhile.
+    """
+    guard = path.with_name(f"{path.name}.watch")
     try:
-        (folder / token).unlink()
-    except FileNotFoundError:
+        with FileLock(guard, timeout=POLL):
+            if unchanged := _look(path) == sight:
+                path.unlink(missing_ok=True)
+            guard.unlink(missing_ok=True)
+    except Timeout:
         return False
-    finally:
-        with suppress(OSError):  # not there, or taken by the next one
-            folder.rmdir()
+    if not unchanged:
+        return False
+    name = path.name.removeprefix(".").removesuffix(LOCK)
+    tqdm.write(f"{name}: taking over from {sight.owner}, {why}")
     return True
 
 
-def _process_table() -> str:
-    """Names what process ids are unique in: this boot of the kernel, this container."""
+def _namespace() -> str:
+    """Returns what process ids are unique in: this boot of the kernel, this PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
-
-
-def _exists(pid: int) -> bool:
-    """Whether a process runs; a dead one that nobody has waited for does not."""
-    try:
-        os.kill(pid, 0)
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except PermissionError:  # somebody else's; psutil may not even see it
-        return True
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        return False

@@ -1,22 +1,25 @@
-"""One folder per cell: everything that was measured and everything it was measured with.
+"""Records: one folder per cell, with everything that was measured and what it was measured with.
 
     results/runs/<model>-<method>-<bits>-<hash>/
-        config.yaml          the composed configuration
+        config.yaml          composed configuration
         run.json             identity, versions, revision, hardware, stages, calibration, report
         metrics.json         per class: n, accuracy, interval, unparsable
-        predictions.parquet  per question
-        bits.json            per quantized layer: levels counted against levels allowed
+        predictions.parquet  one row per problem
+        bits.json            per quantized layer: levels counted and levels allowed
 
-The hash names what a number depends on: the part of the configuration that `config.influences`
-keeps, the code version, the weights. A folder is written under a hidden name, flushed to disk and
-renamed, so a folder that is there is complete whenever the writer was killed; `run.json` holds the
-checksums of the other files, so one that was damaged later is noticed. Tables read records and
-nothing else.
+The hash covers what a number depends on: the part of the configuration that `influences` keeps, the
+code version and the weights. A folder is written under a hidden name, synced and renamed, so a
+folder that exists is complete even if its writer was killed. `run.json` holds the checksums of the
+other files, so later damage is noticed. Tables read records and nothing else.
 """
 
+import errno
 import hashlib
+import io
 import json
 import math
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -28,14 +31,30 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from pyarrow import ArrowException
 
 from qvlm.bits import BitWidths
 from qvlm.errors import RunError, UserError
 from qvlm.records.files import PARTIAL, explained, write_folder
 
 ANSWERS = ".answers"
-ABANDONED_SECONDS = 600.0  # writing takes well under a second
-FORGOTTEN_SECONDS = 30 * 86_400.0  # nobody resumes a cell that was killed that long ago
+ABANDONED_SECONDS = 600.0  # writing a record takes well under a second
+FORGOTTEN_SECONDS = 30 * 86_400.0  # a cell that was killed that long ago is not resumed
+LONGEST_NAME = 64  # characters of each part of a record's name
+
+_CHECKED = ("bits.json", "config.yaml", "metrics.json", "predictions.parquet")
+# What every record has, and tables rely on.
+_RUN = {
+    **dict.fromkeys(("hash", "model", "method", "method_name", "finished"), str),
+    **dict.fromkeys(("influences", "stages", "report", "versions", "git", "hardware"), dict),
+    "exceeding": list,
+}
+# What reading files that anybody may have written can raise.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, RecursionError),
+    *(yaml.YAMLError, ArrowException, UserError),
+)
+_COLUMNS = ("question_id", "has_image", "answer", "prediction", "correct", "text")
 
 
 @dataclass(frozen=True)
@@ -43,12 +62,13 @@ class Record:
     """A complete cell, read from its folder.
 
     Attributes:
-        path: the folder.
-        config: `config.yaml`.
-        run: `run.json`.
-        metrics: `metrics.json`.
-        predictions: `predictions.parquet`.
-        layers: `bits.json`: layer, w_bits, a_bits, weight_levels, input_levels.
+        path: Folder of the record.
+        config: Content of `config.yaml`.
+        run: Content of `run.json`.
+        metrics: Content of `metrics.json`.
+        predictions: Content of `predictions.parquet`.
+        layers: Content of `bits.json`: one mapping per quantized layer with the keys layer, w_bits,
+            a_bits, weight_levels and input_levels.
     """
 
     path: Path
@@ -60,22 +80,22 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """Name of the folder."""
         return self.path.name
 
     @property
     def model(self) -> str:
-        """The model's name in the configuration."""
-        return self.run["model"]
+        """Name of the model in the configuration."""
+        return str(self.run["model"])
 
     @property
     def method(self) -> str:
-        """The method's name as tables print it."""
-        return self.run["method"]
+        """Name of the method as tables print it."""
+        return str(self.run["method"])
 
     @property
     def bits(self) -> str:
-        """The label of the bit widths: "FP", "W4A4", ..."""
+        """Bit widths as tables print them: "FP", "W4A4", ..."""
         return self.bit_widths.label
 
     @property
@@ -85,49 +105,95 @@ class Record:
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
-        """Reads a folder.
+        """Reads a record.
 
         Raises:
-            RunError: if a file is missing, cannot be read or is not what was written.
+            RunError: If a file is missing, cannot be read, or is not what the run wrote.
         """
         path = Path(path)
+        remedy = f"remove {path} and run the cell again"
         try:
-            run = json.loads((path / "run.json").read_text())
-            content = {name: (path / name).read_bytes() for name in run["files"]}
+            run = read_run(path)
+            content = {name: (path / name).read_bytes() for name in _CHECKED}
             for name, data in content.items():
-                if _checksum(data) != run["files"][name]:
-                    raise RunError(f"{path / name} is not what the run wrote; {_remedy(path)}")
-            return cls(
+                if _checksum(data) != run["files"].get(name):
+                    raise RunError(f"{path / name} is not what the run wrote; {remedy}")
+            record = cls(
                 path=path,
                 config=yaml.safe_load(content["config.yaml"]),
                 run=run,
                 metrics=json.loads(content["metrics.json"]),
-                predictions=pd.read_parquet(path / "predictions.parquet"),
+                predictions=pd.read_parquet(io.BytesIO(content["predictions.parquet"])),
                 layers=json.loads(content["bits.json"]),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RunError(f"{path} is no complete record ({reason}); {_remedy(path)}") from error
+            record._check()
+        except _UNREADABLE as error:
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise RunError(f"{path} is not a complete record ({reason}); {remedy}") from error
+        return record
+
+    def _check(self) -> None:
+        """Makes sure that the parts have the form in which records are written.
+
+        Raises:
+            ValueError: Naming the part that has not.
+        """
+        for key, kind in _RUN.items():
+            if not isinstance(self.run.get(key), kind):
+                raise ValueError(f"run.json: {key} is not of the kind {kind.__name__}")
+        BitWidths(**self.run["influences"]["bits"])
+        for key in ("search_seconds", "candidates"):
+            if key not in self.run["report"]:
+                raise ValueError(f"run.json: report has no {key}")
+        classes = self.metrics.get("classes") if isinstance(self.metrics, dict) else None
+        if not isinstance(classes, dict) or not isinstance(classes.get("Avg"), dict):
+            raise ValueError("metrics.json: classes has no Avg")
+        if not isinstance(self.config, dict):
+            raise ValueError("config.yaml is not a mapping")
+        if not isinstance(self.layers, list) or not all(isinstance(x, dict) for x in self.layers):
+            raise ValueError("bits.json is not a list of mappings")
+        if missing := [name for name in _COLUMNS if name not in self.predictions]:
+            raise ValueError(f"predictions.parquet has no column {missing[0]}")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Reads only the `run.json` of a record, without comparing checksums.
+
+    Raises:
+        OSError, ValueError, RecursionError: If it cannot be read or does not have the form of one.
+    """
+    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    if not isinstance(run, dict) or not isinstance(run.get("files"), dict):
+        raise ValueError("run.json is not a mapping with checksums of files")
+    return run
 
 
 def find_record(path: Path, identity: str) -> tuple[Record | None, str]:
-    """The complete record of a cell, or why there is none ("" if it was never computed)."""
+    """Looks for the record of a cell.
+
+    Args:
+        path: Folder that the record has.
+        identity: Hash of the cell.
+
+    Returns:
+        The complete record, or None; and why a folder that exists is not that record, or "".
+    """
     if not path.exists():
         return None, ""
     try:
         record = Record.load(path)
     except RunError as error:
         return None, str(error)
-    if record.run.get("hash") != identity:
+    if record.run["hash"] != identity:
         return None, f"{path} is the record of another cell"
     return record, ""
 
 
 def find_records(runs_dir: str | Path) -> list[Record]:
-    """Every record of a folder, by name.
+    """Returns every record of a folder, sorted by name.
 
     Raises:
-        RunError: if one of them is damaged.
+        RunError: If one of them is damaged.
     """
     runs = Path(runs_dir)
     if not runs.is_dir():
@@ -137,34 +203,62 @@ def find_records(runs_dir: str | Path) -> list[Record]:
 
 
 def identify(influences: Mapping[str, Any], code: str, weights: Mapping[str, str]) -> str:
-    """The hash of what a cell's numbers depend on (64 hexadecimal digits).
+    """Returns the hash of what a cell's numbers depend on (64 hexadecimal digits).
 
     Args:
-        influences: `config.influences` of the cell.
-        code: the code version.
-        weights: content hashes of the files that the configuration points at.
+        influences: Part of the configuration that influences numbers.
+        code: Code version.
+        weights: Content hashes of the files that the configuration points at.
     """
     whole = {"config": influences, "code": code, "weights": dict(weights)}
     return _checksum(json.dumps(whole, sort_keys=True, allow_nan=False).encode())
 
 
-def require_writable(folder: Path) -> None:
-    """Makes sure that a folder can be made and written, and leaves nothing behind.
+def check_name(option: str, name: str) -> None:
+    """Makes sure that a name can be a part of a record's name.
+
+    A record therefore never lands outside the results folder, hidden, or in another folder.
+
+    Args:
+        option: Key of the configuration, for the message.
+        name: Name of a model, a method or a group.
 
     Raises:
-        UserError: if it cannot.
+        UserError: If it cannot.
     """
-    present = folder.absolute()
-    while not present.exists():
-        present = present.parent
-    try:
-        with tempfile.TemporaryFile(dir=present):
-            return
-    except OSError as error:
+    if not re.fullmatch(rf"(?!\.)[A-Za-z0-9._-]{{1,{LONGEST_NAME}}}", name):
         raise UserError(
-            f"results_dir: {folder} cannot be written ({error.strerror}); "
-            "give a folder that can be made and written"
-        ) from error
+            f"{option}: {name!r} is not a name. Use letters, digits, '.', '_' and '-', not "
+            f"beginning with '.', at most {LONGEST_NAME} characters."
+        )
+
+
+def require_writable(folder: Path, option: str = "results_dir") -> None:
+    """Makes sure that a folder can be made and written, and leaves nothing behind.
+
+    Args:
+        folder: Folder, which need not exist.
+        option: Key of the configuration that names it, for the message.
+
+    Raises:
+        UserError: If it cannot, because of a file or a dangling link in its place, a loop of links,
+            a name that is too long, or missing permission.
+    """
+    try:
+        with explained(
+            f"{option}: {folder}", UserError, "choose a folder that can be made and written"
+        ):
+            present = Path(os.path.abspath(folder))
+            with suppress(FileNotFoundError):  # other errors say that its files cannot exist
+                os.lstat(present / ("x" * 100))
+            while not os.path.lexists(present):
+                present = present.parent
+            if not present.exists():
+                raise OSError(errno.ENOENT, f"{present} is a link to nothing")
+            with tempfile.TemporaryFile(dir=present):
+                pass
+    except ValueError as error:  # a NUL
+        raise UserError(f"{option}: {str(folder)!r} is not a path ({error})") from error
 
 
 def write_record(
@@ -175,10 +269,14 @@ def write_record(
     predictions: pd.DataFrame,
     layers: list[dict[str, Any]],
 ) -> Record:
-    """Writes a record so that it is there whole or not at all; replaces one of the same name.
+    """Writes a record as a whole and replaces one of the same name.
+
+    Args:
+        path: Folder of the record.
+        config, run, metrics, predictions, layers: Parts of the record; see `Record`.
 
     Raises:
-        RunError: if the disk does not take it.
+        RunError: If it cannot be written. Then the record that was there before is unchanged.
     """
     remove_leftovers(path.parent)
 
@@ -196,32 +294,36 @@ def write_record(
 
 
 def remove_leftovers(runs: Path) -> None:
-    """Removes what killed runs left: hidden folders that nobody has written to for long."""
+    """Removes what killed runs left: hidden files and folders that are old enough."""
     if not runs.is_dir():
         return
     for suffix, seconds in ((PARTIAL, ABANDONED_SECONDS), (ANSWERS, FORGOTTEN_SECONDS)):
         for path in runs.glob(f".*{suffix}"):
             with suppress(FileNotFoundError):  # another process has just removed it
-                if time.time() - path.stat().st_mtime > seconds:
+                if time.time() - path.lstat().st_mtime <= seconds:
+                    continue
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
 
 
 def answers_folder(path: Path, identity: str, place: Mapping[str, str]) -> Path:
-    """Where a cell keeps its answers until its record is written: beside the record, hidden.
+    """Returns the hidden folder in which a cell keeps its answers until its record is written.
 
     Args:
-        path: the folder of the record.
-        identity: the cell's hash.
-        place: what else the answers must have in common to be put together: device, versions.
+        path: Folder of the record.
+        identity: Hash of the cell.
+        place: What else must be equal for answers to be put together: device and versions.
     """
     return path.with_name(f".{path.name}.{identify({}, identity, place)[:16]}{ANSWERS}")
 
 
 def plain(value: Any) -> Any:
-    """The same value in the types that JSON and YAML know; a number that is not finite is None.
+    """Converts a value to types of JSON and YAML. A number that is not finite becomes None.
 
     Raises:
-        TypeError: for anything else than mappings, sequences, strings, numbers and paths.
+        TypeError: If it holds anything but mappings, sequences, sets, text, numbers and paths.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
@@ -245,7 +347,3 @@ def _json(value: Any) -> str:
 
 def _checksum(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _remedy(path: Path) -> str:
-    return f"remove {path} and run the cell again"

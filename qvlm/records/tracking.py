@@ -1,13 +1,14 @@
-"""Weights & Biases: every cell a run, every table a run that holds it as an artifact.
+"""Weights & Biases: one run per cell, and one run per table with the table as its artifact.
 
-Called when a record or a table is complete, so nothing that happens here can cost a result: what
-goes wrong is one warning. Offline is the default and needs neither account nor network; later,
-`wandb sync` uploads the folders. Online without a key or connection becomes offline.
+Tracking starts when a record or a table is complete, so it cannot cost a result: whatever goes
+wrong is one warning. `tracking=offline` is the default. It needs no account and makes no network
+call; `wandb sync` uploads the folders later. `tracking=online` becomes offline if there is no API
+key or no connection.
 
-W&B is imported where it is used: with `mode: "off"` never. It watches nothing by itself here (no
-console, no system metrics, no code, no host name): hardware, revision and timings come from the
-record. Its working files go below `tracking.dir` instead of the home folder, unless W&B's own
-environment variables say otherwise.
+W&B is imported only where it is used, so never with `tracking=off`. It collects nothing by itself
+(no console, no system metrics, no code, no host name): hardware, revision and timings come from the
+record. Its working files go below `tracking.dir` instead of the home folder, unless the environment
+variables of W&B say otherwise.
 """
 
 import os
@@ -20,33 +21,31 @@ from typing import Any
 
 import datasets
 import pandas as pd
+from PIL.Image import Image
 from tqdm import tqdm
 
 from qvlm.config.schema import TrackingConfig
+from qvlm.data.prompts import LETTERS
 from qvlm.records.record import Record
 
-LETTERS = "ABCDEFGHIJ"
 CONNECT_SECONDS = 30
 UPLOAD_SECONDS = 120
 
 
-def track(
-    record: Record, questions: datasets.Dataset, tracking: TrackingConfig, group: str
-) -> None:
-    """Logs one cell.
+def track(record: Record, problems: datasets.Dataset, tracking: TrackingConfig, group: str) -> None:
+    """Logs one cell as a W&B run.
 
-    The run has the record's name, the tags model, method and bits, the configuration, accuracy per
-    class as summary and as the table `classes`, stage timings and memory, what the proof of bits
-    saw, and the table `examples`: the same few questions for every cell, so that methods can be
-    compared answer by answer.
+    The run has the name of the record, tags for model, method and bits, the configuration, and the
+    accuracy per class as summary and as the table `classes`. Timings, memory and the measured bits
+    are in the summary. The table `examples` shows the same few problems for every cell, so that
+    methods can be compared answer by answer.
 
     Args:
-        record: complete and on disk.
-        questions: what was asked, in the order of the record's predictions.
-        tracking: where to, and how many examples.
-        group: cells that belong together.
+        record: Complete record on disk.
+        problems: Problems that were asked, in the order of the record's predictions.
+        tracking: Mode, project and folder, and the number of examples.
+        group: Name of the group of cells that the run belongs to.
     """
-
     if tracking.mode == "off":
         return
 
@@ -54,7 +53,7 @@ def track(
         classes = pd.DataFrame.from_dict(record.metrics["classes"], orient="index")
         tables = {"classes": _table(classes.rename_axis("class").reset_index())}
         if tracking.examples:
-            tables["examples"] = _examples(record, questions, tracking.examples)
+            tables["examples"] = _examples(record, problems, tracking.examples)
         run.log(tables)
         run.summary.update(summary(record))
 
@@ -81,14 +80,14 @@ def track(
 
 
 def log_table(csv: Path, page: Path, tracking: TrackingConfig, group: str) -> None:
-    """Logs a finished table: the artifact of both files, and the long form as a W&B table.
+    """Logs a finished table: both of its files as an artifact, and the CSV as a W&B table.
 
     Args:
-        csv, page: the table in its two forms; the name of `csv` is that of the table.
-        tracking: where to.
-        group: the cells that it shows.
+        csv: Table in long form; the stem of its name is the name of the table.
+        page: Table as a page.
+        tracking: Mode, project and folder.
+        group: Name of the group of cells that the table shows.
     """
-
     if tracking.mode == "off":
         return
 
@@ -113,7 +112,7 @@ def log_table(csv: Path, page: Path, tracking: TrackingConfig, group: str) -> No
 
 
 def summary(record: Record) -> dict[str, float]:
-    """The numbers of a record under flat names: `accuracy/NAT`, `seconds/evaluate`, ..."""
+    """Returns the numbers of a record by flat names: `accuracy/NAT`, `seconds/evaluate`, ..."""
     numbers: dict[str, float | None] = {}
     for name, row in record.metrics["classes"].items():
         numbers |= {f"{key}/{name}": row[key] for key in row}
@@ -131,11 +130,16 @@ def summary(record: Record) -> dict[str, float]:
 
 
 def example_rows(has_image: list[bool], count: int) -> list[int]:
-    """Evenly spaced rows, half of them with an image as far as there are enough of either."""
-    pictured = [row for row, image in enumerate(has_image) if image]
-    plain = [row for row, image in enumerate(has_image) if not image]
-    half = max(count - len(plain), min(count // 2, len(pictured)))
-    return sorted(_spaced(pictured, half) + _spaced(plain, count - half))
+    """Chooses evenly spaced rows, half of them with an image where there are enough of both kinds.
+
+    Args:
+        has_image: For each row, whether it has an image.
+        count: Number of rows to choose, at most.
+    """
+    with_image = [row for row, image in enumerate(has_image) if image]
+    without = [row for row, image in enumerate(has_image) if not image]
+    half = max(count - len(without), min(count // 2, len(with_image)))
+    return sorted(_spaced(with_image, half) + _spaced(without, count - half))
 
 
 def _spaced(rows: list[int], count: int) -> list[int]:
@@ -143,30 +147,42 @@ def _spaced(rows: list[int], count: int) -> list[int]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _examples(record: Record, questions: datasets.Dataset, count: int) -> Any:
+def _examples(record: Record, problems: datasets.Dataset, count: int) -> Any:
     import wandb
 
     columns = ["question_id", "skill", "image", "question", "choices", "answer", "prediction"]
     table = wandb.Table(columns=[*columns, "correct", "text"])
     for row in example_rows(record.predictions["has_image"].tolist(), count):
-        asked, said = questions[row], record.predictions.iloc[row]
-        choices = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(asked["choices"])]
+        problem, answer = problems[row], record.predictions.iloc[row]
+        choices = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(problem["choices"])]
         table.add_data(
-            str(said["question_id"]),
-            asked["skill"],
-            wandb.Image(asked["image"]) if asked["image"] is not None else None,
-            "\n".join(part for part in (asked["hint"], asked["question"]) if part),
+            str(answer["question_id"]),
+            problem["skill"],
+            _image(problem["image"]),
+            "\n".join(part for part in (problem["hint"], problem["question"]) if part),
             " ".join(choices),
-            LETTERS[asked["answer"]],
-            None if pd.isna(said["prediction"]) else LETTERS[said["prediction"]],
-            bool(said["correct"]),
-            said["text"],
+            LETTERS[problem["answer"]],
+            None if pd.isna(answer["prediction"]) else LETTERS[answer["prediction"]],
+            bool(answer["correct"]),
+            answer["text"],
         )
     return table
 
 
+def _image(image: Image | None) -> Any:
+    """Returns a W&B image; None if there is none, or if it cannot be shown in RGB."""
+    import wandb
+
+    if image is None:
+        return None
+    try:
+        return wandb.Image(image.convert("RGB"))
+    except (OSError, ValueError):
+        return None
+
+
 def _table(frame: pd.DataFrame) -> Any:
-    """A W&B table; missing values are None, which NaN would not be."""
+    """Returns a W&B table in which missing values are None instead of NaN."""
     import wandb
 
     rows = frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
@@ -174,19 +190,21 @@ def _table(frame: pd.DataFrame) -> Any:
 
 
 def _log(log: Callable[[Any], None], tracking: TrackingConfig, **about: Any) -> None:
-    """Opens a run, lets `log` fill it and closes it; warns where that cannot be done."""
+    """Opens a run, lets `log` fill it and closes it. Any failure becomes a warning."""
     import wandb
 
     try:
-        with _below(Path(tracking.dir)):
-            wandb.setup(wandb.Settings(silent=True))  # nor does it ask for a key then
+        with _environment(tracking):
+            mode: Any = tracking.mode
+            # Without a mode W&B posts telemetry; unless it is silent it asks for an API key.
+            wandb.setup(wandb.Settings(silent=True, mode=mode))
             run = _open(tracking, about)
             try:
                 log(run)
             finally:
                 run.finish()
-                wandb.teardown()  # ends W&B's service, which outlives its runs otherwise
-    except Exception as error:  # what W&B raises has no base class in common
+                wandb.teardown()  # ends W&B's service process, which otherwise outlives its runs
+    except Exception as error:  # the exceptions of W&B have no common base class
         _warn(f"Weights & Biases did not log {about['name']} ({_reason(error)})")
 
 
@@ -213,7 +231,7 @@ def _open(tracking: TrackingConfig, about: Mapping[str, Any]) -> Any:
         return wandb.init(
             project=tracking.project,
             entity=tracking.entity,
-            # W&B adds a folder of this name to the one it is given.
+            # W&B adds a folder named wandb to the one that it is given.
             dir=folder.parent if folder.name == "wandb" else folder,
             mode=mode,
             reinit="create_new",
@@ -224,25 +242,32 @@ def _open(tracking: TrackingConfig, about: Mapping[str, Any]) -> Any:
         if tracking.mode == "offline":
             raise
         _warn(
-            f"tracking=online is not possible ({_reason(error)}); {about['name']} is kept offline, "
-            f"upload it later with: wandb sync {folder}/offline-run-*"
+            f"tracking=online is not possible ({_reason(error)}); {about['name']} is kept offline. "
+            f"Upload it later with: wandb sync {folder}/offline-run-*"
         )
         return _open(replace(tracking, mode="offline"), about)
 
 
 @contextmanager
-def _below(folder: Path) -> Iterator[None]:
-    """Keeps W&B's staging and cache folders in `folder` for the time being."""
+def _environment(tracking: TrackingConfig) -> Iterator[None]:
+    """Sets the environment variables of W&B that the user has not set, for as long as a run lasts.
+
+    They keep W&B's staging and cache folders in `tracking.dir` and, offline, switch off the crash
+    reports of its service process.
+    """
+    folder = Path(tracking.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    places = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache"}
-    set_here = [name for name in places if name not in os.environ]
-    for name in set_here:
-        os.environ[name] = str(folder.absolute() / places[name])
+    wanted = {"WANDB_DATA_DIR": folder / "data", "WANDB_CACHE_DIR": folder / "cache"}
+    values = {name: str(path.absolute()) for name, path in wanted.items()}
+    if tracking.mode == "offline":
+        values["WANDB_ERROR_REPORTING"] = "false"
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in set_here:
-            del os.environ[name]
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _reason(error: Exception) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 import datasets
 import pytest
 
-from qvlm.cell import inputs as prepare
-from qvlm.cell import pipeline
+from qvlm.cell import inputs, pipeline
+from qvlm.cell.identity import Cell
 from qvlm.config.schema import RunConfig
 from tests.helpers.configs import load
 from tests.helpers.problems import make_dataset, make_model, make_problems
@@ -22,6 +22,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded.tokenizer.save_pretrained(folder)
     loaded.image_processor.save_pretrained(folder)
     return folder
+
+
+def run(config: RunConfig) -> Path:
+    """Runs the cell of a configuration, and returns the folder that it leaves."""
+    return pipeline.run_cell(Cell.of(config))
 
 
 SPLITS = {"test": make_dataset(make_problems(12, seed=1)), "train": make_dataset(make_problems(20))}
@@ -40,7 +45,7 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> Tracked:
         assert (source, seed) == ("miniature", 0)
         return SPLITS[split] if limit is None else SPLITS[split].select(range(limit))
 
-    monkeypatch.setattr(prepare, "load_scienceqa", load_split)
+    monkeypatch.setattr(inputs, "load_scienceqa", load_split)
     monkeypatch.setattr(pipeline, "track", lambda *arguments: calls.append(arguments))
     return calls
 

@@ -7,7 +7,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from qvlm.config.schema import CONF, RunConfig, from_hydra, register
+from qvlm.config.compose import CONF, from_hydra, register
+from qvlm.config.schema import RunConfig
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Cells that need no PyTorch, for the launchers: what they do is a word."""
+"""Jobs that need no PyTorch, for the launchers: what they do is a word."""
 
 import os
 import signal
@@ -6,15 +6,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from qvlm.errors import RunError
 from qvlm.records.locks import Held, Lock
-from qvlm.sweep.launchers import Cell, Launcher, Outcome
+from qvlm.sweep.job import Job, Launcher, Outcome
 from tests.helpers.configs import load
 
 
 @dataclass
-class LightCell(Cell):
+class LightJob(Job):
     """Does as `word` says, in the folder that it is started for."""
 
     word: str = ""
@@ -38,9 +40,9 @@ class LightCell(Cell):
 
 
 def run(launcher: Launcher, *words: str) -> list[Outcome]:
-    """What becomes of cells that do these words, in order."""
-    config = load("device=cpu")
-    outcomes = dict(launcher.launch([LightCell(config, word=word) for word in words]))
+    """The outcomes of jobs that do these words, in order."""
+    cell: Any = SimpleNamespace(config=load("device=cpu"))  # a Cell would import PyTorch
+    outcomes = dict(launcher.launch([LightJob(cell, word=word) for word in words]))
     return [outcomes[index] for index in range(len(words))]
 
 

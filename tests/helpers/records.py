@@ -152,18 +152,35 @@ FILES = ["config.yaml", "metrics.json", "predictions.parquet", "bits.json", "run
 
 
 PREDICTIONS = pd.DataFrame(
-    {"question_id": [0, 1], "prediction": pd.array([1, None], dtype="Int64"), "text": ["B", "é"]}
+    {
+        "question_id": [0, 1],
+        "has_image": [True, False],
+        "answer": [1, 2],
+        "prediction": pd.array([1, None], dtype="Int64"),
+        "correct": [True, False],
+        "text": ["B", "é"],
+    }
 )
+
+
+RUN: dict[str, Any] = {
+    "hash": "abc",
+    "model": "mini",
+    "method": "RTN",
+    "method_name": "rtn",
+    "finished": "2026-01-01T00:00:00+00:00",
+    "report": {"search_seconds": None, "candidates": None},
+    "exceeding": [],
+    "influences": {"bits": {"weights": 4, "activations": 4}},
+    **{key: {} for key in ("stages", "versions", "git", "hardware")},
+}
 
 
 def write(path: Path, accuracy: float = 50.0) -> Record:
     return write_record(
         path,
         config={"seed": 0, "results_dir": Path("results")},
-        run={
-            **{"model": "mini", "method": "RTN", "hash": "abc"},
-            "influences": {"bits": {"weights": 4, "activations": 4}},
-        },
+        run=RUN,
         metrics={"classes": {"Avg": {"n": np.int64(2), "accuracy": accuracy}}},
         predictions=PREDICTIONS,
         layers=[{"layer": "a", "w_bits": 4, "a_bits": 4, "weight_levels": 16, "input_levels": 9}],

@@ -1,5 +1,7 @@
-"""Triton's kernels on a CPU, under its interpreter; run by test_pack_triton.py in a process of
-its own, with TRITON_INTERPRET=1."""
+"""Checks of Triton's products on a CPU under its interpreter.
+
+`test_triton.py` runs this file in a process of its own with TRITON_INTERPRET=1.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from qvlm.packing.formats import pack, unit
 from qvlm.packing.kernels import triton_kernels
 from qvlm.packing.layer import PackedLinear
-from tests.unit.packing.test_pack_layer import check, quantized
+from tests.helpers.layers import check, quantized
 
 
 @settings(deadline=None, max_examples=20)
@@ -33,7 +35,7 @@ def test_packed_computes_what_is_simulated(data: st.DataObject) -> None:
 @pytest.mark.parametrize("bits", [(4, 4), (4, 8), (8, 4), (8, 8), (6, 6)])
 @pytest.mark.parametrize("inputs", ["static", "token", "folded"])
 def test_integers_are_equal_to_the_bit(rows: int, bits: tuple[int, int], inputs: str) -> None:
-    """With scales of one an output is the exact sum; with an identity too, the input's steps."""
+    """Weight scales are one, so outputs are exact sums; an identity gives the input's steps."""
     weight_bits, input_bits = bits
     width, group_size = 48, 24
     torch.manual_seed(rows)
@@ -46,7 +48,9 @@ def test_integers_are_equal_to_the_bit(rows: int, bits: tuple[int, int], inputs:
     scale = torch.rand(shape) + 0.1
     zero = torch.randint(0, 2**input_bits, shape).float()
     x = torch.randn(rows, width) * 2.0**input_bits / 4
-    x[0, :9] = (torch.arange(9) - 4.5) * scale.flatten()[:1].expand(9)  # ties, some of them
+    x[0, :9] = (torch.arange(9) - 4.5) * scale.flatten()[:1].expand(
+        9
+    )  # some lie half way between steps
     steps = (x / scale).round().clamp(-zero, 2**input_bits - 1 - zero)
     found = triton_kernels.linear(
         x,
@@ -69,10 +73,13 @@ def test_the_cpu_prefers_its_own_and_outputs_are_rounded_once() -> None:
     layer, x = quantized((48, 64), (4, 4), group_size=64)
     packed = PackedLinear.from_quantized(layer)
     assert packed.choose(1) != "triton" and packed.choose(64) != "triton"
-    packed.kernel = "int4_weight_only"
-    packed(x[:1])  # leaves the codes in a layout of its own
+    # As `int4_weight_only` leaves the codes of a last block of fewer than 64 rows.
+    codes = packed.weight_codes()
+    packed.codes = (codes[::2] | codes[1::2] << 4).T.reshape(48, 32)
+    packed.layout = "int4_weight_only"
+    assert torch.equal(packed.weight_codes(), codes)
     packed.kernel = "triton"
-    x = x[:6].half()  # the interpreter cuts bfloat16 off instead of rounding
+    x = x[:6].half()  # the interpreter truncates to bfloat16 instead of rounding
     assert torch.equal(packed(x), packed(x.float()).half())
     assert packed(x[:0]).shape == (0, 48)
     assert packed.used["triton"] == 3

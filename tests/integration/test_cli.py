@@ -5,13 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from qvlm.cell import inputs as prepare
-from qvlm.cell import pipeline
+from qvlm.cell import inputs, method, pipeline
+from qvlm.cell.identity import Cell, resolve
 from qvlm.cli import main
 from qvlm.config.schema import RunConfig
 from qvlm.errors import RunError, UserError
@@ -35,7 +34,8 @@ class Runs:
         self.cells: list[RunConfig] = []
         self.fails: Callable[[RunConfig], BaseException | None] = lambda config: None
 
-    def __call__(self, config: RunConfig) -> Path:
+    def __call__(self, cell: Cell) -> Path:
+        config = cell.config
         self.cells.append(config)
         if error := self.fails(config):
             raise error
@@ -46,11 +46,16 @@ class Runs:
         return [f"{c.model.name}-{c.method_name}-{c.bits.label}" for c in self.cells]
 
 
+def unidentified(config: RunConfig) -> Cell:
+    """A cell that is never recorded."""
+    return Cell(resolve(config), "0" * 64, {}, "", {})
+
+
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
     monkeypatch.setattr(pipeline, "run_cell", fake)
-    monkeypatch.setattr(prepare, "check", lambda config: {})
+    monkeypatch.setattr(Cell, "of", unidentified)
     return fake
 
 
@@ -132,7 +137,7 @@ def test_the_traceback_is_there_on_demand(
     err = capfd.readouterr().err
     assert "Traceback" in err
     assert "MissingConfigException" in err
-    assert err.splitlines()[-1].startswith("error: unknown option model=foo")
+    assert err.splitlines()[-1].startswith("error: model=foo is not a known option.")
     assert os.environ["HYDRA_FULL_ERROR"] == "1"
     monkeypatch.delenv("HYDRA_FULL_ERROR")
     assert main(["model=foo"]) == 2
@@ -193,12 +198,12 @@ def test_the_experiment_is_the_table(runs: Runs) -> None:
 def test_a_sweep_checks_all_cells_before_the_first(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def check(config: RunConfig) -> dict[str, Any]:
+    def check(config: RunConfig) -> Cell:
         if config.bits.label == "W4A4":
             raise UserError("not this one")
-        return {}
+        return unidentified(config)
 
-    monkeypatch.setattr(prepare, "check", check)
+    monkeypatch.setattr(Cell, "of", check)
     assert main(["-m", "method=fp,rtn", "bits=w6a6,w4a4"]) == 2
     assert runs.cells == []
     assert capfd.readouterr().err == "error: not this one\n"
@@ -274,22 +279,22 @@ def test_a_method_from_another_folder_is_found(elsewhere: Path, runs: Runs) -> N
     assert main(["--config-dir", "mine", "method=coarse", "method.extra=3"]) == 0
     (cell,) = runs.cells
     assert cell.method_name == "coarse"
-    assert prepare.build_method(cell.method).step == 5  # type: ignore[attr-defined]
-    assert prepare.method_file(cell.method) == elsewhere / "mine" / "coarse_method.py"
-    with pytest.raises(UserError, match="Coarse accepts step, extra"):
-        prepare.build_method({**cell.method, "other": 1})
+    assert method.build_method(cell.method).step == 5  # type: ignore[attr-defined]
+    assert method.method_file(cell.method) == elsewhere / "mine" / "coarse_method.py"
+    with pytest.raises(UserError, match="Coarse. Choose one of: step, extra"):
+        method.build_method({**cell.method, "other": 1})
     with pytest.raises(UserError, match="step"):
-        prepare.build_method({"_target_": "coarse_method.Coarse"})
+        method.build_method({"_target_": "coarse_method.Coarse"})
 
 
 def test_devices_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert prepare.find_device("auto") == prepare.find_device("cpu") == "cpu"
-    with pytest.raises(UserError, match="accepted are auto, cpu"):
-        prepare.find_device("cuda")
+    assert inputs.find_device("auto") == inputs.find_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="Choose one of: auto, cpu"):
+        inputs.find_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert prepare.find_device("auto") == prepare.find_device("cuda") == "cuda:0"
-    assert prepare.find_device("cuda:1") == "cuda:1"
+    assert inputs.find_device("auto") == inputs.find_device("cuda") == "cuda:0"
+    assert inputs.find_device("cuda:1") == "cuda:1"
 
 
 def test_a_mistake_is_answered_without_the_heavy_imports(elsewhere: Path) -> None:
@@ -307,5 +312,7 @@ def test_a_mistake_is_answered_without_the_heavy_imports(elsewhere: Path) -> Non
     )
     assert done.returncode == 2
     assert done.stdout == "[]\n"
-    assert done.stderr.startswith("error: unknown option model=foo; accepted are llava_13b")
+    assert done.stderr.startswith(
+        "error: model=foo is not a known option. Choose one of: llava_13b"
+    )
     assert os.listdir(elsewhere) == []

@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 from qvlm.records.locks import Held
-from qvlm.sweep import launchers
-from qvlm.sweep.launchers import Ray, Slurm, build
+from qvlm.sweep import slurm
+from qvlm.sweep.launch import build
+from qvlm.sweep.ray import Ray
+from qvlm.sweep.slurm import Slurm
 from tests.helpers.light_cells import run, workers
 
 submitit = pytest.importorskip("submitit")
@@ -103,10 +105,10 @@ def test_slurm_gets_one_array_with_what_was_asked_for(
         (programs / name).write_text(f"#!/bin/bash\n{script}")
         (programs / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setitem(launchers.POLL, "slurm", 0.2)
+    monkeypatch.setitem(slurm.POLL, "slurm", 0.2)
     launcher = build(
         {
-            "_target_": "qvlm.sweep.launchers.Slurm",
+            "_target_": "qvlm.sweep.slurm.Slurm",
             **dict(partition="short", gpus=2, hours=1.5, memory_gib=24, cpus=3, jobs=2),
             "sbatch": {"account": "me"},
         }
@@ -146,10 +148,10 @@ def test_an_interrupt_leaves_the_jobs_of_a_cluster_alone_and_says_so(
 
     monkeypatch.setattr(submitit, "AutoExecutor", Executor)
     monkeypatch.setattr(submitit.helpers, "as_completed", interrupted)
-    monkeypatch.setattr(launchers.shutil, "which", lambda name: name)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
     with pytest.raises(KeyboardInterrupt):
         run(Slurm(), "a", "b")
-    assert capsys.readouterr().err == "2 Slurm jobs go on; `scancel 70` ends them\n"
+    assert capsys.readouterr().err == "2 Slurm jobs go on; `scancel 70` cancels them\n"
 
 
 def test_ray_runs_all_and_returns_what_fails() -> None:

@@ -4,20 +4,27 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 
+from qvlm.cell import identity
+from qvlm.cell.identity import Cell
 from qvlm.cli import main
 from qvlm.data import miniature
 from qvlm.data.scienceqa import FEATURES
 from qvlm.errors import RunError, UserError
 from qvlm.records.locks import Held, Lock, Watch
 from qvlm.records.record import find_records
-from qvlm.sweep import launchers
-from qvlm.sweep.launchers import Here, Joblib, Ray, Slurm, build
+from qvlm.sweep import job
+from qvlm.sweep.launch import build
+from qvlm.sweep.local import Here, Joblib, worker_device
+from qvlm.sweep.ray import Ray
+from qvlm.sweep.slurm import Slurm
 from tests.helpers.configs import load
 from tests.helpers.light_cells import run, workers
 
@@ -80,7 +87,7 @@ def test_bad_options_are_one_sentence(
 def test_a_missing_extra_is_named(
     kind: type, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launchers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=rf"needs {package}.* pip install .*\[{kind.__name__.lower()}\]"
     ):
@@ -91,7 +98,7 @@ def test_workers_of_joblib_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> N
     def device(worker: str, gpus: int, asked: str = "auto") -> str:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(multiprocessing.current_process(), "_name", worker)
-        return launchers._with_own_gpu(load(f"device={asked}")).device
+        return worker_device(asked)
 
     assert [device(f"LokyProcess-{n}", 2) for n in (1, 2, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert device("LokyProcess-2", 1) == device("LokyProcess-2", 0) == "auto"
@@ -99,18 +106,76 @@ def test_workers_of_joblib_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> N
     assert device("MainProcess", 4) == "auto"
 
 
+def write_problems(folder: Path) -> None:
+    """Writes a data set of 16 problems in each split."""
+    folder.mkdir()
+    for split in ("test", "train"):
+        rows = datasets.Dataset.from_list(miniature.generate(split, 16, seed=0), features=FEATURES)
+        rows.to_parquet(folder / f"{split}.parquet")
+
+
+COUNTING = """
+import os
+from qvlm.cell import identity
+from qvlm.methods.rtn import RTN
+
+identify = identity.identify
+
+def counted(*arguments):
+    with open("identified", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    return identify(*arguments)
+
+identity.identify = counted
+
+class Counting(RTN):
+    name = "Counting"
+"""
+
+
+@pytest.mark.parametrize("launcher", ["here", "joblib"])
+def test_a_sweep_identifies_each_cell_once(
+    launcher: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in every process, from the moment it imports the method of the cells."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(elsewhere)])
+    monkeypatch.setattr(identity, "identify", identity.identify)  # puts it back at the end
+    monkeypatch.delitem(sys.modules, "counting", raising=False)
+    (elsewhere / "counting.py").write_text(COUNTING)
+    write_problems(elsewhere / "data")
+    line = ["-m", "method._target_=counting.Counting", "data=folder", "data.source=data"]
+    line += ["tracking=off", "threads=1", "calibration.samples=8", "bits=w4a4,w8a8"]
+    try:
+        assert main([*line, f"launcher={launcher}"]) == 0
+    finally:
+        get_reusable_executor().shutdown()  # its workers would serve other tests, and count there
+    assert len(find_records("results/runs")) == 2
+    assert (elsewhere / "identified").read_text().split() == [str(os.getpid())] * 2
+
+
+def test_a_job_refuses_code_that_has_changed_since_it_was_planned(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Cell.of(load("device=cpu"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    outcome = job.Job(replace(cell, code="another"))()
+    assert isinstance(outcome, RunError)
+    assert "mini_llava, rtn, W4A4 has changed" in str(outcome)
+
+
 def test_here_is_the_default() -> None:
     assert build(load().launcher) == Here()
+
+
+def no_launch(*_: object) -> None:
+    raise AssertionError("no job is needed")
 
 
 def test_a_sweep_of_two_workers_and_its_failure(
     elsewhere: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real cells of the miniature: one fails, the other is recorded, and reused without workers."""
-    (elsewhere / "data").mkdir()
-    for split in ("test", "train"):
-        rows = datasets.Dataset.from_list(miniature.generate(split, 16, seed=0), features=FEATURES)
-        rows.to_parquet(elsewhere / "data" / f"{split}.parquet")
+    write_problems(elsewhere / "data")
     line = ["-m", "method=rtn", "data=folder", "data.source=data", "tracking=off", "threads=1"]
     capfd.readouterr()
     wrong = [*line, "launcher=joblib", "launcher.jobs=2", "calibration.samples=999,8"]
@@ -118,10 +183,10 @@ def test_a_sweep_of_two_workers_and_its_failure(
     out, err = capfd.readouterr()
     (record,) = find_records("results/runs")
     assert out == f"wrote {record.path}\n"
-    assert err.startswith("error: calibration.samples: 999 is more than ")
-    assert record.config["launcher"] == {"_target_": "qvlm.sweep.launchers.Joblib", "jobs": 2}
+    assert err.startswith("error: calibration.samples=999 is more than ")
+    assert record.config["launcher"] == {"_target_": "qvlm.sweep.local.Joblib", "jobs": 2}
 
-    monkeypatch.setattr(Joblib, "launch", None)
+    monkeypatch.setattr(Joblib, "launch", no_launch)
     again = [*line, "calibration.samples=8"]
     for launcher in ("here", "joblib"):
         assert main([*again, f"launcher={launcher}"]) == 0

@@ -13,27 +13,27 @@ import pandas as pd
 import pytest
 import torch
 
-from qvlm.cell import inputs as prepare
-from qvlm.cell import pipeline
-from qvlm.cell.pipeline import run_cell
+from qvlm.cell import inputs, pipeline
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.methods.base import MethodReport
 from qvlm.quantization import Walk, expected_layers
 from qvlm.records.record import Record, find_records
 from qvlm.runtime.stages import Stages
-from tests.helpers.cells import SPLITS, Tracked
+from tests.helpers.cells import SPLITS, Tracked, run
 from tests.helpers.configs import load
 from tests.helpers.problems import make_model
 
 pytestmark = pytest.mark.usefixtures("tracked")
+
+pytestmark = pytest.mark.instruction_set
 
 QUANTIZED_STAGES = ["load", "calibrate", "quantize", "prove", "evaluate"]
 
 
 def test_a_cell_becomes_a_record(cell: Any, tracked: Tracked, tmp_path: Path) -> None:
     config = cell("group=sweep")
-    path = run_cell(config)
+    path = run(config)
     assert path.parent == tmp_path / "results" / "runs"
     assert re.fullmatch(r"toy-rtn-w4a4-[0-9a-f]{8}", path.name)
     record = Record.load(path)
@@ -69,17 +69,17 @@ def test_a_cell_becomes_a_record(cell: Any, tracked: Tracked, tmp_path: Path) ->
 def test_a_recorded_cell_is_reused(
     cell: Any, tracked: Tracked, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = run_cell(cell())
+    path = run(cell())
     assert f"wrote {path}" in capfd.readouterr().out
     written = {file.name: file.read_bytes() for file in path.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "compute", None)
-        assert run_cell(cell("tracking=off", "threads=1")) == path
+        assert run(cell("tracking=off", "threads=1")) == path
     assert capfd.readouterr().out == f"reused {path}\n"
     assert {file.name: file.read_bytes() for file in path.iterdir()} == written
     assert len(tracked) == 1
 
-    assert run_cell(cell("force=true")) == path
+    assert run(cell("force=true")) == path
     assert len(tracked) == 2
     again = Record.load(path)
     pd.testing.assert_frame_equal(again.predictions, pd.read_parquet(path / "predictions.parquet"))
@@ -89,11 +89,11 @@ def test_a_recorded_cell_is_reused(
 
 
 def test_a_damaged_record_is_computed_anew(cell: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    path = run_cell(cell())
+    path = run(cell())
     metrics = (path / "metrics.json").read_text()
     (path / "metrics.json").write_text(metrics[:10])
     capfd.readouterr()
-    assert run_cell(cell()) == path
+    assert run(cell()) == path
     out, err = capfd.readouterr()
     assert err.startswith(f"warning: {path}/metrics.json is not what the run wrote")
     assert f"wrote {path}" in out
@@ -102,7 +102,7 @@ def test_a_damaged_record_is_computed_anew(cell: Any, capfd: pytest.CaptureFixtu
 
 def test_full_precision_is_evaluated_and_nothing_else(cell: Any) -> None:
     paths = {
-        run_cell(cell(*words)) for words in (["method=fp"], ["bits=fp"], ["method=fp", "bits=w6a6"])
+        run(cell(*words)) for words in (["method=fp"], ["bits=fp"], ["method=fp", "bits=w6a6"])
     }
     (path,) = paths
     assert re.fullmatch(r"toy-fp-fp-[0-9a-f]{8}", path.name)
@@ -114,16 +114,16 @@ def test_full_precision_is_evaluated_and_nothing_else(cell: Any) -> None:
 
 def test_cells_that_differ_do_not_meet(cell: Any, tmp_path: Path) -> None:
     for words in ([], ["bits=w8a8"], ["evaluation.limit=5"], ["seed=1"]):
-        run_cell(cell(*words))
+        run(cell(*words))
     records = find_records(tmp_path / "results" / "runs")
     assert len({record.run["hash"] for record in records}) == 4
     assert sorted(len(record.predictions) for record in records) == [5, 12, 12, 12]
 
 
 def test_a_packed_model_answers_as_the_simulated_one(cell: Any, tmp_path: Path) -> None:
-    simulated = Record.load(run_cell(cell()))
+    simulated = Record.load(run(cell()))
     config = cell(f"save_packed={tmp_path}/packed")
-    path = run_cell(config)
+    path = run(config)
     assert re.fullmatch(r"toy-rtn-w4a4-packed-[0-9a-f]{8}", path.name)
     packed = Record.load(path)
     assert list(packed.run["stages"]) == [*QUANTIZED_STAGES[:-1], "pack", "evaluate"]
@@ -136,7 +136,7 @@ def test_a_packed_model_answers_as_the_simulated_one(cell: Any, tmp_path: Path) 
     assert all(0 < row["weight_levels"] <= 16 for row in packed.layers)
     assert all(1 < row["input_levels"] <= 16 for row in packed.layers)
 
-    loaded = Record.load(run_cell(cell(f"model.packed={tmp_path}/packed", "method=awq", "seed=5")))
+    loaded = Record.load(run(cell(f"model.packed={tmp_path}/packed", "method=awq", "seed=5")))
     assert (loaded.method, loaded.bits, loaded.run["seed"]) == ("RTN", "W4A4", 5)
     assert list(loaded.run["stages"]) == ["load", "pack", "evaluate"]
     assert loaded.predictions["text"].equals(packed.predictions["text"])
@@ -144,11 +144,10 @@ def test_a_packed_model_answers_as_the_simulated_one(cell: Any, tmp_path: Path) 
 
 
 def test_exact_execution_is_quantized_as_simulated_and_evaluated_as_packed(cell: Any) -> None:
-    path = run_cell(cell("execution=exact"))
+    path = run(cell("execution=exact"))
     assert re.fullmatch(r"toy-rtn-w4a4-exact-[0-9a-f]{8}", path.name)
     exact, simulated, packed = (
-        Record.load(run_cell(cell(f"execution={name}")))
-        for name in ("exact", "simulated", "packed")
+        Record.load(run(cell(f"execution={name}"))) for name in ("exact", "simulated", "packed")
     )
     assert exact.run["execution"] == "exact"
     assert exact.run["kernels"] == {}
@@ -156,7 +155,7 @@ def test_exact_execution_is_quantized_as_simulated_and_evaluated_as_packed(cell:
     assert exact.layers == simulated.layers
     assert exact.run["weight_bytes"] > simulated.run["weight_bytes"]  # float64 weights
     assert exact.predictions["text"].equals(packed.predictions["text"])
-    full = Record.load(run_cell(cell("execution=exact", "method=fp")))
+    full = Record.load(run(cell("execution=exact", "method=fp")))
     assert full.run["execution"] == "simulated"
 
 
@@ -165,24 +164,38 @@ def test_a_packed_cell_is_reused_as_long_as_its_checkpoint_is_there(
 ) -> None:
     config = cell(f"save_packed={tmp_path}/packed")
     for said in ("wrote", "reused"):
-        run_cell(config)
+        run(config)
         assert said in capsys.readouterr().out
     (tmp_path / "packed" / "qvlm.json").unlink()
-    run_cell(config)
+    run(config)
     assert "wrote" in capsys.readouterr().out
-    run_cell(cell(f"model.packed={tmp_path}/packed"))
+    run(cell(f"model.packed={tmp_path}/packed"))
+
+
+def test_a_cell_may_end_once_its_packed_model_is_written(
+    cell: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"save_packed={tmp_path}/packed", "evaluate=false"]
+    for said in ("wrote", "reused"):
+        assert run(cell(*words)) == tmp_path / "packed"
+        assert capsys.readouterr().out == f"{said} {tmp_path}/packed\n"
+    assert find_records(tmp_path / "results" / "runs") == []
+    record = Record.load(run(cell(words[0])))  # the same cell, evaluated
+    loaded = Record.load(run(cell(f"model.packed={tmp_path}/packed")))
+    assert loaded.predictions["text"].equals(record.predictions["text"])
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["kernel=int_mm"], "needs execution=packed"),
-        (["execution=fast"], "execution: 'fast' .* simulated, exact, packed"),
-        (["execution=exact", "save_packed=FULL"], "'exact' is simulated"),
-        (["execution=exact", "model.packed=nowhere"], "'exact' is simulated"),
+        (["kernel=int_mm"], "Give execution=packed"),
+        (["execution=fast"], "execution=fast .* simulated, exact, packed"),
+        (["execution=exact", "save_packed=FULL"], "execution=exact is not for packed"),
+        (["execution=exact", "model.packed=nowhere"], "execution=exact is not for packed"),
         (["execution=packed", "kernel=int4_weight_only", "bits=w6a6"], "takes no layer"),
+        (["execution=packed", "kernel=fast"], "kernel=fast .* Choose one of: auto, "),
         (["model.packed=nowhere"], "model.packed: nowhere has no readable qvlm.json"),
-        (["save_packed=FULL"], "save_packed: .* holds other files"),
+        (["save_packed=FULL"], "save_packed=.* is not empty and holds no checkpoint"),
     ],
 )
 def test_what_cannot_be_packed_is_said(
@@ -192,33 +205,36 @@ def test_what_cannot_be_packed_is_said(
     full.mkdir()
     (full / "diary.txt").write_text("dear")
     with pytest.raises(UserError, match=words):
-        run_cell(cell(*(text.replace("FULL", str(full)) for text in overrides)))
+        run(cell(*(text.replace("FULL", str(full)) for text in overrides)))
     assert (full / "diary.txt").read_text() == "dear"
     assert os.listdir(tmp_path) == ["full"]
 
 
 def test_the_seed_draws_the_calibration_samples(cell: Any) -> None:
-    drawn = [prepare.draw_calibration(cell(f"seed={seed}"))[1] for seed in (0, 0, 1)]
+    drawn = [inputs.draw_calibration(cell(f"seed={seed}"))[1] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
-    problems, rows = prepare.draw_calibration(cell())
+    problems, rows = inputs.draw_calibration(cell())
     assert [p["question"] for p in problems] == [SPLITS["train"][row]["question"] for row in rows]
 
 
 def test_calibration_draws_image_text_pairs_unless_told_otherwise(cell: Any) -> None:
     pictured = [row for row in range(20) if SPLITS["train"][row]["image"] is not None]
     assert 6 < len(pictured) < 20
-    _, rows = prepare.draw_calibration(cell(f"calibration.samples={len(pictured)}"))
+    _, rows = inputs.draw_calibration(cell(f"calibration.samples={len(pictured)}"))
     assert rows == pictured
-    _, rows = prepare.draw_calibration(cell("calibration.images=any", "calibration.samples=20"))
+    _, rows = inputs.draw_calibration(cell("calibration.images=any", "calibration.samples=20"))
     assert rows == list(range(20))
     with pytest.raises(UserError, match=f"1 to {len(pictured)}, or calibration.images=any"):
-        prepare.draw_calibration(cell(f"calibration.samples={len(pictured) + 1}"))
+        inputs.draw_calibration(cell(f"calibration.samples={len(pictured) + 1}"))
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("calibration.samples=21", "calibration.samples: 21 .* with images; accepted are 1 to "),
+        (
+            "calibration.samples=21",
+            "calibration.samples=21 .* with images. Give a number from 1 to ",
+        ),
         ("model.weight_group_size=7", "group.size"),
     ],
 )
@@ -226,7 +242,7 @@ def test_what_shows_late_is_the_users_error_too(
     override: str, words: str, cell: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words) as refusal:
-        run_cell(cell(override))
+        run(cell(override))
     assert "\n" not in str(refusal.value)
     assert os.listdir(tmp_path) == []
 
@@ -239,7 +255,7 @@ def test_truncated_weights_are_the_users_error(cell: Any, checkpoint: Path, tmp_
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="broken"):
-        run_cell(cell(f"model.path={broken}"))
+        run(cell(f"model.path={broken}"))
     assert os.listdir(tmp_path) == ["broken"]
 
 
@@ -251,7 +267,7 @@ def test_a_run_that_breaks_leaves_nothing(
 
     monkeypatch.setattr(pipeline, "evaluate", break_)
     with pytest.raises(RunError, match="parsed"):
-        run_cell(cell())
+        run(cell())
     assert os.listdir(tmp_path) == []
 
 
@@ -259,7 +275,7 @@ def test_a_killed_cell_goes_on_within_its_evaluation(
     cell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["evaluation.batch_size=5"]
-    undisturbed = Record.load(run_cell(cell(*words)))
+    undisturbed = Record.load(run(cell(*words)))
     assert "resumed_questions" not in undisturbed.run["stages"]["evaluate"]
     ask = InMemoryModel._batch
 
@@ -271,17 +287,17 @@ def test_a_killed_cell_goes_on_within_its_evaluation(
     def stop(*others: str) -> list[str]:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(InMemoryModel, "_batch", interrupted)
-            run_cell(cell(*words, *others, "force=true"))
+            run(cell(*words, *others, "force=true"))
         return [name for name in os.listdir(runs) if name.startswith(".")]
 
     runs = tmp_path / "results" / "runs"
     (answers,) = stop()
     assert answers.startswith(f".{undisturbed.name}.")
-    run_cell(cell("evaluation.batch_size=5", "seed=1"))  # another cell: it takes none of these
+    run(cell("evaluation.batch_size=5", "seed=1"))  # another cell: it takes none of these
     assert len(stop("evaluation.max_new_tokens=3")) == 2
     shutil.rmtree(undisturbed.path)
 
-    record = Record.load(run_cell(cell(*words)))
+    record = Record.load(run(cell(*words)))
     assert record.run["stages"]["evaluate"]["resumed_questions"] == 10
     pd.testing.assert_frame_equal(record.predictions, undisturbed.predictions)
     assert record.metrics == undisturbed.metrics
@@ -307,7 +323,7 @@ class Forgetful:
 def test_a_layer_left_in_floating_point_is_recorded_and_said(
     cell: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = run_cell(cell(f"method._target_={__name__}.Forgetful"))
+    path = run(cell(f"method._target_={__name__}.Forgetful"))
     record = Record.load(path)
     (layer,) = record.run["exceeding"]
     (row,) = (row for row in record.layers if row["layer"] == layer)
@@ -322,7 +338,7 @@ def test_a_layer_left_in_floating_point_is_recorded_and_said(
 def test_progress_is_silent_without_a_terminal(
     cell: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_cell(cell())
+    run(cell())
     assert capfd.readouterr().err == ""
 
 
@@ -331,12 +347,12 @@ def test_only_models_of_full_size_keep_few_primitives(
 ) -> None:
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, "3")
-    prepare.settle(cell(), "cpu")
+    inputs.settle(cell(), "cpu")
     assert os.environ[name] == "3"  # whoever runs it knows better
     monkeypatch.delenv(name)
-    prepare.settle(load(), "cpu")
+    inputs.settle(load(), "cpu")
     assert name not in os.environ
-    prepare.settle(cell(), "cpu")
+    inputs.settle(cell(), "cpu")
     assert os.environ[name] == "16"
 
 

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from qvlm.cell import inputs as prepare
-from qvlm.cell.pipeline import run_cell
+from qvlm.cell.checks import check_options
 from qvlm.errors import UserError
 from qvlm.models import LoadedModel, load_model, placement
 from qvlm.models.placement import room, spread
 from qvlm.packing import weight_bytes
 from qvlm.records.record import Record
+from tests.helpers.cells import run
 from tests.helpers.configs import load
 
 pytestmark = pytest.mark.usefixtures("tracked")
@@ -57,7 +58,7 @@ def test_layers_stay_in_one_piece(tmp_path: Path) -> None:
 
 def test_a_packed_model_in_two_places(cell: Any, tmp_path: Path) -> None:
     config = cell(f"save_packed={tmp_path}/packed")
-    run_cell(config)
+    run(config)
     folder = cell(f"model.packed={tmp_path}/packed")
     whole, parts = (prepare.load(folder, "cpu") for _ in range(2))
     assert "disk" in in_two(parts, tmp_path / "disk").values()
@@ -73,7 +74,7 @@ def test_a_cell_with_hooks_everywhere_is_the_same_cell(
 ) -> None:
     """The map of a machine whose only card is its main memory."""
     options = [f"method={method}", f"save_packed={tmp_path}/packed"]
-    alone = Record.load(run_cell(cell(*options)))
+    alone = Record.load(run(cell(*options)))
     monkeypatch.setattr(prepare, "find_device", lambda name: name)
     dispatched = []
 
@@ -86,7 +87,7 @@ def test_a_cell_with_hooks_everywhere_is_the_same_cell(
     config = load("device=map", "max_memory=[1GiB]")
     assert config.max_memory == ["1GiB"]
     again = cell(*options, "force=true", "device=map", "max_memory=[1GiB]")
-    spread_out = Record.load(run_cell(again))
+    spread_out = Record.load(run(again))
     assert len(dispatched) == 1
     assert spread_out.run["hash"] == alone.run["hash"]
     assert spread_out.run["device"] == "map"
@@ -114,7 +115,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
 def test_a_map_needs_a_card(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match=said):
-        prepare.check_options(load(*words))
+        check_options(load(*words))
 
 
 def test_room_is_what_is_free_unless_it_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,8 +58,8 @@ class Shared:
 
     def owned(self, process: BaseProcess) -> list[str]:
         """The names of the records whose locks a process has."""
-        locks = self.runs.glob(".*.lock/*")
-        said = {lock.parent.name: _read(lock) for lock in locks}
+        locks = self.runs.glob(".*.lock")
+        said = {lock.name: _read(lock) for lock in locks}
         return [name[1:-5] for name, text in said.items() if f'"pid": {process.pid},' in text]
 
     def stop_within(self, process: BaseProcess) -> str:

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
-from qvlm.cell import inputs as prepare
-from qvlm.cell.pipeline import run_cell
+from qvlm.cell import inputs
+from qvlm.cell.identity import Cell
+from qvlm.cell.method import build_method
 from qvlm.cell.streaming import stream_cell
 from qvlm.cli import main
 from qvlm.config.schema import RunConfig
@@ -31,7 +32,7 @@ from qvlm.errors import UserError
 from qvlm.methods.base import MethodReport
 from qvlm.models.load import save_packed_model
 from qvlm.packing import PackedLinear, pack_model, read_origin
-from qvlm.packing.stream import PARTIAL, PROGRESS, PackedStream
+from qvlm.packing.partial import PARTIAL, PROGRESS, PartialCheckpoint
 from qvlm.quantization import (
     QuantLinear,
     QuantSpec,
@@ -42,8 +43,11 @@ from qvlm.quantization import (
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuantizer
 from qvlm.runtime.stages import Stages
+from tests.helpers.cells import run
 from tests.helpers.configs import load
 from tests.helpers.standins import write
+
+pytestmark = pytest.mark.instruction_set
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments"
 SPEC = importlib.util.spec_from_file_location("streaming_experiment", FOLDER / "streaming.py")
@@ -60,7 +64,7 @@ PROBLEMS: dict[str, Any] = {}
 @pytest.fixture(autouse=True)
 def few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     """Problems are generated once, and few."""
-    monkeypatch.setattr(prepare, "load_scienceqa", problems)
+    monkeypatch.setattr(inputs, "load_scienceqa", problems)
 
 
 def problems(source: str, split: str, limit: int | None, seed: int) -> Any:
@@ -78,19 +82,24 @@ def streamed(folder: Path, *overrides: str) -> RunConfig:
     return config
 
 
-def write_stream(config: RunConfig, identity: str = "it") -> None:
-    method = prepare.build_method(config.method)
+def write_stream(config: RunConfig) -> None:
+    method = build_method(config.method)
     with Stages("test", 2) as stages:
-        stream_cell(config, method, "cpu", identity, stages)
+        stream_cell(unidentified(config), method, "cpu", stages)
+
+
+def unidentified(config: RunConfig) -> Cell:
+    """A cell whose hash is not that of what it depends on."""
+    return Cell(config, "it", {}, "", {})
 
 
 def write_in_memory(config: RunConfig, folder: Path) -> None:
     """The ordinary way: everything in memory, packed at the end."""
-    loaded = prepare.load(replace(config, stream=False), "cpu")
-    samples, _ = prepare.draw_calibration(config)
+    loaded = inputs.load(replace(config, stream=False), "cpu")
+    samples, _ = inputs.draw_calibration(config)
     batches = batch_by_length(loaded, samples, config.calibration.batch_size)
-    walk = Walk(loaded.model, batches, prepare.quantization_config(config))
-    prepare.build_method(config.method).quantize(walk)
+    walk = Walk(loaded.model, batches, inputs.quantization_config(config))
+    build_method(config.method).quantize(walk)
     pack_model(loaded.model)
     save_packed_model(loaded, folder, {})
 
@@ -140,22 +149,22 @@ def test_a_streamed_cell_is_evaluated_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = streamed(tmp_path / "packed")
-    path = run_cell(config)
-    run = json.loads((path / "run.json").read_text())
-    assert list(run["stages"]) == ["calibrate", "quantize", "load", "pack", "evaluate"]
-    assert len(run["calibration"]["ids"]) == 3
-    assert run["execution"] == "packed"
+    path = run(config)
+    written = json.loads((path / "run.json").read_text())
+    assert list(written["stages"]) == ["calibrate", "quantize", "load", "pack", "evaluate"]
+    assert len(written["calibration"]["ids"]) == 3
+    assert written["execution"] == "packed"
     memory = load(*FEW, "execution=packed", f"results_dir={tmp_path}/results")
-    assert prepare.identity(memory)["hash"] == run["hash"]  # one cell, whichever way it is made
-    assert run_cell(config) == path
+    assert Cell.of(memory).hash == written["hash"]  # one cell, whichever way it is made
+    assert run(config) == path
     assert "reused" in capsys.readouterr().out
-    run_cell(streamed(tmp_path / "packed", "force=true"))
+    run(streamed(tmp_path / "packed", "force=true"))
 
     # Killed while it was evaluated: what is written is not written again.
     for file in path.iterdir():
         file.unlink()
     path.rmdir()
-    assert run_cell(config) == path
+    assert run(config) == path
     assert list(json.loads((path / "run.json").read_text())["stages"]) == [
         "load",
         "pack",
@@ -166,11 +175,14 @@ def test_a_streamed_cell_is_evaluated_and_recorded(
 def test_a_streamed_cell_may_end_once_it_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = streamed(tmp_path / "packed", "evaluation.limit=0")
+    config = streamed(tmp_path / "packed", "evaluate=false")
     for said in ("wrote", "reused"):
-        assert run_cell(config) == tmp_path / "packed"
+        assert run(config) == tmp_path / "packed"
         assert f"{said} {tmp_path / 'packed'}" in capsys.readouterr().out
-    run_cell(load(*FEW, f"model.packed={tmp_path}/packed", f"results_dir={tmp_path}/results"))
+    run(load(*FEW, f"model.packed={tmp_path}/packed", f"results_dir={tmp_path}/results"))
+    # It is the cell that is evaluated later, so what is written is not written again.
+    path = run(streamed(tmp_path / "packed"))
+    assert "calibrate" not in json.loads((path / "run.json").read_text())["stages"]
 
 
 # --- kills
@@ -178,18 +190,18 @@ def test_a_streamed_cell_may_end_once_it_is_written(
 
 def killed(folder: Path, overrides: list[str], writes: int) -> None:
     """In a process of its own: streams until so many files are written, then dies."""
-    prepare.load_scienceqa = problems  # type: ignore[assignment]
+    inputs.load_scienceqa = problems  # type: ignore[assignment]
     torch.set_num_threads(1)
-    whole, left = PackedStream._write, [writes]
+    whole, left = PartialCheckpoint._write, [writes]
 
-    def write(self: PackedStream, name: str, how: Any) -> None:
+    def write(self: PartialCheckpoint, name: str, how: Any) -> None:
         if not left[0]:
             how(self.partial / (name + ".tmp"))  # it has no name yet
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
         whole(self, name, how)
 
-    PackedStream._write = write  # type: ignore[method-assign]
+    PartialCheckpoint._write = write  # type: ignore[method-assign]
     write_stream(streamed(folder, *overrides))
 
 
@@ -232,11 +244,11 @@ def test_what_is_killed_goes_on_and_ends_the_same(
 
 def test_what_another_cell_began_is_not_gone_on_with(tmp_path: Path) -> None:
     folder = tmp_path / "packed"
-    PackedStream(folder, "another", ["block"], "cpu")
+    PartialCheckpoint(folder, "another", ["block"], "cpu")
     with pytest.raises(UserError, match="begun by another cell"):
         write_stream(streamed(folder))
     (tmp_path / "packed.partial" / PROGRESS).write_bytes(b"")
-    with pytest.raises(UserError, match="is damaged; delete"):
+    with pytest.raises(UserError, match="is damaged. Delete"):
         write_stream(streamed(folder))
     write_stream(streamed(folder, "force=true"))
     assert folder.is_dir()
@@ -283,24 +295,28 @@ def test_what_sees_layers_twice_is_refused_before_anything_runs(
 ) -> None:
     words = [*FEW, f"method={method}", "stream=true", f"save_packed={tmp_path}/packed"]
     assert main([*words, f"results_dir={tmp_path}/results"]) == 2
-    assert "error: stream: Q-VLM" in capsys.readouterr().err
+    assert "error: stream=true is not possible with Q-VLM" in capsys.readouterr().err
     assert not (tmp_path / "packed.partial").exists()
 
 
 @pytest.mark.parametrize("method", [Looks(), Joins()], ids=lambda method: method.name)
 def test_a_strangers_method_is_refused_at_the_first_block(method: Any, tmp_path: Path) -> None:
     config = streamed(tmp_path / "packed")
-    with Stages("test", 2) as stages, pytest.raises(UserError, match="once; accepted are"):
-        stream_cell(config, method, "cpu", "it", stages)
+    with Stages("test", 2) as stages, pytest.raises(UserError, match="each layer once"):
+        stream_cell(unidentified(config), method, "cpu", stages)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["stream=true"], "stream: give save_packed=FOLDER"),
-        (["evaluation.limit=0"], "evaluation.limit: 0 is not accepted"),
-        (["stream=true", "save_packed=x", "evaluation.limit=-1"], "evaluation.limit"),
-        (["stream=true", "save_packed=x", "method=fp", "evaluation.limit=0"], "evaluation.limit"),
+        (["stream=true"], "Give save_packed=FOLDER"),
+        (["stream=true", "save_packed=x", "device=map"], "Stream with device=auto"),
+        (["evaluation.limit=0"], "evaluation.limit=0 is not .* give evaluate=false"),
+        (["stream=true", "save_packed=x", "evaluation.limit=0"], "give evaluate=false"),
+        (["evaluation.limit=-1"], "evaluation.limit=-1"),
+        (["evaluate=false"], "Give save_packed=FOLDER"),
+        (["evaluate=false", "save_packed=x", "method=fp"], "a method that quantizes"),
+        (["evaluate=false", "save_packed=x", "bits=fp"], "a method that quantizes"),
     ],
 )
 def test_wrong_options_are_said(words: list[str], said: str) -> None:
@@ -357,7 +373,7 @@ def peak(folder: Path, layers: int) -> None:
         patch_size=56,
     )
     experiment.write_checkpoint(folder, content, vision)
-    prepare.load_scienceqa = problems  # type: ignore[assignment]
+    inputs.load_scienceqa = problems  # type: ignore[assignment]
     torch.set_num_threads(1)
     # Everything large is mapped, and given back when freed: what the allocator would keep for
     # later, several layers at times, is not what is measured here.

@@ -1,19 +1,22 @@
-/* Products with packed weights on a CPU with AVX-512, VNNI, VBMI and BF16. See native.py.
+/* Products with packed weights on a CPU with AVX-512 VNNI, VBMI and BF16. native_library.py calls
+   them and says what each is for; base.py defines steps t and v, codes q and zero points z.
 
-   A weight row is a stream of codes of `bits` bits, lowest bit first, so that any 8 codes are
-   `bits` bytes: codes are unpacked 64 at a time, whatever their width. Channels are visited in
-   cells: runs that share a scale, of at most CELL channels. What is summed within a cell is exact
-   in int32. Cells are scaled and added in order: in float32 for inputs in bf16; for others, which
-   ask for more, in float64, and what is returned is float64.
+   A weight row is a stream of codes of `bits` bits, lowest bit first (see formats.py), so 8 codes
+   take `bits` bytes whatever their width, and 64 codes are unpacked at once. Channels are visited
+   in scale runs: at most MAX_RUN neighboring channels that share all scales. The sum over a run is
+   exact in int32. Sums of runs are scaled and added in order, in float32 for inputs in bf16 and in
+   float64 for inputs in float32, whose output is float64 too.
 
-   Threads are those of the OpenMP library that PyTorch has loaded. */
+   A parallel loop runs on the threads of the OpenMP library that PyTorch has loaded. Names: `m`
+   counts rows of inputs, `n` counts rows of the weight, which are outputs, and `k` counts channels.
+   `always_inline` functions are called with constants, and each call is compiled for its own. */
 
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* Calls f(count), each count compiled for itself: its accumulators are then registers. */
+/* Calls f with a constant count from 1 to 4, so that its accumulators are kept in registers. */
 #define SPECIALIZED(count, f) \
     switch (count) { \
     case 1: f(1); break; \
@@ -22,41 +25,57 @@
     default: f(4); break; \
     }
 
-enum { CHUNK = 64, CELL = 512, ROWS = 4, OUTPUTS = 4, TILE = 64, STRIPE = 4, BAND = 768 };
-/* Products below which one thread is done before another has begun. */
+enum {
+    CHUNK = 64,    /* codes that are unpacked at once */
+    MAX_RUN = 512, /* channels of a scale run at most */
+    ROWS = 4,      /* input rows that share a pass over the weight */
+    OUTPUTS = 4,   /* weight rows that share a pass over one input row */
+    TILE = 64,     /* outputs of a tile, whose weight is unpacked once for many input rows */
+    STRIPE = 4,    /* input rows that are multiplied with a tile at once */
+    BAND = 768,    /* input rows whose outputs of a tile are kept together */
+};
+/* Multiplications below which a second thread costs more time than it saves. */
 enum { SMALL = 1 << 20 };
 
+/* A packed weight. `_Weight` of native_library.py has the same fields in the same order. */
 typedef struct {
-    const uint8_t *codes;          /* [rows, row_bytes] */
-    int64_t rows, width, row_bytes;
-    int64_t bits, group;           /* group: channels that share a scale */
-    const float *scale;            /* uniform: [rows or 1, groups] */
-    const uint8_t *zero;           /* the same */
-    int64_t stride;                /* from a row's scales to the next row's; 0 if rows share them */
-    const float *factor;           /* [groups]: scales of the input, or NULL for ones */
-    const float *levels;           /* NormalFloat: the values of codes, or NULL */
-    const uint8_t *constant_codes; /* [rows * groups], or NULL if `constants` is not quantized */
-    const float *constant_levels;  /* [256] */
-    const float *constants;        /* one for `constant_block` of the codes, or [rows * groups] */
-    float mean;
-    int64_t constant_block;
+    const uint8_t *codes;         /* [rows, row_bytes] */
+    int64_t rows, width;          /* outputs and input channels */
+    int64_t row_bytes;
+    int64_t bits;                 /* of a code, 2 to 8 */
+    int64_t group;                /* neighboring channels that share a scale or an absmax */
+    const float *scale;           /* uniform weight: [rows or 1, groups] */
+    const uint8_t *zero;          /* uniform weight: zero points, of the same shape */
+    int64_t stride;               /* scales from one row to the next; 0 if all rows share them */
+    const float *factor;          /* [groups]: input scale of each group, or NULL for ones */
+    const float *levels;          /* NormalFloat: value of each code, [2^bits]; or NULL */
+    const uint8_t *absmax_codes;  /* NormalFloat: [rows * groups], or NULL if absmax is float32 */
+    const float *absmax_levels;   /* value of each absmax code, [256] */
+    const float *nested_absmax;   /* one per `nested_block` codes; or absmax, [rows * groups] */
+    float mean;                   /* of the absmax values, subtracted before they were quantized */
+    int64_t nested_block;         /* absmax codes that share a nested absmax */
 } Weight;
 
+/* Whether this CPU has all instructions that are used here. */
 int supported(void) {
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512bf16");
 }
 
+/* The smaller of two numbers. */
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* A mask of the first `count` of 64 lanes. */
 static inline __mmask64 first(int64_t count) {
     return count >= 64 ? ~0ull : ~0ull >> (64 - count);
 }
 
-/* How 64 codes come out of their bytes. */
+/* Constants that unpack 64 codes of one bit width. */
 typedef struct {
-    __m512i bytes, shifts, mask;
+    __m512i bytes;   /* for each code, which byte goes to its lane */
+    __m512i shifts;  /* for each code, where it begins in the 8 bytes of its group of 8 codes */
+    __m512i mask;    /* the bits of a code */
     __mmask64 whole; /* the bytes of a chunk */
 } Unpacker;
 
@@ -70,7 +89,8 @@ static inline Unpacker unpacker(int64_t bits) {
                       _mm512_set1_epi8((char)((1 << bits) - 1)), first(CHUNK / 8 * bits)};
 }
 
-/* Up to 64 codes from the start of a byte; those after `count` are not defined. */
+/* Unpacks up to 64 codes, of which the first begins at a byte. Those after `count` are
+   undefined. */
 static inline __m512i unpack(const uint8_t *at, int64_t count, int64_t bits, const Unpacker *by) {
     __mmask64 present = count >= CHUNK ? by->whole : first((count * bits + 7) / 8);
     __m512i stream = _mm512_maskz_loadu_epi8(present, at);
@@ -78,44 +98,47 @@ static inline __m512i unpack(const uint8_t *at, int64_t count, int64_t bits, con
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(by->shifts, lanes), by->mask);
 }
 
-/* Cells of a weight: where one starts, how many channels, and which scale is theirs. */
+/* Neighboring channels that share all scales. */
 typedef struct {
-    int64_t start, width, group;
-    int64_t stride; /* width up to a multiple of a block */
-    int64_t at;     /* how much a row of steps takes before it */
-} Cell;
+    int64_t start, width; /* channels */
+    int64_t group;        /* index of their scale */
+    int64_t stride;       /* bytes of a row of their steps: the width, rounded up to a block */
+    int64_t at;           /* where their steps begin in a row of steps */
+} ScaleRun;
 
-/* The cells of a weight in order, whose steps are stored in blocks; how many. `cells` may be
-   NULL. */
-static int64_t cells_of(const Weight *w, int64_t block, Cell *cells) {
+/* Writes the scale runs of a weight to `runs`, unless that is NULL, and returns their number. Steps
+   of a run are stored in whole blocks of `block` bytes. */
+static int64_t find_runs(const Weight *w, int64_t block, ScaleRun *runs) {
     int64_t count = 0, at = 0;
     for (int64_t g = 0, start = 0; start < w->width; g++, start += w->group) {
         int64_t end = least(start + w->group, w->width);
-        for (int64_t cell = start; cell < end; cell += CELL, count++) {
-            int64_t width = least(CELL, end - cell), stride = (width + block - 1) / block * block;
-            if (cells) cells[count] = (Cell){cell, width, g, stride, at};
+        for (int64_t k = start; k < end; k += MAX_RUN, count++) {
+            int64_t width = least(MAX_RUN, end - k), stride = (width + block - 1) / block * block;
+            if (runs) runs[count] = (ScaleRun){k, width, g, stride, at};
             at += stride;
         }
     }
     return count;
 }
 
-/* ---- inputs: put on their grid ---- */
+/* ---- inputs are quantized ---- */
 
-/* Inputs [rows, width]; scale and zero are one for all, or differ by row or by channel. */
+/* An input with its grid. `_Input` of native_library.py has the same fields in the same order. */
 typedef struct {
-    const void *x; /* float32, or bf16 if `half` */
+    const void *x;             /* [rows, width] float32, or bf16 if `half` */
     int64_t rows, width, half;
-    const int32_t *order; /* [width]: which channel of x each channel of the weight is; or NULL */
-    const float *scale, *zero; /* by channel of the weight */
-    int64_t by_row, by_channel; /* each 0 or 1: how far apart the numbers of neighbours are */
-    int64_t bits;
+    const int32_t *order;      /* [width]: channel of x for each channel of the weight; or NULL */
+    const float *scale, *zero; /* one number, or one per row, or one per channel of the weight */
+    int64_t by_row;            /* 1 if scale and zero differ by row, else 0 */
+    int64_t by_channel;        /* 1 if scale and zero differ by channel, else 0 */
+    int64_t bits;              /* of a code, 2 to 8 */
 } Input;
 
-/* Whether q - z of an input does not fit int8. */
+/* Whether the steps q - z of an input may not fit int8. */
 static inline int wide(const Input *in) { return in->bits == 8; }
 
-static inline __m512 sixteen(const Input *in, int64_t row, int64_t k, __mmask16 valid) {
+/* Loads 16 numbers of an input row from channel k of the weight on, as float32. */
+static inline __m512 load16(const Input *in, int64_t row, int64_t k, __mmask16 valid) {
     const float *x = (const float *)in->x + row * in->width;
     const uint16_t *half = (const uint16_t *)in->x + row * in->width;
     if (in->order) {
@@ -135,7 +158,8 @@ static inline __m512 sixteen(const Input *in, int64_t row, int64_t k, __mmask16 
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16));
 }
 
-/* t = q - z of a row of inputs, plus z - 128 if `from_middle`, as `UniformQuantizer` rounds. */
+/* Writes the steps t = q - z of an input row, or q - 128 if `from_middle`. They are rounded as
+   `UniformQuantizer` of Python does, to the bit. */
 static void quantize(const Input *in, int64_t row, int from_middle, int16_t *t) {
     const float *scale = in->scale + row * in->by_row, *zero = in->zero + row * in->by_row;
     const __m512 top = _mm512_set1_ps((float)((1 << in->bits) - 1));
@@ -146,7 +170,7 @@ static void quantize(const Input *in, int64_t row, int from_middle, int16_t *t) 
             s = _mm512_maskz_loadu_ps(valid, scale + k);
             z = _mm512_maskz_loadu_ps(valid, zero + k);
         }
-        __m512 steps = _mm512_maskz_div_ps(valid, sixteen(in, row, k, valid), s);
+        __m512 steps = _mm512_maskz_div_ps(valid, load16(in, row, k, valid), s);
         steps = _mm512_roundscale_ps(steps, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         steps = _mm512_max_ps(steps, _mm512_sub_ps(_mm512_setzero_ps(), z));
         steps = _mm512_min_ps(steps, _mm512_sub_ps(top, z));
@@ -156,46 +180,52 @@ static void quantize(const Input *in, int64_t row, int from_middle, int16_t *t) 
     }
 }
 
-/* ---- few rows: the weight is read once, as it is stored ---- */
+/* ---- few input rows: the weight is read once, as it is stored ---- */
 
-/* Steps of inputs, t = 2 high + low, or high alone, cell by cell in blocks that zeros fill up. A
-   block is as many codes as are unpacked at once: a CHUNK, or two whose codes of 4 bits take turns,
-   the first in the low halves of bytes. A block of steps is in that order. */
+/* Steps of an input, arranged as the product reads them: run by run, in blocks that zeros fill up.
+
+   Steps of 8-bit inputs do not fit int8 and are split, t = 2 high + low; others are `high` alone. A
+   block has the channels that are unpacked at once. That is a CHUNK, or two of them for 4-bit
+   codes: the low halves of 64 bytes hold the even channels of the block and the high halves the
+   odd ones, so its steps are those of its even channels and then those of its odd ones. */
 typedef struct {
-    int64_t rows, block, bytes, count; /* bytes of a row; how many cells */
-    Cell *cells;
-    int8_t *high, *low; /* [rows, bytes]; low may be NULL */
-    int32_t *sums;      /* [rows, cells, 16] of t, by lane */
+    int64_t rows, block;
+    int64_t bytes; /* of a row of steps */
+    int64_t count; /* of runs */
+    ScaleRun *runs;
+    int8_t *high, *low; /* [rows, bytes]; low is NULL if no step is split */
+    int32_t *sums;      /* [rows, count, 16]: sum of t over each run, in 16 partial sums */
 } Steps;
 
+/* Writes the steps t of an input row into `s`. */
 static void arrange(Steps *s, int64_t row, const int16_t *t, int is_wide) {
     for (int64_t c = 0; c < s->count; c++) {
-        const Cell *cell = s->cells + c;
-        int8_t *high = s->high + row * s->bytes + cell->at;
-        int8_t *low = is_wide ? s->low + row * s->bytes + cell->at : NULL;
-        memset(high, 0, cell->stride);
-        if (low) memset(low, 0, cell->stride);
-        for (int64_t k = 0; k < cell->width; k++) {
+        const ScaleRun *run = s->runs + c;
+        int8_t *high = s->high + row * s->bytes + run->at;
+        int8_t *low = is_wide ? s->low + row * s->bytes + run->at : NULL;
+        memset(high, 0, run->stride);
+        if (low) memset(low, 0, run->stride);
+        for (int64_t k = 0; k < run->width; k++) {
             int64_t to = k, in_block = k % s->block;
             if (s->block > CHUNK) to = k - in_block + in_block % 2 * CHUNK + in_block / 2;
-            int16_t step = t[cell->start + k];
+            int16_t step = t[run->start + k];
             high[to] = (int8_t)(is_wide ? step >> 1 : step);
             if (low) low[to] = step & 1;
         }
         __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
-        for (int64_t k = 0; k < cell->stride; k += CHUNK)
+        for (int64_t k = 0; k < run->stride; k += CHUNK)
             sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(high + k));
         if (low) {
             sum = _mm512_slli_epi32(sum, 1);
-            for (int64_t k = 0; k < cell->stride; k += CHUNK)
+            for (int64_t k = 0; k < run->stride; k += CHUNK)
                 sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(low + k));
         }
         _mm512_storeu_si512(s->sums + (row * s->count + c) * 16, sum);
     }
 }
 
-/* y[row + m, n + r] = sum over cells of s (sum of t q - z sum of t), for m < count and r < outputs;
-   y is float64 if `fine`. */
+/* Computes y[row + m, n + r] = sum over runs of s (sum of t q - z sum of t), for m < count and
+   r < outputs. y is float64 if `fine`, else float32. */
 static inline __attribute__((always_inline)) void integer_block(
     const Weight *w, const Unpacker *by, int64_t n, const Steps *steps, int64_t row, void *y,
     const int64_t block, const int is_wide, const int fine, const int outputs, const int count) {
@@ -213,20 +243,21 @@ static inline __attribute__((always_inline)) void integer_block(
             fine_total[r][m] = 0;
         }
     for (int64_t c = 0; c < steps->count; c++) {
-        const Cell *cell = steps->cells + c;
-        const uint8_t *at = w->codes + n * w->row_bytes + cell->start * w->bits / 8;
-        /* Several rows at a time, memory does not see that all is read in order: it is told. */
+        const ScaleRun *run = steps->runs + c;
+        const uint8_t *at = w->codes + n * w->row_bytes + run->start * w->bits / 8;
+        /* The hardware prefetcher does not follow several rows at a time, so the codes that the
+           next call but one reads are requested here. */
         const uint8_t *ahead = w->codes + (n + 2 * outputs) * w->row_bytes;
-        ahead += outputs * (cell->start * w->bits / 8);
-        for (int64_t i = 0; i < outputs * cell->width * w->bits / 8; i += 64)
+        ahead += outputs * (run->start * w->bits / 8);
+        for (int64_t i = 0; i < outputs * run->width * w->bits / 8; i += 64)
             _mm_prefetch((const char *)ahead + i, _MM_HINT_T1);
         __m512i high[OUTPUTS][ROWS], low[OUTPUTS][ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < outputs; r++)
 #pragma GCC unroll 8
             for (int m = 0; m < count; m++) high[r][m] = low[r][m] = _mm512_setzero_si512();
-        for (int64_t k = 0; k < cell->width; k += block) {
-            int64_t left = cell->width - k, from = cell->at + k;
+        for (int64_t k = 0; k < run->width; k += block) {
+            int64_t left = run->width - k, from = run->at + k;
 #pragma GCC unroll 8
             for (int r = 0; r < outputs; r++) {
                 const uint8_t *here = at + r * w->row_bytes + k * w->bits / 8;
@@ -253,10 +284,10 @@ static inline __attribute__((always_inline)) void integer_block(
                     }
             }
         }
-        float factor = w->factor ? w->factor[cell->group] : 1;
+        float factor = w->factor ? w->factor[run->group] : 1;
 #pragma GCC unroll 8
         for (int r = 0; r < outputs; r++) {
-            int64_t at_scale = (n + r) * w->stride + cell->group;
+            int64_t at_scale = (n + r) * w->stride + run->group;
             __m512i z = _mm512_set1_epi32(w->zero[at_scale]);
             __m512 s = _mm512_set1_ps(w->scale[at_scale] * factor);
 #pragma GCC unroll 8
@@ -285,7 +316,7 @@ static inline __attribute__((always_inline)) void integer_block(
         }
 }
 
-/* The same for one output, or of one input for OUTPUTS, which read it once. */
+/* Computes OUTPUTS outputs of every input row, at once if there is a single input row. */
 static inline __attribute__((always_inline)) void integer_outputs(
     const Weight *w, const Unpacker *by, int64_t n, const Steps *steps, void *y,
     const int64_t block, const int is_wide, const int fine) {
@@ -301,16 +332,17 @@ static inline __attribute__((always_inline)) void integer_outputs(
         }
 }
 
-/* y [in->rows, rows], float64 for inputs in float32. Returns 0, or 1 without memory. */
+/* Multiplies an input with a uniform weight whose steps are summed as integers: y [in->rows, rows],
+   float64 for inputs in float32, else float32. Returns 0, or 1 if there is not enough memory. */
 int integer_rows(const Weight *w, const Input *in, void *y) {
     const Unpacker by = unpacker(w->bits);
     int whole = w->group >= w->width || w->group % (2 * CHUNK) == 0;
     Steps s = {.rows = in->rows, .block = w->bits == 4 && whole ? 2 * CHUNK : CHUNK};
-    s.count = cells_of(w, s.block, NULL);
-    s.cells = malloc(s.count * sizeof(Cell));
-    if (!s.cells) return 1;
-    cells_of(w, s.block, s.cells);
-    s.bytes = s.cells[s.count - 1].at + s.cells[s.count - 1].stride;
+    s.count = find_runs(w, s.block, NULL);
+    s.runs = malloc(s.count * sizeof(ScaleRun));
+    if (!s.runs) return 1;
+    find_runs(w, s.block, s.runs);
+    s.bytes = s.runs[s.count - 1].at + s.runs[s.count - 1].stride;
     s.high = malloc(in->rows * s.bytes);
     s.low = wide(in) ? malloc(in->rows * s.bytes) : NULL;
     s.sums = malloc(in->rows * s.count * 16 * sizeof(int32_t));
@@ -341,7 +373,7 @@ int integer_rows(const Weight *w, const Input *in, void *y) {
 #undef OUTPUT
         }
     }
-    free(s.cells);
+    free(s.runs);
     free(s.high);
     free(s.low);
     free(s.sums);
@@ -349,15 +381,17 @@ int integer_rows(const Weight *w, const Input *in, void *y) {
     return failed;
 }
 
-/* ---- the float weight, chunk by chunk ---- */
+/* ---- the weight is dequantized chunk by chunk ---- */
 
-static inline float constant(const Weight *w, int64_t index) {
-    if (!w->constant_codes) return w->constants[index];
-    float level = w->constant_levels[w->constant_codes[index]];
-    return level * w->constants[index / w->constant_block] + w->mean;
+/* The absmax of a NormalFloat block. */
+static inline float absmax(const Weight *w, int64_t index) {
+    if (!w->absmax_codes) return w->nested_absmax[index];
+    float level = w->absmax_levels[w->absmax_codes[index]];
+    return level * w->nested_absmax[index / w->nested_block] + w->mean;
 }
 
-/* w_hat of up to 64 channels from k on, which share scale g: the values of a simulated layer. */
+/* Dequantizes up to 64 channels of row n from channel k on, which share scale g. The values are
+   those of the simulated layer, to the bit. */
 static inline void values(const Weight *w, const Unpacker *by, int64_t n, int64_t g, int64_t k,
                           int64_t count, __m512 out[4]) {
     const uint8_t *at = w->codes + n * w->row_bytes + k * w->bits / 8;
@@ -368,7 +402,7 @@ static inline void values(const Weight *w, const Unpacker *by, int64_t n, int64_
                        _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(q, 3))};
     if (w->levels) {
         int64_t groups = (w->width + w->group - 1) / w->group;
-        __m512 c = _mm512_set1_ps(constant(w, n * groups + g));
+        __m512 c = _mm512_set1_ps(absmax(w, n * groups + g));
         __m512 few = _mm512_maskz_loadu_ps((__mmask16)first(least(1 << w->bits, 16)), w->levels);
         for (int i = 0; i < 4; i++) {
             __m512 level = w->bits <= 4 ? _mm512_permutexvar_ps(part[i], few)
@@ -383,7 +417,8 @@ static inline void values(const Weight *w, const Unpacker *by, int64_t n, int64_
         out[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(part[i], z)), s);
 }
 
-/* The float weight of rows top to bottom, [bottom - top, width] float32, or bf16 if `half`. */
+/* Dequantizes the weight rows from top to bottom: y [bottom - top, width], bf16 if `half`, else
+   float32. */
 void dequantize(const Weight *w, int64_t top, int64_t bottom, int64_t half, void *y) {
     const Unpacker by = unpacker(w->bits);
 #pragma omp parallel for schedule(static) if ((bottom - top) * w->width > SMALL)
@@ -406,6 +441,7 @@ void dequantize(const Weight *w, int64_t top, int64_t bottom, int64_t half, void
         }
 }
 
+/* Computes output n of `count` input rows. */
 static inline __attribute__((always_inline)) void float_row(
     const Weight *w, const Unpacker *by, int64_t n, const float *x, float *y, const int count) {
     __m512 total[ROWS];
@@ -429,7 +465,7 @@ static inline __attribute__((always_inline)) void float_row(
     for (int m = 0; m < count; m++) y[m * w->rows + n] = _mm512_reduce_add_ps(total[m]);
 }
 
-/* y [m, rows] from float inputs [m, width]. */
+/* Multiplies a float32 input x [m, width] with the dequantized weight: y [m, rows]. */
 void float_rows(const Weight *w, int64_t m, const float *x, float *y) {
     const Unpacker by = unpacker(w->bits);
 #pragma omp parallel for schedule(static) if (m * w->rows * w->width > SMALL)
@@ -444,12 +480,13 @@ void float_rows(const Weight *w, int64_t m, const float *x, float *y) {
     }
 }
 
-/* ---- the same in bf16, for codes of up to 4 bits: their values are looked up ---- */
+/* ---- the same in bf16, for codes of up to 4 bits, whose values are looked up ---- */
 
 static inline uint16_t to_bf16(float x) {
     return (uint16_t)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set1_ps(x)), 0);
 }
 
+/* Computes output n of `count` input rows; `levels` are those of `bf16_levels`. */
 static inline __attribute__((always_inline)) void rounded_row(
     const Weight *w, const Unpacker *by, const uint16_t *levels, int64_t n, const uint16_t *x,
     float *y, const int count) {
@@ -458,9 +495,9 @@ static inline __attribute__((always_inline)) void rounded_row(
     for (int m = 0; m < count; m++) total[m] = _mm512_setzero_ps();
     for (int64_t g = 0, start = 0; start < w->width; g++, start += w->group) {
         int64_t end = least(start + w->group, w->width);
-        /* Of a uniform weight, level 15 is zero: q - z is found 15 - z further on than q. */
+        /* Level 15 of a uniform weight is zero, so q - z is level q + (15 - z). */
         int64_t shift = w->levels ? 0 : 15 - w->zero[n * w->stride + g];
-        float s = w->levels ? constant(w, n * groups + g) : w->scale[n * w->stride + g];
+        float s = w->levels ? absmax(w, n * groups + g) : w->scale[n * w->stride + g];
         __m512i values = _mm512_loadu_si512(levels + shift);
         __m512 sum[ROWS];
         for (int m = 0; m < count; m++) sum[m] = _mm512_setzero_ps();
@@ -486,7 +523,7 @@ static inline __attribute__((always_inline)) void rounded_row(
     for (int m = 0; m < count; m++) y[m * w->rows + n] = _mm512_reduce_add_ps(total[m]);
 }
 
-/* What codes are looked up in, [64]: NormalFloat's levels, or -15 to 15. */
+/* Writes the values that codes are looked up in, [64]: NormalFloat's levels, or -15 to 15. */
 static void bf16_levels(const Weight *w, uint16_t *levels) {
     memset(levels, 0, 64 * sizeof(uint16_t));
     for (int i = 0; i < 31; i++)
@@ -496,7 +533,8 @@ static void bf16_levels(const Weight *w, uint16_t *levels) {
             levels[i] = to_bf16(w->levels[i]);
 }
 
-/* y [m, rows] from bf16 inputs [m, width]; NormalFloat levels are rounded to bf16 too. */
+/* Multiplies a bf16 input x [m, width] with the weight: y [m, rows]. NormalFloat levels are rounded
+   to bf16, and scales are not. */
 void rounded_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
     const Unpacker by = unpacker(w->bits);
     uint16_t levels[64];
@@ -513,8 +551,9 @@ void rounded_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
     }
 }
 
-/* The same for codes of 4 bits whose groups are whole chunks. A byte holds two codes: as the index
-   of a look-up, which sees 5 bits, it is its low code where both halves of the table are alike. */
+/* Computes `outputs` outputs from n on of `count` input rows, for 4-bit codes in groups of whole
+   chunks. A byte holds two codes. The look-up takes 5 bits of its index, so with a table of 32
+   entries whose halves are equal, a whole byte looks up its low code without being masked. */
 static inline __attribute__((always_inline)) void paired_block(
     const Weight *w, const uint16_t *levels, int64_t n, int64_t m, const uint16_t *x, float *y,
     const int outputs, const int count) {
@@ -533,11 +572,11 @@ static inline __attribute__((always_inline)) void paired_block(
         __m512 s[OUTPUTS], sum[OUTPUTS][ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < outputs; r++) {
-            /* Of a uniform weight, level 15 is zero: q - z is found 15 - z further on than q. */
+            /* Level 15 of a uniform weight is zero, so q - z is level q + (15 - z). */
             int64_t at = (n + r) * w->stride + g, shift = w->levels ? 0 : 15 - w->zero[at];
             __m256i some = _mm256_loadu_si256((const __m256i *)(levels + shift));
             table[r] = _mm512_broadcast_i64x4(some);
-            s[r] = _mm512_set1_ps(w->levels ? constant(w, (n + r) * groups + g) : w->scale[at]);
+            s[r] = _mm512_set1_ps(w->levels ? absmax(w, (n + r) * groups + g) : w->scale[at]);
 #pragma GCC unroll 8
             for (int i = 0; i < count; i++) sum[r][i] = _mm512_setzero_ps();
         }
@@ -571,7 +610,8 @@ static inline __attribute__((always_inline)) void paired_block(
             y[(m + i) * w->rows + n + r] = _mm512_reduce_add_ps(total[r][i]);
 }
 
-/* y [m, rows] from bf16 inputs [m, width], of which each CHUNK has its even channels first. */
+/* Does what `rounded_rows` does for 4-bit codes in groups of whole chunks. Each CHUNK of an input
+   row has its even channels first and then its odd ones. */
 void paired_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
     uint16_t levels[64];
     bf16_levels(w, levels);
@@ -590,21 +630,23 @@ void paired_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
     }
 }
 
-/* ---- many rows: tiles of TILE outputs, unpacked once, times stripes of STRIPE inputs ---- */
+/* ---- many input rows: a tile of TILE outputs is unpacked once and multiplied with all ---- */
 
-/* A cell of a tile: four neighbouring codes of each output lie in one lane. */
+/* A scale run of a tile of outputs. */
 typedef struct {
-    __m512i lanes[CELL / 4][TILE / 16];
+    __m512i lanes[MAX_RUN / 4][TILE / 16]; /* four neighboring codes of an output in each lane */
     float scale[TILE] __attribute__((aligned(64)));
     double fine_scale[TILE] __attribute__((aligned(64)));
-    int32_t zero[TILE], offset[TILE];
-    int shifted; /* whether any offset is not zero */
+    int32_t zero[TILE];
+    int32_t offset[TILE]; /* sum of the input's offset times v, see Shift */
+    int shifted;          /* whether there are offsets */
 } Tile;
 
+/* Unpacks `width` channels from `start` on, which share scale g, of TILE outputs from n on. */
 static void load_tile(Tile *c, const Weight *w, const Unpacker *by, int64_t n, int64_t g,
                       int64_t start, int64_t width, const int16_t *offset) {
     int64_t outputs = least(w->rows - n, TILE);
-    uint8_t codes[CELL] __attribute__((aligned(64)));
+    uint8_t codes[MAX_RUN] __attribute__((aligned(64)));
     int32_t(*lanes)[TILE] = (int32_t(*)[TILE])c->lanes;
     c->shifted = offset != NULL;
     for (int64_t r = 0; r < TILE; r++) {
@@ -631,8 +673,8 @@ static void load_tile(Tile *c, const Weight *w, const Unpacker *by, int64_t n, i
     }
 }
 
-/* y[row + m, TILE] += s (sum of t v) over a cell, for m < count; `steps` are the cell's. y is
-   float64 if `fine`. */
+/* Adds s (sum of t v) over a run to y[row + m, TILE], for m < count. y is float64 if `fine`, else
+   float32. `steps` and `sums` are the steps and their sums over the run, in each of the rows. */
 static inline __attribute__((always_inline)) void stripe(
     const Tile *c, int64_t stride, const int8_t *steps, const int32_t *sums, const int32_t *times,
     void *y, int64_t row, const int fine, const int count) {
@@ -681,13 +723,14 @@ static inline __attribute__((always_inline)) void stripe(
     }
 }
 
-/* What an 8-bit input's q - 128 lacks of q - z: offset [width] times `times` [rows]. */
+/* The difference between q - z and q - 128 of an 8-bit input, 128 - z, as the product of `offset`
+   [width] and `times` [rows]. */
 typedef struct {
     int16_t *offset; /* NULL for zeros */
     int32_t *times;  /* NULL for ones */
 } Shift;
 
-/* Returns 0, or 1 without memory. */
+/* Finds the shift of an input. Returns 0, or 1 if there is not enough memory. */
 static int find_shift(const Input *in, Shift *shift) {
     *shift = (Shift){NULL, NULL};
     if (!wide(in)) return 0;
@@ -701,15 +744,15 @@ static int find_shift(const Input *in, Shift *shift) {
     return 0;
 }
 
-/* y [in->rows, rows], float64 for inputs in float32. Returns 0, or 1 without memory. */
+/* Does what `integer_rows` does, faster for many input rows. */
 int integer_tiles(const Weight *w, const Input *in, void *y) {
     const Unpacker by = unpacker(w->bits);
-    int64_t m = in->rows, count = cells_of(w, 4, NULL);
-    Cell *cells = malloc(count * sizeof(Cell));
-    if (!cells) return 1;
-    cells_of(w, 4, cells);
-    int64_t bytes = cells[count - 1].at + cells[count - 1].stride;
-    /* Steps by cell, then row, then channel: what a tile reads one after the other. */
+    int64_t m = in->rows, count = find_runs(w, 4, NULL);
+    ScaleRun *runs = malloc(count * sizeof(ScaleRun));
+    if (!runs) return 1;
+    find_runs(w, 4, runs);
+    int64_t bytes = runs[count - 1].at + runs[count - 1].stride;
+    /* Steps by run, then row, then channel, which is the order in which a tile reads them. */
     int8_t *ordered = malloc(m * bytes);
     int32_t *sums = malloc(count * m * sizeof(int32_t));
     const int fine = !in->half;
@@ -732,14 +775,14 @@ int integer_tiles(const Weight *w, const Input *in, void *y) {
                 if (failed) continue;
                 quantize(in, row, wide(in), t);
                 for (int64_t i = 0; i < count; i++) {
-                    const int16_t *from = t + cells[i].start;
-                    int8_t *to = ordered + cells[i].at * m + row * cells[i].stride;
+                    const int16_t *from = t + runs[i].start;
+                    int8_t *to = ordered + runs[i].at * m + row * runs[i].stride;
                     int32_t sum = 0;
-                    for (int64_t k = 0; k < cells[i].width; k++) {
+                    for (int64_t k = 0; k < runs[i].width; k++) {
                         to[k] = (int8_t)from[k];
                         sum += from[k];
                     }
-                    for (int64_t k = cells[i].width; k < cells[i].stride; k++) to[k] = 0;
+                    for (int64_t k = runs[i].width; k < runs[i].stride; k++) to[k] = 0;
                     sums[i * m + row] = sum;
                 }
             }
@@ -750,18 +793,18 @@ int integer_tiles(const Weight *w, const Input *in, void *y) {
                     int64_t rows = least(m - top, BAND), outputs = least(w->rows - n, TILE);
                     memset(tile, 0, rows * TILE * size);
                     for (int64_t i = 0; i < count; i++) {
-                        const Cell *cell = cells + i;
-                        load_tile(c, w, &by, n, cell->group, cell->start, cell->width,
+                        const ScaleRun *run = runs + i;
+                        load_tile(c, w, &by, n, run->group, run->start, run->width,
                                   shift.offset);
                         for (int64_t row = top; row < top + rows; row += STRIPE) {
-                            const int8_t *steps = ordered + cell->at * m + row * cell->stride;
+                            const int8_t *steps = ordered + run->at * m + row * run->stride;
                             const int32_t *sum = sums + i * m + row;
                             const int32_t *times = shift.times ? shift.times + row : NULL;
 #define PRODUCT(count) \
     if (fine) \
-        stripe(c, cell->stride, steps, sum, times, tile, row - top, 1, count); \
+        stripe(c, run->stride, steps, sum, times, tile, row - top, 1, count); \
     else \
-        stripe(c, cell->stride, steps, sum, times, tile, row - top, 0, count)
+        stripe(c, run->stride, steps, sum, times, tile, row - top, 0, count)
                             SPECIALIZED(least(top + rows - row, STRIPE), PRODUCT)
 #undef PRODUCT
                         }
@@ -775,7 +818,7 @@ int integer_tiles(const Weight *w, const Input *in, void *y) {
             free(t);
         }
     }
-    free(cells);
+    free(runs);
     free(ordered);
     free(sums);
     free(shift.offset);

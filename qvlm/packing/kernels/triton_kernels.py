@@ -1,29 +1,29 @@
-"""Products of packed layers on a GPU: quantizing the input and unpacking the weight in registers.
+"""Products of the kernel `triton` on a GPU: input and weight are expanded in registers.
 
-In the notation of `kernels.py`, with one scale d per token (or for all), and c_g of the channels of
-a weight group (or one), both products are
+In the notation of `base.py`, where all channels of a weight group g share the input's scale c_g,
+both products are
 
     y = d sum_g c_g s_g (sum_{k in g} t_k v_k) + b
 
-whose inner sums are exact in int32. They are taken in tiles that end where a weight group ends,
-of at most 2^24, so that float32 holds each; everything outside the brackets is float32.
+whose inner sums are exact in int32. They are taken in tiles that end where a weight group ends. A
+sum over a tile is at most 2^24, so float32 holds it; everything outside the brackets is float32.
 
 `_prefill` multiplies tiles of rows on int8 tensor cores. At 8 bits an operand is q - 128 instead of
-q - z, and what is missing is added from sums over the other operand, as in `kernels.py`. An input
-tile is quantized again for every tile of outputs; in return its codes are never stored.
+q - z, and sums over the other operand make up for the difference, as in `int_mm`. An input tile is
+quantized again for every tile of outputs; in return its codes are never stored.
 
-`_decode` serves up to `DECODING_ROWS` rows, where reading the weight is what takes time: one row
-per program, multiplied in int32 on ordinary cores. Programs of the same outputs and different rows
-run side by side, so that the weight is fetched from memory once.
+`_decode` serves up to `DECODING_ROWS` rows, where most time is spent on reading the weight. Each
+program multiplies one row in int32 on ordinary cores. Programs of the same outputs and different
+rows run side by side, so the weight is fetched from memory once.
 
-All weights of 2 to 8 bits are served alike: codes repeat their places in every unit (see
-`formats.py`: one byte for INT4 and INT8, three for INT6), so the loop is over places in a unit, and
-a tile is the codes in one place of many units. Left out: NormalFloat, channels of one weight group
-that differ in scale (unless folded), groups that begin inside a unit, and a split of long sums
-among programs.
+Weights of 2 to 8 bits are served alike. The positions of codes in bytes repeat in every unit (one
+byte for INT4 and INT8, three for INT6, see `formats.unit`), so the loop runs over the places in a
+unit, and a tile consists of the codes in one place of many units. Left out: NormalFloat, channels
+of one weight group that differ in scale (unless it is folded), groups that begin inside a unit, and
+splitting long sums among programs.
 
-Under Triton's interpreter (TRITON_INTERPRET=1) the same code runs on a CPU. That, and compiling for
-compute capability 8.0 and 9.0, is how it was tested: it was not yet run or timed on a GPU.
+Under Triton's interpreter (TRITON_INTERPRET=1) the same code runs on a CPU. It was tested that way,
+and by compiling it for compute capability 8.0 and 9.0. It has not been run or timed on a GPU yet.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -41,16 +41,16 @@ from qvlm.packing.formats import unit
 try:
     import triton
     from triton import language as tl
-except ImportError:  # then `obstacle` says so, and nothing here is called
+except ImportError:  # `obstacle` reports it, and nothing else here is called
     triton = None
 
 DECODING_ROWS = 4
-CAPABILITY = (8, 0)  # the first whose tensor cores Triton gives int8 operands
+CAPABILITY = (8, 0)  # the first for which Triton puts int8 products on tensor cores
 
 
 @cache
 def obstacle(device: torch.device) -> str | None:
-    """Why no kernel here can run on a device, or None."""
+    """Returns why the products here cannot run on a device, or None."""
     if triton is None:
         return "Triton is not installed"
     if triton.knobs.runtime.interpret:
@@ -62,7 +62,7 @@ def obstacle(device: torch.device) -> str | None:
         return f"the GPU's compute capability is {capability}, below {CAPABILITY}"
     try:
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever a missing compiler or driver raises
+    except Exception as error:  # a missing compiler or driver may raise anything
         return f"Triton does not start: {str(error).strip().splitlines()[0]}"
     return None
 
@@ -81,18 +81,24 @@ def linear(
     clusters: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """A quantized input times a packed weight, transposed, plus bias: [rows, out], dtype of `x`.
+    """Quantizes an input, multiplies it with a packed weight, transposed, and adds the bias.
 
     Args:
-        x: [rows, in], float.
-        scale, zero_point: of the input; [] or [in] float32, or [rows, 1] if per token. Scales [in]
-            must be equal, unless they are folded or in clusters.
-        codes: [out, bytes] uint8, as `formats` says.
-        weight_scale, weight_zero_point: [out or 1, groups], float32 and uint8.
-        group_size: a multiple of the codes in a unit, unless there is one group.
-        folds: the output is not multiplied by `scale`.
-        clusters: scales [in] are equal within each group of weights.
-        bias: [out] float32.
+        x: Finite input in any floating-point type, [rows, in].
+        scale, zero_point: Grid of the input in float32: [] or [in], or [rows, 1] per token. Scales
+            [in] must be equal, unless they are folded or `clusters` is true.
+        input_bits: Bit width of the input's codes.
+        codes: Packed codes of the weight, [out, bytes] uint8, as `formats` describes them.
+        weight_scale, weight_zero_point: Grid of the weight, [out or 1, groups] float32 and uint8.
+        weight_bits: Bit width of the weight's codes.
+        group_size: Number of channels in a weight group. It is a multiple of the codes in a unit,
+            unless there is one group.
+        folds: Whether the input's scale is folded, so that the output is not multiplied by it.
+        clusters: Whether scales [in] are equal within each weight group only.
+        bias: Bias, [out] float32.
+
+    Returns:
+        Output in the dtype of `x`, [rows, out].
     """
     x = x.contiguous()
     (rows, width), out = x.shape, len(codes)
@@ -160,10 +166,11 @@ def _input_steps(
     TOKEN: tl.constexpr,
     INPUT_BITS: tl.constexpr,
 ):
-    """q - z of x[row, channel], zero beyond `rows` and `end`; and z, to broadcast. Both int32.
+    """Returns q - z of x[row, channel], zero beyond `rows` and `end`, and z. Both are int32.
 
-    Clamping before rounding gives the same; adding 1.5 * 2^23 leaves no bits for a fraction, so
-    the sum is rounded half to even. The division is the correctly rounded one of PyTorch.
+    Steps are clamped before they are rounded, which gives the same. Adding 1.5 * 2^23 leaves no
+    bits for a fraction, so the sum is rounded half to even. The division is correctly rounded, as
+    in PyTorch.
     """
     x = tl.load(x_at + row * width + channel, mask=(row < rows) & (channel < end), other=0)
     if TOKEN:
@@ -188,9 +195,9 @@ def _weight_codes(
     BITS: tl.constexpr,
     UNIT_BYTES: tl.constexpr,
 ):
-    """The codes in a place of units of weight rows, int32; see `formats.unpack`.
+    """Returns the codes in one place of units of weight rows, int32; see `formats.unpack`.
 
-    Bytes outside the weight read as zero.
+    Bytes outside the weight are read as zero.
     """
     SHIFT: tl.constexpr = PLACE * BITS % 8
     byte = unit * UNIT_BYTES + PLACE * BITS // 8
@@ -232,9 +239,9 @@ def _product(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Tiles [BLOCK_ROWS, BLOCK_OUT] of y, from one place of BLOCK_UNITS units at a time.
+    """Computes a tile [BLOCK_ROWS, BLOCK_OUT] of y, one place of BLOCK_UNITS units at a time.
 
-    A tile of one row keeps a sum for each unit, and adds them up at the end.
+    A tile of one row keeps a sum for each unit and adds them up at the end.
     """
     ROW: tl.constexpr = BLOCK_ROWS == 1
     SUMS: tl.constexpr = BLOCK_UNITS if ROW else BLOCK_ROWS
@@ -299,9 +306,10 @@ def _product(
 
 
 def _tuned(sizes: list[tuple[int, int, int]]) -> Any:
-    """`_product` with the fastest (BLOCK_OUT, warps, stages), timed once per shape and bits.
+    """Returns `_product` with the fastest sizes, which are timed once per shape and bit widths.
 
-    The interpreter takes the first, without timing.
+    Args:
+        sizes: Candidates (BLOCK_OUT, warps, stages). The interpreter takes the first, untimed.
     """
     if triton is None:
         return None

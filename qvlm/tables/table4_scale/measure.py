@@ -11,7 +11,7 @@ import torch
 
 from qvlm.errors import UserError
 from qvlm.models.architectures import architecture, image_tokens
-from qvlm.planning import footprint
+from qvlm.planning import footprint, measured
 from qvlm.planning.footprint import ANSWER_TOKENS, FULL, GIB, SCALE_ANSWER, Variant
 from qvlm.runtime.processes import in_fresh_process
 from qvlm.tables.cost import paper_columns
@@ -115,7 +115,7 @@ def measure(model: str, setting: Setting) -> Measured:
     variants = [*OURS, *peers, SIMULATED]
     sides = side_by_side(model, variants, setting.repeats, setting.prompt, setting.device)
     simulated = sides.pop(SIMULATED)
-    without_model = footprint.without_model() if setting.device == "cpu" else 0
+    without_model = measured.without_model() if setting.device == "cpu" else 0
     rows = [
         _row(model, variant, sides[FULL], repeats, without_model, setting)
         for variant, repeats in sides.items()

@@ -12,7 +12,7 @@ from qvlm.config.schema import RunConfig
 from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.meta import skeleton
 from qvlm.packing import PackedLinear
-from qvlm.packing.plan import blind
+from qvlm.packing.uncalibrated import quantize_uncalibrated
 from qvlm.planning import footprint
 from qvlm.planning.footprint import FULL, VARIANTS, Variant
 from qvlm.quantization.targets import block_layers, quantizable
@@ -101,7 +101,7 @@ def changer(model: str, variant: Variant) -> Callable[[str, nn.Module], None]:
     def quantized(kind: str, block: nn.Module) -> None:
         for name, linear in quantizable(block).items():
             inputs = quantization.activation(kind)
-            layer = blind(linear, quantization.weight, inputs, variant.normal_float)
+            layer = quantize_uncalibrated(linear, quantization.weight, inputs, variant.normal_float)
             packs = variant != SIMULATED
             block.set_submodule(name, PackedLinear.from_quantized(layer) if packs else layer)
 

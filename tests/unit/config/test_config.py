@@ -9,7 +9,8 @@ import pytest
 import yaml
 from hydra.types import RunMode
 
-from qvlm.config.schema import CONF, RunConfig, canonical, from_hydra, influences
+from qvlm.config.compose import CONF, from_hydra
+from qvlm.config.schema import RunConfig, canonical, influences
 from qvlm.errors import UserError
 from qvlm.records.record import identify
 from tests.helpers.configs import composed, load

@@ -35,6 +35,8 @@ from tests.helpers.toy import (
     toy_llava,
 )
 
+pytestmark = pytest.mark.instruction_set
+
 FAMILIES = ("llama", "routed", "mixtral", "moe_stablelm")
 DECODER = "model.language_model.layers"
 

@@ -35,6 +35,8 @@ from qvlm.quantization import (
 )
 from tests.helpers.toy import toy_batches, toy_llava
 
+pytestmark = pytest.mark.instruction_set
+
 CONFIG = QuantizationConfig(
     QuantSpec(4, "per_channel"),
     QuantSpec(4, "per_channel_group", 16),

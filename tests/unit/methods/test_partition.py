@@ -16,6 +16,8 @@ from qvlm.methods.qvlm.partition import (
     partition,
 )
 
+pytestmark = pytest.mark.instruction_set
+
 # Eighths add up without rounding, so that ties are ties.
 VALUES = st.one_of(st.none(), st.integers(0, 40).map(lambda value: value / 8))
 LISTS = st.lists(VALUES, max_size=12)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qvlm.cell.inputs import build_method
+from qvlm.cell.method import build_method
 from qvlm.errors import UserError
 from qvlm.methods import base
 from qvlm.methods.layerwise import LayerWise
@@ -24,6 +24,8 @@ from qvlm.quantization import (
 )
 from tests.helpers.memory import LiveBytes
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
+
+pytestmark = pytest.mark.instruction_set
 
 GRID = (1.0, 0.97)
 SHORT: dict[str, Any] = {"percentiles": GRID, "search_tokens": 1, "mining_tokens": 64}

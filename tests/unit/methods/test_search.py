@@ -31,6 +31,8 @@ from qvlm.quantization import (
 from qvlm.quantization.ranges import Ranges
 from tests.helpers.toy import toy_batches, toy_llava
 
+pytestmark = pytest.mark.instruction_set
+
 VISION = "model.vision_tower.encoder.layers.0"
 DECODER = "model.language_model.layers.0"
 GRID = (1.0, 0.985, 0.97)

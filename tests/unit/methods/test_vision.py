@@ -39,6 +39,8 @@ from qvlm.quantization import (
 )
 from tests.helpers.toy import IMAGE_TOKEN, IMAGE_TOKENS, toy_batch, toy_batches, toy_llava
 
+pytestmark = pytest.mark.instruction_set
+
 TOWER = "model.vision_tower.encoder.layers"
 PROJECTOR = "model.multi_modal_projector"
 EVERYTHING = Tuning(regression=0.7, entropy=0.3, error=1.3, eta=0.6)

@@ -16,6 +16,8 @@ from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 from qvlm.quantization.verification import check_bits, expected_layers, measure_bits
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
+pytestmark = pytest.mark.instruction_set
+
 SHARED = QuantizationConfig(
     weight=QuantSpec(4, "per_group", 16),
     language=QuantSpec(4, "per_channel_group", 16),

@@ -12,6 +12,8 @@ from qvlm.models import attention
 from qvlm.models.architectures import architecture
 from qvlm.models.llava import Llava
 
+pytestmark = pytest.mark.instruction_set
+
 
 def layer(groups: int = 1) -> Any:
     return SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)

@@ -24,9 +24,12 @@ from qvlm.models import LoadedModel, load_model
 from qvlm.models.checkpoints.tokenizer import load_tokenizer
 from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
 from qvlm.records.record import Record
+from tests.helpers.cells import run
 from tests.helpers.checkpoints import PROBLEM, change, read, refused
 from tests.helpers.configs import load
 from tests.helpers.standins import PHI_ADDED, PHI_END, QWEN_END, StandIn, byte_ranks, merge, write
+
+pytestmark = pytest.mark.instruction_set
 
 Tensors = dict[str, Tensor]
 LAYERS, HEADS = 4, 4
@@ -376,7 +379,7 @@ def test_the_hero_runs_on_an_original_checkpoint(
         *("calibration.samples=2", "evaluation.limit=2", "evaluation.max_new_tokens=1"),
         *("device=cpu", f"results_dir={tmp_path}/results"),
     )
-    record = Record.load(pipeline.run_cell(config))
+    record = Record.load(run(config))
     assert (record.method, record.bits, record.run["exceeding"]) == ("Q-VLM", "W4A4", [])
 
 
@@ -395,7 +398,7 @@ def test_a_cell_quantizes_proves_packs_and_loads_again(
         *("calibration.samples=4", f"save_packed={tmp_path}/packed", *common),
         "evaluation.limit=6",
     )
-    record = Record.load(pipeline.run_cell(config))
+    record = Record.load(run(config))
     assert (record.model, record.method, record.bits) == (family, "RTN", "W4A4")
     assert record.run["exceeding"] == []
     assert max(row["weight_levels"] for row in record.layers) <= 16

@@ -11,8 +11,8 @@ from qvlm.methods import RTN
 from qvlm.models.architectures import KNOWN, architecture, image_tokens
 from qvlm.models.meta import skeleton
 from qvlm.packing import pack_model, packed_layers, weight_bytes
-from qvlm.packing.plan import plan
-from qvlm.planning import footprint as fit
+from qvlm.packing.uncalibrated import put_empty_layers
+from qvlm.planning import footprint, measured
 from qvlm.planning.footprint import FULL, GIB, VARIANTS, LiveBytes, Variant
 from qvlm.quantization import Walk
 
@@ -22,16 +22,16 @@ MINIATURES = ("mini_llava", "mini_moe_llava")
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("model", MINIATURES)
 def test_prediction_is_what_packing_gives(model: str, variant: Variant) -> None:
-    config = fit.configuration(model, variant.bits)
-    actual = fit.measured(model, config, variant)
+    config = footprint.configuration(model, variant.bits)
+    actual = measured.packed_miniature(model, config, variant)
     assert actual is not None
-    need = fit.predict(architecture(model), config, variant, text_tokens=8)
+    need = footprint.predict(architecture(model), config, variant, text_tokens=8)
     assert need.weights == pytest.approx(actual, rel=0.05)
 
 
 @pytest.mark.parametrize("model", MINIATURES)
 def test_prediction_holds_for_a_calibrated_model(model: str) -> None:
-    config = fit.configuration(model, "w4a4")
+    config = footprint.configuration(model, "w4a4")
     loaded = prepare.load(config, "cpu").model
     side = loaded.config.vision_config.image_size
     ids = torch.full((1, image_tokens(loaded.config) + 6), 5)
@@ -39,17 +39,17 @@ def test_prediction_holds_for_a_calibrated_model(model: str) -> None:
     batch = {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side)}
     RTN().quantize(Walk(loaded, [batch], prepare.quantization_config(config)))
     pack_model(loaded)
-    need = fit.predict(architecture(model), config, Variant("w4a4", "uniform"), text_tokens=8)
+    need = footprint.predict(architecture(model), config, Variant("w4a4", "uniform"), text_tokens=8)
     assert need.weights == pytest.approx(weight_bytes(loaded), rel=0.05)
 
 
 @pytest.mark.parametrize("variant", VARIANTS[1:], ids=str)
 def test_planned_forms_are_the_packed_ones(variant: Variant) -> None:
-    config = fit.configuration("mini_moe_llava", variant.bits)
+    config = footprint.configuration("mini_moe_llava", variant.bits)
     planned = skeleton(architecture("mini_moe_llava"), torch.float32)
-    plan(planned, prepare.quantization_config(config), variant.normal_float)
+    put_empty_layers(planned, prepare.quantization_config(config), variant.normal_float)
     packed = prepare.load(config, "cpu").model
-    fit.pack_blindly(packed, config, variant)
+    measured.pack_blindly(packed, config, variant)
     expected = {name: layer.form for name, layer in packed_layers(packed).items()}
     assert {name: layer.form for name, layer in packed_layers(planned).items()} == expected
 
@@ -88,13 +88,13 @@ def test_a_mixture_activates_what_its_authors_say(model: str, billions: float) -
 
 
 def test_every_model_of_the_configuration_is_known() -> None:
-    assert set(fit.MODELS) == {*KNOWN, *MINIATURES}
+    assert set(footprint.MODELS) == {*KNOWN, *MINIATURES}
 
 
 def test_cache_and_activations() -> None:
-    config = fit.configuration("mini_llava", "fp")
+    config = footprint.configuration("mini_llava", "fp")
     built = architecture("mini_llava")
-    short, long = (fit.predict(built, config, FULL, text, 4) for text in (10, 20))
+    short, long = (footprint.predict(built, config, FULL, text, 4) for text in (10, 20))
     text = built.text_config
     per_token = 2 * 4 * text.num_hidden_layers * text.hidden_size
     assert long.cache - short.cache == 10 * per_token
@@ -114,13 +114,13 @@ def test_live_bytes_forget_what_is_gone() -> None:
 def test_a_measured_process_stands_beside_the_prediction(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    bare = fit.without_model()
-    need = fit.predict(
+    bare = measured.without_model()
+    need = footprint.predict(
         architecture("mini_llava"),
-        fit.configuration("mini_llava", "w4a4"),
+        footprint.configuration("mini_llava", "w4a4"),
         Variant("w4a4", "uniform"),
-        fit.SCALE_PROMPT - image_tokens(architecture("mini_llava")),
-        fit.SCALE_ANSWER,
+        footprint.SCALE_PROMPT - image_tokens(architecture("mini_llava")),
+        footprint.SCALE_ANSWER,
     )
     peak = 1.25 * (bare + need.total) / GIB
     (tmp_path / "table4_scale.csv").write_text(
@@ -129,23 +129,23 @@ def test_a_measured_process_stands_beside_the_prediction(
         'mini_llava,W6A6,uniform,cpu,1,2,"time, memory"\n'
     )
     given = ["--models", "mini_llava", "--budget", "0.01", "--runs", str(tmp_path / "runs")]
-    assert fit.main(given) == 0
+    assert footprint.main(given) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| mini")]
     cells = {tuple(row.split()[3:6:2]): row.split("|")[-3:-1] for row in rows}
-    measured, off = cells["W4A4", "uniform"]
-    assert measured.strip() == f"{peak:.2f}"
+    shown, off = cells["W4A4", "uniform"]
+    assert shown.strip() == f"{peak:.2f}"
     assert float(off.split()[0]) == pytest.approx(-20, abs=2)
     assert cells["W6A6", "uniform"][0].strip() == "not measured"
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     given = ["--models", "mini_llava", "--budget", "0.01", "--runs", str(tmp_path)]
-    assert fit.main(given) == 0
+    assert footprint.main(given) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| mini")]
     assert len(rows) == len(VARIANTS)
     assert all("0.0 %" in row for row in rows)
     assert all(row.split("|")[-3].strip() == "not measured" for row in rows)
-    assert fit.main(["--budget", "0"]) == 2
+    assert footprint.main(["--budget", "0"]) == 2
     assert "give a number above 0" in capsys.readouterr().err
 
 
@@ -160,12 +160,12 @@ def test_measured_bytes_come_from_records(monkeypatch: pytest.MonkeyPatch, tmp_p
         {"model": "a", "bits": "FP", "method": "FP", "weight_bytes": 20, **simulated},
     ]
     records = [SimpleNamespace(run=run) for run in runs]
-    monkeypatch.setattr(fit, "find_records", lambda folder: records)
+    monkeypatch.setattr(measured, "find_records", lambda folder: records)
     (tmp_path / "table4_scale.csv").write_text(
         "model,bits,method,weight_gib,extrapolated\n"
         "b,W4A4,uniform,2,time\nb,FP,FP,9,time; memory\nb,W4A16,bitsandbytes NF4,,time\n"
     )
-    assert fit.recorded(tmp_path / "runs") == {
+    assert measured.recorded(tmp_path / "runs") == {
         ("a", "W4A4", "uniform"): 7,
         ("a", "W4A4", "QLoRA"): 6,
         ("a", "FP", "FP"): 20,

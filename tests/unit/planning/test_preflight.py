@@ -8,25 +8,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from qvlm.cell import inputs as prepare
-from qvlm.cell import pipeline
+from qvlm.cell import checks, pipeline
+from qvlm.cell.identity import Cell
 from qvlm.cli import main
-from qvlm.config.schema import canonical
 from qvlm.models.checkpoints import hub
 from qvlm.planning import preflight as report
 from qvlm.planning import sources
-from qvlm.planning.estimates import find_shape, memory, seconds
+from qvlm.planning.estimates import find_shape, memory
+from qvlm.planning.footprint import GIB
+from qvlm.planning.timing import seconds
 from qvlm.records.record import write_record
 from tests.helpers.configs import load
+from tests.helpers.records import PREDICTIONS, RUN
 from tests.helpers.standins import write
 
-GIB = 2**30
 PAPER = ["-m", "experiment=table2", "scale=paper", "preflight=true"]
 
 
@@ -87,10 +87,14 @@ def test_miniatures_are_here_and_nothing_is_run(
     assert os.listdir() == []
 
 
-def record(config: Any, identity: dict[str, Any]) -> None:
-    config = canonical(config)
-    files = {"metrics": {}, "predictions": pd.DataFrame({"a": [1]}), "layers": []}
-    write_record(prepare.record_path(config, identity), asdict(config), identity, **files)
+def record(config: Any) -> None:
+    cell = Cell.of(config)
+    files: Any = {
+        "metrics": {"classes": {"Avg": {}}},
+        "predictions": PREDICTIONS,
+        "layers": [],
+    }
+    write_record(cell.path, asdict(cell.config), RUN | cell.identity, **files)
 
 
 def test_recorded_cells_are_known(
@@ -98,7 +102,7 @@ def test_recorded_cells_are_known(
 ) -> None:
     machine(monkeypatch, 100)
     config = load("method=fp")
-    record(config, prepare.identity(config))
+    record(config)
     line = ["-m", "method=fp,rtn", "preflight=true"]
     assert main(line) == 0
     page = capfd.readouterr().out
@@ -111,8 +115,8 @@ def test_recorded_cells_are_known(
     standin = write("llava", tmp_path)
     words = [f"model.path={standin.folder}", f"model.vision_tower={standin.tower}"]
     config = load("model=llava_13b", "method=fp", *words)
-    record(config, prepare.identity(config))
-    monkeypatch.setattr(prepare, "identity", None)
+    record(config)
+    monkeypatch.setattr(Cell, "of", None)
     assert main(["-m", "model=llava_13b", "method=fp,rtn", *words, "preflight=true"]) == 0
     page = capfd.readouterr().out
     assert [row(page, name)[3] for name in ("fp", "rtn")] == ["yes*", "no"]
@@ -141,7 +145,7 @@ def test_the_papers_scale_is_estimated_where_the_hub_does_not_answer(
 def test_a_model_that_the_paper_has_not_is_estimated_too() -> None:
     for model, billions in (("moe_llava_phi2", 5.6), ("moe_llava_qwen", 3.4), ("moe_llava", 3.2)):
         shape = find_shape(load(f"model={model}").model)
-        assert shape is not None and shape.assumed
+        assert shape is not None
         assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.02)
     assert (
         find_shape(load("model.name=mine", "model.path=a/b", "model.stands_for=null").model) is None
@@ -205,7 +209,7 @@ def test_what_is_too_large_for_one_card_may_fit_on_several(
     monkeypatch.setattr(report, "_free", lambda d: room.get(d, cards * 24 * GIB))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
-    monkeypatch.setattr(prepare, "room", lambda _: {})
+    monkeypatch.setattr(checks, "room", lambda _: {})
     line = ["scale=paper", "model=llava_13b", "evaluation.batch_size=1", "preflight=true"]
     assert main([*line, *options]) == (2 if helps else 0)
     assert helps in capfd.readouterr().err
@@ -255,7 +259,7 @@ def test_what_is_nowhere_is_one_sentence(
     assert "HF_HUB_OFFLINE" in err
     assert "model.path=FOLDER" in err
     assert main(["model.path=nowhere", "preflight=true"]) == 2
-    assert "model.path: nowhere is no folder" in capfd.readouterr().err
+    assert "model.path: nowhere is not a folder" in capfd.readouterr().err
     assert main(["method.foo=1", "preflight=true"]) == 2
     assert capfd.readouterr().out == ""
 
@@ -264,13 +268,12 @@ def test_estimates_follow_what_they_are_of() -> None:
     config = load("scale=paper")
     shape = find_shape(config.model)
     assert shape is not None
-    assert shape.assumed
     assert shape.tower == "openai/clip-vit-large-patch14"
     weights = shape.quantized(True) * 4
     assert memory(config, shape) > weights  # simulated in float32
     assert shape.quantized(False) < shape.quantized(True) < shape.parameters
     stream = ["stream=true", "save_packed=FOLDER"]
-    written = memory(load("scale=paper", *stream, "evaluation.limit=0"), shape)
+    written = memory(load("scale=paper", *stream, "evaluate=false"), shape)
     assert written < memory(load("scale=paper", *stream), shape) < memory(config, shape) / 2
     smaller = load("scale=paper", "evaluation.batch_size=1", "method=fp")
     assert memory(smaller, shape) < memory(load("scale=paper", "method=fp"), shape)
@@ -278,7 +281,6 @@ def test_estimates_follow_what_they_are_of() -> None:
     config = load("method=fp")
     shape = find_shape(config.model)
     assert shape is not None
-    assert not shape.assumed
     assert shape.tower is None
     once = seconds(config, shape, "cpu", 10)
     assert seconds(config, shape, "cpu", 20) == pytest.approx(2 * once)

@@ -18,6 +18,8 @@ from qvlm.quantization.targets import block_layers
 from tests.helpers.memory import LiveBytes
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
+pytestmark = pytest.mark.instruction_set
+
 CONFIG = QuantizationConfig(
     weight=QuantSpec(4, "per_channel"),
     language=QuantSpec(4, "per_channel_group", 16),

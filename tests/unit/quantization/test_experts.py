@@ -15,6 +15,8 @@ from qvlm.quantization.experts import Experts, fused_experts, unfuse_experts
 from qvlm.quantization.targets import quantizable
 from tests.helpers.toy import toy_batch, toy_llava
 
+pytestmark = pytest.mark.instruction_set
+
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 32,

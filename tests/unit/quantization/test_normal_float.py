@@ -20,6 +20,8 @@ from qvlm.quantization.normal_float import (
 )
 from qvlm.quantization.quantizer import TokenQuantizer
 
+pytestmark = pytest.mark.instruction_set
+
 BITS = range(2, 9)
 MAX = float(np.finfo(np.float32).max)
 

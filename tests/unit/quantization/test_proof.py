@@ -18,6 +18,8 @@ from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 from qvlm.quantization.verification import LayerBits, check_bits, expected_layers, measure_bits
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
+pytestmark = pytest.mark.instruction_set
+
 W4A4 = QuantizationConfig(
     QuantSpec(4, "per_channel"), QuantSpec(4, "per_channel_group", 16), QuantSpec(4, "per_token")
 )

@@ -19,6 +19,8 @@ from qvlm.quantization.spec import (
     QuantSpec,
 )
 
+pytestmark = pytest.mark.instruction_set
+
 BITS = range(2, 9)
 MAX = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)

@@ -20,6 +20,8 @@ from qvlm.quantization.ranges import (
 )
 from qvlm.quantization.spec import QuantSpec
 
+pytestmark = pytest.mark.instruction_set
+
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 

@@ -1,7 +1,10 @@
 """Records are whole or absent, notice damage, and are named by what their numbers depend on."""
 
+import hashlib
+import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,13 +23,15 @@ from qvlm.records.record import (
     FORGOTTEN_SECONDS,
     Record,
     answers_folder,
+    check_name,
+    find_record,
     find_records,
     identify,
     plain,
     remove_leftovers,
     require_writable,
 )
-from tests.helpers.records import FILES, PREDICTIONS, write
+from tests.helpers.records import FILES, PREDICTIONS, RUN, write
 
 
 def test_a_record_reads_as_it_was_written(tmp_path: Path) -> None:
@@ -186,12 +191,139 @@ def test_values_become_plain() -> None:
         plain({"a": object()})
 
 
-@pytest.mark.parametrize("place", ["/proc/nowhere/runs", "file/runs", "file"])
+def rewrite(path: Path, **parts: Any) -> None:
+    """Writes parts of a record anew, with checksums that are right: this is no damage."""
+    for name, value in parts.items():
+        file = next(path.glob(f"{name}.*"))
+        file.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
+    run = parts.get("run", RUN)
+    if isinstance(run, dict) and "files" not in parts.get("run", {}):
+        names = [name for name in FILES if name != "run.json"]
+        sums = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
+        (path / "run.json").write_text(json.dumps({**run, "files": sums}))
+
+
+LACKING = [{key: value for key, value in RUN.items() if key != gone} for gone in RUN]
+GARBLED: list[dict[str, Any]] = [
+    *({"run": value} for value in ([], 5, None, {}, {"files": []}, {**RUN, "files": {}}, *LACKING)),
+    *({"run": {**RUN, key: 5}} for key in RUN),
+    *({"run": {**RUN, "report": value}} for value in ([], {}, None)),
+    *({"run": {**RUN, "influences": {"bits": value}}} for value in (None, 5, [], {"weights": "4"})),
+    {"run": {**RUN, "influences": {"bits": {"weights": 4, "activations": 4, "more": 1}}}},
+    {"run": {**RUN, "files": {"../../etc/passwd": "0"}}},
+    {"run": b"[" * 100_000},
+    {"run": b"\xff\xfe"},
+    *({"metrics": value} for value in ([], 5, None, {}, {"classes": []}, {"classes": {"Avg": 5}})),
+    {"metrics": b"[" * 100_000},
+    *({"config": value} for value in ([], 5, b"{", b"\xff", b"!!python/object:os.system {}", b"")),
+    *({"bits": value} for value in ({}, 5, None, [5], b"")),
+    *({"predictions": value} for value in (b"", b"PAR1", b"PAR1" * 9, 5)),
+]
+
+
+@pytest.mark.parametrize("parts", GARBLED, ids=lambda parts: repr(parts)[:60])
+def test_a_garbled_record_is_one_sentence(tmp_path: Path, parts: dict[str, Any]) -> None:
+    path = tmp_path / "cell"
+    write(path)
+    rewrite(path, **parts)
+    with pytest.raises(RunError) as refusal:
+        find_records(tmp_path)
+    sentence = str(refusal.value)
+    assert sentence.startswith(str(path)) and sentence.endswith("and run the cell again")
+    assert "\n" not in sentence
+    record, why = find_record(path, "abc")
+    assert record is None and why == sentence
+
+
+def test_predictions_without_a_column_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "cell"
+    write(path)
+    for column in PREDICTIONS:
+        buffer = io.BytesIO()
+        PREDICTIONS.drop(columns=column).to_parquet(buffer)
+        rewrite(path, predictions=buffer.getvalue())
+        with pytest.raises(RunError, match=f"has no column {column}"):
+            Record.load(path)
+    rewrite(
+        path, predictions=(buffer := io.BytesIO(), PREDICTIONS.to_parquet(buffer))[0].getvalue()
+    )
+    Record.load(path)
+
+
+def test_a_full_disk_leaves_the_record_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "cell"
+    write(path, accuracy=1.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for limit in (0, 100, 1000):  # not even the first file fits, nor the second, ...
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            with pytest.raises(
+                RunError, match=r"^record .+cell cannot be written \(.*File too large\)$"
+            ):
+                write(path, accuracy=2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Record.load(path).metrics["classes"]["Avg"]["accuracy"] == 1.0
+    assert os.listdir(tmp_path) == ["cell"]
+    write(path, accuracy=2.0)
+
+
+@pytest.mark.parametrize("name", ["mini_llava", "Q-VLM.2", "a", "-", "_", "9", "x" * 64])
+def test_names_are_accepted(name: str) -> None:
+    check_name("model.name", name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "",
+            ".",
+            "..",
+            ".hidden",
+            "a/b",
+            "/etc",
+            "../up",
+            "a\\b",
+            "a b",
+            "a\n",
+            "\n",
+            "a\0b",
+            "é",
+        ),
+        *("x" * 65, "a:b", "~", "$HOME", "a*", "a,b", "a=b", "\u0661"),
+    ],
+)
+def test_what_is_not_a_name_is_one_sentence(name: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^model.name: .+ is not a name\. Use letters, digits"
+    ) as no:
+        check_name("model.name", name)
+    assert "\n" not in str(no.value)
+
+
+PLACES = ["/proc/nowhere/runs", "file/runs", "file", "nothing", "nothing/runs", "loop", "loop/runs"]
+PLACES += ["x" * 300, "x" * 300 + "/runs", "a/" * 2100, "nul\0", "under/nothing/runs"]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[:20])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="results_dir"):
+    (tmp_path / "nothing").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "under").mkdir()
+    (tmp_path / "under" / "nothing").symlink_to("gone")
+    with pytest.raises(UserError, match="^results_dir: ") as refusal:
         require_writable(tmp_path / place)
-    assert os.listdir(tmp_path) == ["file"]
+    assert "\n" not in str(refusal.value)
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop", "nothing", "under"]
+
+
+def test_a_link_to_a_folder_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    require_writable(tmp_path / "link" / "results" / "runs")
+    assert os.listdir(tmp_path / "real") == []
 
 
 def test_a_folder_that_can_be_made_is_accepted_and_not_made(tmp_path: Path) -> None:

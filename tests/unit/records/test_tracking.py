@@ -1,5 +1,6 @@
 """What W&B is given is read back from its own files; what goes wrong there costs a warning."""
 
+import io
 import json
 import os
 import struct
@@ -241,6 +242,35 @@ def test_online_without_a_key_becomes_offline(
     (run,) = runs_in(folder)
     assert run.summary["n/Avg"] == COUNT
     assert {file.name: file.read_bytes() for file in record.path.iterdir()} == written
+
+
+@pytest.mark.parametrize(
+    "mode", ["CMYK", "F", "I", "I;16", "1", "LA", "P", "RGBA", "LAB", "damaged"]
+)
+def test_an_odd_image_costs_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], mode: str
+) -> None:
+    record = make_record(tmp_path / "runs", "AWQ", n=COUNT)
+    problems = list(make_questions(record))
+    odd = Image.new("RGB" if mode == "damaged" else mode, (8, 8))
+    if mode == "damaged":
+        buffer = io.BytesIO()
+        odd.save(buffer, "PNG")
+        odd = Image.open(
+            io.BytesIO(buffer.getvalue()[:45])
+        )  # the header is read, the rest is not there
+    row = record.predictions["has_image"].tolist().index(True)
+    changed = [
+        dict(problem, image=odd) if i == row else problem for i, problem in enumerate(problems)
+    ]
+    track(record, changed, TrackingConfig(dir=str(tmp_path / "wandb"), examples=COUNT), "g")  # type: ignore[arg-type]
+    assert capfd.readouterr() == ("", "")
+    (run,) = runs_in(tmp_path / "wandb")
+    assert run.summary["n/Avg"] == COUNT
+    examples = run.table("examples")
+    shown = record.predictions["has_image"].sum() - (mode == "damaged")
+    assert len(examples) == COUNT
+    assert examples["image"].notna().sum() == shown
 
 
 def test_a_failure_is_a_warning(

@@ -1,32 +1,14 @@
-"""Whole packed models: every layer replaced, the same logits, and less memory."""
+"""Packed models: every layer is replaced, logits stay the same, and memory shrinks."""
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 from qvlm.errors import UserError
-from qvlm.methods import RTN
 from qvlm.packing.model import kernels_used, pack_model, packed_layers, weight_bytes
-from qvlm.quantization.calibration import Walk
 from qvlm.quantization.linear import QuantLinear
-from qvlm.quantization.spec import QuantizationConfig, QuantSpec
-from tests.helpers.toy import toy_batch, toy_batches, toy_llava
+from tests.helpers.layers import logits, rounded
+from tests.helpers.toy import toy_llava
 
-
-def rounded(bits: int = 4, text: str = "llama") -> nn.Module:
-    model = toy_llava(text)
-    quantization = QuantizationConfig(
-        QuantSpec(bits, "per_group", 32),
-        QuantSpec(bits, "per_channel_group", 16),
-        QuantSpec(bits, "per_token"),
-    )
-    RTN().quantize(Walk(model, toy_batches(), quantization))
-    return model
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(**toy_batch(seed=5)).logits
+pytestmark = pytest.mark.instruction_set
 
 
 @pytest.mark.parametrize("text", ["llama", "routed", "mixtral"])
@@ -45,7 +27,7 @@ def test_logits_are_those_of_the_simulation(bits: int) -> None:
     model = rounded(bits)
     expected = logits(model)
     pack_model(model, "reference")
-    # Steps near the middle of two codes may tip over after a rounding before them: no exact bound.
+    # An input near the middle of two codes may round to the other one, so there is no exact bound.
     assert float((logits(model) - expected).abs().max()) < 0.02 * float(expected.abs().max())
     assert set(kernels_used(model)) == {"reference"}
 
@@ -57,8 +39,10 @@ def test_a_forced_kernel_runs_where_it_can() -> None:
     assert set(kernels_used(model)) == {"int_mm"}
 
 
-def test_nothing_to_pack_is_said() -> None:
+def test_models_that_cannot_be_packed_are_refused() -> None:
     with pytest.raises(UserError, match="no quantized linear"):
         pack_model(toy_llava())
-    with pytest.raises(UserError, match="accepted is auto"):
+    with pytest.raises(UserError, match="serves no layer of this model"):
         pack_model(rounded(8), "int4_weight_only")
+    with pytest.raises(UserError, match="'fast' is not a kernel. Choose one of: auto, native"):
+        pack_model(rounded(8), "fast")

@@ -1,10 +1,11 @@
-"""A packed checkpoint that is written block by block, and gone on with after a kill.
+"""A packed checkpoint that is written block by block and resumed after a kill.
 
-While it is written everything is in `FOLDER.partial`: a shard per finished block, and the
-progress, which is how many there are and the hidden states to go on from. Each file appears whole
-or not at all, the shard before the progress that counts it, so a kill loses the block under way and
-nothing else. The last step gives the folder its name. The progress carries the cell's hash: what
-another cell began is never gone on with.
+A block is a decoder layer or a layer of the vision tower. While the checkpoint is incomplete, its
+files are in `FOLDER.partial`: a shard for each finished block, and the progress, which holds the
+number of finished blocks and the hidden states that the next block starts from. Each file appears
+whole or not at all, and a shard appears before the progress that counts it, so a kill loses only
+the block that was being quantized. The last step renames the folder to `FOLDER`. The progress
+contains the hash of the cell, so a cell never resumes what another one began.
 """
 
 import json
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qvlm.errors import UserError
-from qvlm.packing.checkpoint import ORIGIN, describe
-from qvlm.packing.layer import Form, PackedLinear
+from qvlm.packing.checkpoint import ORIGIN, add_packed_config
+from qvlm.packing.form import Form
+from qvlm.packing.layer import PackedLinear
 from qvlm.quantization.block import Call
 from qvlm.quantization.linear import QuantLinear
 from qvlm.records.files import PARTIAL, explained, write_file
@@ -31,23 +33,25 @@ from qvlm.records.files import PARTIAL, explained, write_file
 PROGRESS = "progress.pt"
 
 
-class PackedStream:
-    """Where the packed blocks of a model go.
+class PartialCheckpoint:
+    """An incomplete packed checkpoint, new or resumed.
 
     Args:
-        folder: of the checkpoint, once it is whole.
-        identity: the cell's hash.
-        names: full names of the blocks, in order.
-        device: for the hidden states to go on from.
-        anew: begin from nothing, whatever there is.
+        folder: Folder of the complete checkpoint.
+        identity: Hash of the cell.
+        names: Full names of the blocks, in order.
+        device: Device for the hidden states that the next block starts from.
+        anew: Whether to delete what was written before instead of resuming it.
 
     Attributes:
-        done: how many blocks are written.
-        calls: of the block after them; empty where the model itself has to produce them.
-        uncalibrated: of the walk so far.
+        folder, names: As given.
+        partial: Folder of the incomplete checkpoint.
+        done: Number of finished blocks.
+        calls: Inputs of the next block. They are empty if the model itself has to produce them.
+        uncalibrated: Full names of the layers that were quantized without a calibration token.
 
     Raises:
-        UserError: if another cell, or nobody we know, has written there, or the disk refuses.
+        UserError: If the folder holds anything but this cell's checkpoint, or cannot be written.
     """
 
     def __init__(
@@ -62,9 +66,10 @@ class PackedStream:
         self._identity = identity
         self._forms: dict[str, dict[str, Any]] = {}
         if folder.is_dir() and any(folder.iterdir()) and not (folder / ORIGIN).is_file():
-            # It would be replaced as a whole.
+            # `finish` would delete these files.
             raise UserError(
-                f"save_packed: {folder} holds no packed checkpoint but other files; give a new one"
+                f"save_packed: {folder} holds no packed checkpoint but other files. Give a new "
+                "folder."
             )
         if anew:
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -76,13 +81,13 @@ class PackedStream:
             self._read(device)
         elif any(file.suffix != PARTIAL for file in self.partial.iterdir()):
             raise UserError(
-                f"save_packed: {self.partial} holds other files; delete it or give another folder"
+                f"save_packed: {self.partial} holds other files. Delete it or give another folder."
             )
         else:
             self._write_progress()
 
     def add_rest(self, model: PreTrainedModel) -> None:
-        """Writes what is in no block: embeddings, the last norm, the head."""
+        """Writes the tensors outside of blocks: embeddings, the last norm and the head."""
         inside = tuple(f"{name}." for name in self.names)
         state = {k: v for k, v in model.state_dict().items() if not k.startswith(inside)}
         if model.config.tie_word_embeddings:
@@ -90,14 +95,16 @@ class PackedStream:
         self._write_shard(0, state)
 
     def add(self, module: nn.Module, calls: list[Call], uncalibrated: list[str]) -> None:
-        """Writes the next block, and what to go on from.
+        """Writes the next block, and the progress to resume from.
 
         Args:
-            module: the block, quantized; it is left as it is.
-            calls: of the block after it.
+            module: Quantized block. Its layers are packed for writing and then put back.
+            calls: Inputs of the block after it.
+            uncalibrated: Full names of the layers that were quantized without a calibration token.
 
         Raises:
-            UserError: naming the layer, if one has no packed form.
+            UserError: If a layer has no packed form (the message names it), or the files cannot be
+                written.
         """
         name = self.names[self.done]
         layers = {n: part for n, part in module.named_modules() if isinstance(part, QuantLinear)}
@@ -116,7 +123,12 @@ class PackedStream:
         self._write_progress()
 
     def restore(self, position: int, module: nn.Module) -> None:
-        """Makes of a float block the quantized one that was written, equal to the bit."""
+        """Makes a float block the quantized block that was written, equal to the bit.
+
+        Args:
+            position: Index of the block in `names`.
+            module: The same block of the float model, which is changed in place.
+        """
         name, device = self.names[position], next(module.parameters()).device
         state = load_file(self.partial / self._shard(position + 1))
         for full, fields in self._forms.items():
@@ -126,27 +138,28 @@ class PackedStream:
             keys = [key for key in state if key.startswith(f"{full}.")]
             layer.load_state_dict({key.removeprefix(f"{full}."): state.pop(key) for key in keys})
             module.set_submodule(full.removeprefix(f"{name}."), layer.to(device).simulated())
-        places = module.state_dict()
+        tensors = module.state_dict()
         for key, value in state.items():  # norms, which a method may have changed
-            places[key.removeprefix(f"{name}.")].copy_(value)
+            tensors[key.removeprefix(f"{name}.")].copy_(value)
 
     def finish(self, model: PreTrainedModel, write_encoding: Callable[[Path], None]) -> None:
-        """Writes what makes shards a checkpoint, and gives the folder its name.
+        """Writes index and configuration, and renames the folder to that of the checkpoint.
 
         Args:
-            model: for its configuration.
-            write_encoding: writes the remaining files to a folder.
+            model: Model whose configuration is saved.
+            write_encoding: Function that writes tokenizer, image processor and `qvlm.json` to a
+                folder.
         """
         shards = [self._shard(number) for number in range(len(self.names) + 1)]
-        placed: dict[str, str] = {}
+        weight_map: dict[str, str] = {}
         size = 0
         for shard in shards:
             with safe_open(self.partial / shard, framework="pt") as opened:
-                placed |= dict.fromkeys(opened.keys(), shard)
+                weight_map |= dict.fromkeys(opened.keys(), shard)
             size += (self.partial / shard).stat().st_size
-        index = {"metadata": {"total_size": size}, "weight_map": placed}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        describe(model, self._forms)
+        add_packed_config(model, self._forms)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(self.partial)
@@ -185,12 +198,12 @@ class PackedStream:
         try:
             progress = torch.load(file, map_location=device, weights_only=True)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"save_packed: {file} is damaged; delete {self.partial}") from error
+            raise UserError(f"save_packed: {file} is damaged. Delete {self.partial}.") from error
         if progress["hash"] != self._identity:
             raise UserError(
                 f"save_packed: {self.partial} was begun by another cell, or by another version of "
-                "the code or the checkpoint; delete it, add force=true to begin anew, or give "
-                "another folder"
+                "the code or the checkpoint. Delete it, add force=true to begin anew, or give "
+                "another folder."
             )
         self.done, self.calls = progress["done"], progress["calls"]
         self.uncalibrated, self._forms = progress["uncalibrated"], progress["forms"]

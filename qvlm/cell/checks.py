@@ -1,0 +1,38 @@
+"""Checks of a cell's options that need neither checkpoint nor data.
+
+They run before the first cell of a sweep does, so that a mistyped option costs seconds and not the
+hours of the cells before it. What only shows once model and data are loaded (a truncated
+checkpoint, a missing column, a split that is too small) is a `UserError` of the cell itself, which
+has written nothing by then.
+"""
+
+from pathlib import Path
+
+from qvlm.cell.inputs import find_device, prompting, quantization_config
+from qvlm.cell.method import build_method, not_streamable
+from qvlm.config.schema import MAP, RunConfig
+from qvlm.models.placement import room
+from qvlm.packing import kernels
+from qvlm.records.record import require_writable
+from qvlm.validation import one_of
+
+
+def check_options(config: RunConfig) -> None:
+    """Makes sure that a cell can start, as far as its options tell.
+
+    Raises:
+        UserError: if an option is wrong; the sentence names the option and what it accepts.
+    """
+    method = build_method(config.method)
+    if config.stream and not getattr(method, "one_pass", True):
+        raise not_streamable(method.name)
+    one_of("kernel", config.kernel, kernels.names())
+    prompting(config)
+    find_device(config.device)
+    if config.device == MAP:
+        room(config.max_memory)
+    if not config.full_precision:
+        quantization_config(config)
+    require_writable(config.runs_dir)
+    if config.save_packed is not None:
+        require_writable(Path(config.save_packed).parent, "save_packed")

@@ -1,0 +1,85 @@
+"""What Hydra needs to compose a configuration, and the check of what it lets through.
+
+`register` makes the schema known to Hydra, and `from_hydra` turns a composed configuration into a
+`RunConfig`. Hydra accepts keys that are added with `+` or deleted with `~`; `from_hydra` does not.
+"""
+
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from qvlm.config.schema import RunConfig
+from qvlm.errors import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def register() -> None:
+    """Makes the schema known to Hydra, and the sweeper and launcher of `hydra_plugins`."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=_schema())
+    sweeper = {
+        "_target_": "hydra_plugins.qvlm_sweeper.CellSweeper",
+        "max_batch_size": None,
+        "params": None,
+    }
+    store.store(group="hydra/sweeper", name="cells", node=sweeper)
+    launcher = {"_target_": "hydra_plugins.qvlm_launcher.CellLauncher"}
+    store.store(group="hydra/launcher", name="cells", node=launcher)
+
+
+def from_hydra(composed: DictConfig) -> RunConfig:
+    """Makes the typed configuration of a composed one.
+
+    Raises:
+        UserError: for a key that is not in the schema, a missing one, or a value that is refused.
+        OmegaConfBaseException: for a value of a wrong type, or an interpolation of a missing key.
+    """
+    schema = _schema()
+    _compare_keys(composed, schema, "")
+    for key in sorted(OmegaConf.missing_keys(composed)):
+        if not key.startswith("hydra."):
+            raise UserError(f"{key} is not given. Give {key}=VALUE.")
+    container = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(container, dict)
+    return typed({str(key): value for key, value in container.items() if key != "hydra"})
+
+
+def typed(container: dict[str, object]) -> RunConfig:
+    """Makes the typed configuration of plain values; a key that is left out has its default.
+
+    Raises:
+        UserError: for a value that is refused.
+        OmegaConfBaseException: for an unknown key, or a value of a wrong type.
+    """
+    config = OmegaConf.to_object(OmegaConf.merge(_schema(), container))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _schema() -> DictConfig:
+    schema = OmegaConf.structured(RunConfig)
+    OmegaConf.set_struct(schema.method, False)  # a class has parameters of its own
+    OmegaConf.set_struct(schema.launcher, False)
+    OmegaConf.set_readonly(schema.bits, False)  # frozen as a value, not while it is composed
+    return schema
+
+
+def _compare_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
+    """Refuses keys that were added with `+` or deleted with `~`, in all nodes of the schema."""
+    accepted = [str(key) for key in schema.keys()]  # noqa: SIM118
+    present = [str(key) for key in given.keys()]  # noqa: SIM118 - `in` skips missing values
+    for key in present:
+        if key not in accepted and f"{prefix}{key}" != "hydra":
+            choices = ", ".join(sorted(accepted))
+            raise UserError(f"{prefix}{key} is not a known key. Choose one of: {choices}.")
+    for key in accepted:
+        if key not in present:
+            raise UserError(f"{prefix}{key} is not a key that can be deleted. Give it a value.")
+        inner = schema._get_node(key)
+        if isinstance(inner, DictConfig) and OmegaConf.get_type(inner) is not dict:
+            below = given._get_node(key)
+            if not isinstance(below, DictConfig) or below._is_none():
+                raise UserError(f"{prefix}{key}=null is not a group of options. Give it a value.")
+            _compare_keys(below, inner, f"{prefix}{key}.")

@@ -1,0 +1,92 @@
+"""Turns the combinations of a sweep into cells: each once, full precision first, all checked."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from qvlm.config.compose import from_hydra
+from qvlm.config.explain import explained
+from qvlm.config.schema import RunConfig, canonical
+from qvlm.errors import UserError
+from qvlm.sweep.launch import build
+from qvlm.sweep.local import Here
+
+if TYPE_CHECKING:  # importing it imports PyTorch
+    from qvlm.cell.identity import Cell
+
+    Planned = tuple[list[str], Cell]
+
+
+def plan(
+    combinations: Sequence[list[str]], compose: Callable[[list[str]], DictConfig]
+) -> "Iterator[list[Planned]]":
+    """Yields the batches of a sweep. Every cell is checked and identified before the first batch.
+
+    With `preflight` there are no batches: the page is printed, and nothing runs.
+
+    Args:
+        combinations: Overrides of each cell.
+        compose: Function that composes the configuration of overrides, Hydra's part included.
+
+    Returns:
+        Batches of cells, each with its overrides.
+
+    Raises:
+        UserError: if any cell is wrong.
+    """
+    configs = _distinct(combinations, compose)
+    launchers = [config.launcher for config, _ in configs]
+    if any(launcher != launchers[0] for launcher in launchers):
+        raise UserError("launcher is not a single value. A sweep has one launcher.")
+    with explained():
+        launcher = build(launchers[0])
+    if other_ranks() and not isinstance(launcher, Here):
+        raise UserError(
+            "launcher is not possible under accelerate launch, whose ranks it would not use. Leave "
+            "out one of the two."
+        )
+    if any(config.preflight for config, _ in configs):
+        from qvlm.planning.preflight import preflight
+
+        preflight([config for config, _ in configs])
+        return
+
+    from qvlm.cell.identity import Cell
+
+    folders = [config.save_packed for config, _ in configs if config.save_packed is not None]
+    if len(set(folders)) < len(folders):
+        raise UserError(
+            "save_packed is not one folder for several cells. Give each cell a folder of its own."
+        )
+    cells = [(overrides, Cell.of(config)) for config, overrides in configs]
+    for first in (True, False):
+        if batch := [planned for planned in cells if planned[1].config.full_precision is first]:
+            yield batch
+
+
+def other_ranks() -> int:
+    """The number of processes that accelerate's launcher started beside this one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) - 1 if "LOCAL_RANK" in os.environ else 0
+
+
+def _distinct(
+    combinations: Sequence[list[str]], compose: Callable[[list[str]], DictConfig]
+) -> list[tuple[RunConfig, list[str]]]:
+    """The configurations that differ in more than what full precision ignores."""
+    found: dict[str, tuple[RunConfig, list[str]]] = {}
+    for combination in combinations:
+        with explained(combination):
+            composed = compose(combination)
+        HydraConfig.instance().set_config(composed)
+        with explained():
+            config = canonical(from_hydra(composed))
+        whole = asdict(config)
+        if config.full_precision:
+            del whole["quantizer"], whole["calibration"]
+        found.setdefault(json.dumps(whole, sort_keys=True), (config, combination))
+    return list(found.values())

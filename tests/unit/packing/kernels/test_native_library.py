@@ -1,0 +1,252 @@
+"""Every product of a packed layer is exact where it claims so; the obstacles of the C products.
+
+Nothing here needs an instruction set: what the C products must give, the stock products must give
+too, and a test checks all that serve on the machine it runs on.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qvlm.errors import UserError
+from qvlm.packing.form import Form
+from qvlm.packing.formats import pack
+from qvlm.packing.kernels import kernel_named, reference
+from qvlm.packing.kernels import native as native_kernel
+from qvlm.packing.kernels import native_library as native
+from qvlm.packing.layer import PackedLinear
+from tests.helpers.layers import quantized
+
+pytestmark = pytest.mark.instruction_set
+
+
+def packed_layer(form: Form, codes: Tensor, **numbers: Tensor) -> PackedLinear:
+    """A packed layer of codes [out, in] uint8 and the other buffers that its form names.
+
+    Float32 numbers are stored as their bits; a NormalFloat mean is zero.
+    """
+    packed = PackedLinear(form)
+    numbers["codes"] = pack(codes, form.weight_bits)
+    if form.weight == "normal_float":
+        numbers["mean"] = torch.zeros(1)
+    for name, value in numbers.items():
+        bits = value.view(torch.int32) if value.dtype == torch.float32 else value
+        assert getattr(packed, name).shape == bits.shape, name
+        setattr(packed, name, bits)
+    return packed
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (6, 6), (8, 8), (4, 8), (3, 2)])
+@pytest.mark.parametrize(
+    ("rows", "out", "width", "group"),
+    [
+        (3, 70, 1100, 1100),
+        (9, 5, 24, 8),
+        (12, 130, 96, 32),
+        (800, 65, 40, 16),
+        (17, 64, 1030, 1030),
+        (5, 70, 600, 128),
+        (1, 3, 1290, 640),
+        (2, 9, 203, 203),
+    ],
+)
+@pytest.mark.parametrize("grid", ["token", "channel", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_exact(
+    bits: tuple[int, int],
+    rows: int,
+    out: int,
+    width: int,
+    group: int,
+    grid: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sums of t v s by `native` and `int_mm`; a folded scale of channels is no factor."""
+    weight_bits, input_bits = bits
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    codes = integers(2**weight_bits, out, width).to(torch.uint8)
+    groups = -(-width // group)
+    zero = integers(2**weight_bits, out, groups).to(torch.uint8)
+    scale = 2.0 ** -integers(5, out, groups).float()  # powers of two, so that float sums are exact
+    shape = {"token": (rows, 1), "channel": (width,), "tensor": ()}[grid]
+    zero_point = integers(2**input_bits, *shape).float()
+    input_scale = 2.0 ** -integers(5, *shape).float()
+    position = integers(2**input_bits + 10, rows, width).float() - 5  # some lie beyond the grid
+    order = torch.randperm(width, generator=generator) if grid == "channel" else None
+    between = torch.rand(rows, width, generator=generator) - 0.5
+    stored = ((position - zero_point + between) * input_scale).to(dtype)
+    rounded = (stored.float() / input_scale).round() + zero_point
+    steps = rounded.clamp(0, 2**input_bits - 1) - zero_point
+    x = stored if order is None else torch.empty_like(stored).index_copy_(1, order, stored)
+
+    form = Form(
+        in_features=width,
+        out_features=out,
+        bias=False,
+        weight="uniform",
+        weight_bits=weight_bits,
+        group_size=group,
+        scale_shape=(out, groups),
+        inputs="token" if grid == "token" else "static",
+        input_bits=input_bits,
+        input_shape=shape if grid == "channel" else (),
+        folds=grid == "channel",
+        ordered=order is not None,
+    )
+    numbers = {"scale": scale, "zero_point": zero}
+    if order is not None:
+        numbers["order"] = order.int()
+    packed = packed_layer(form, codes, **numbers)
+    # Any grid of the input, not only one that a range of its values gives.
+    monkeypatch.setattr(packed, "input_grid", lambda x: (input_scale, zero_point))
+
+    v = codes.double() - zero.double().repeat_interleave(group, 1)[:, :width]
+    v *= scale.double().repeat_interleave(group, 1)[:, :width]
+    factor = torch.ones(()) if grid == "channel" else input_scale
+    expected = (steps.double() @ v.T) * factor
+    magnitude = (steps.double().abs() @ v.abs().T) * factor
+    serving = [kernel for kernel in ("native", "int_mm") if kernel in packed.serving()]
+    assert "int_mm" in serving and ("native" in serving) == (native.obstacle() is None)
+    for kernel in serving:
+        found = kernel_named(kernel).product(packed, x)
+        # With four bits behind the point, float32 holds sums up to 2^20, and float64 all.
+        if dtype == torch.float32 or (expected / factor).abs().max() < 2**20:
+            assert torch.equal(found.double(), expected), kernel
+        assert found.dtype == (torch.float64 if dtype == torch.float32 else torch.float32)
+        error = (found - expected).abs()
+        assert bool((error <= width * 2.0**-24 * magnitude).all()), kernel
+
+
+def four_bits(weight: str, out: int, width: int, group: int, input_shape: tuple[int, ...]) -> Form:
+    """The form of a layer of 4-bit weights and 8-bit static inputs."""
+    groups = width // group
+    return Form(
+        in_features=width,
+        out_features=out,
+        bias=False,
+        weight=weight,
+        weight_bits=4,
+        group_size=group,
+        scale_shape=(out, groups) if weight == "uniform" else (),
+        constants=() if weight == "uniform" else (0, out * groups),
+        inputs="static",
+        input_bits=8,
+        input_shape=input_shape,
+    )
+
+
+@pytest.mark.parametrize("weight", ["uniform", "normal_float"])
+def test_no_rows_give_no_rows(weight: str) -> None:
+    numbers = {"scale": torch.ones(3), "input_scale": torch.ones(())}
+    if weight == "uniform":
+        numbers |= {"scale": torch.ones(3, 1), "zero_point": torch.zeros(3, 1, dtype=torch.uint8)}
+    numbers["input_zero_point"] = torch.tensor(128, dtype=torch.uint8)
+    codes = torch.zeros(3, 8, dtype=torch.uint8)
+    packed = packed_layer(four_bits(weight, 3, 8, 8, ()), codes, **numbers)
+    for kernel in packed.serving():
+        packed.kernel = kernel
+        assert packed(torch.zeros(0, 8)).shape == (0, 3), kernel
+
+
+@pytest.mark.parametrize("weight", ["uniform", "normal_float"])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("out", [1, 4, 7])
+def test_sums_of_bf16_are_exact(
+    weight: str, rows: int, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where bf16 holds both operands, `native` gives their exact sums and `bf16` rounds these."""
+    width, group, generator = 192, 64, torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (out, width), generator=generator).to(torch.uint8)
+    x = torch.randint(-15, 16, (rows, width), generator=generator).float()
+    zero = torch.randint(16, (out, 3), generator=generator).to(torch.uint8)
+    scale = 2.0 ** -torch.randint(5, (out, 3), generator=generator).float()
+    # Channels of a group differ in scale, so that the weight is made float.
+    numbers = {
+        "scale": scale,
+        "zero_point": zero,
+        "input_scale": 2.0 ** -(torch.arange(width) % 2).float(),
+        "input_zero_point": torch.full((width,), 128, dtype=torch.uint8),
+    }
+    values = codes.view(out, 3, group).float() - zero[..., None]
+    if weight == "normal_float":
+        levels = torch.randperm(16, generator=generator) / 8 - 1
+        for module in (reference, native_kernel):
+            monkeypatch.setattr(module, "kept_levels", lambda bits: levels)
+        values = levels[codes.long()].view(out, 3, group)
+        numbers["scale"] = scale.flatten()
+        del numbers["zero_point"]
+    w_hat = (values * scale[..., None]).flatten(1)
+    expected = x @ w_hat.T
+
+    packed = packed_layer(four_bits(weight, out, width, group, (width,)), codes, **numbers)
+    assert not packed.has_integer_product()
+    assert torch.equal(
+        reference.float_weight(packed, slice(0, out), torch.bfloat16), w_hat.bfloat16()
+    )
+    x = x.bfloat16()
+    assert torch.equal(kernel_named("reference").product(packed, x), expected)
+    assert torch.allclose(kernel_named("bf16").product(packed, x), expected, rtol=2.0**-8, atol=0)
+    if "native" in packed.serving():
+        assert native_kernel._weight(packed).is_paired()
+        assert torch.equal(kernel_named("native").product(packed, x), expected)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Nothing is compiled, asked or switched off yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(native.WITHOUT, raising=False)
+    caches = (native.obstacle, native._library)
+    for cache in caches:
+        cache.cache_clear()
+    yield monkeypatch
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_what_is_in_the_way_is_said(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("CC", "false")
+    assert native.obstacle() == "the C compiler false fails: it gave no reason"
+    native.obstacle.cache_clear()
+    fresh.setenv("CC", "/no/such/compiler")
+    assert "/no/such/compiler" in (native.obstacle() or "")
+    native.obstacle.cache_clear()
+    fresh.delenv("CC")
+    fresh.setenv("PATH", "")
+    assert native.obstacle() == "there is no C compiler"
+
+
+def test_developers_can_do_without(fresh: pytest.MonkeyPatch) -> None:
+    layer, x = quantized((5, 64))
+    fresh.setenv(native.WITHOUT, "native")
+    assert native.obstacle() == "QVLM_WITHOUT=native is set"
+    packed = PackedLinear.from_quantized(layer)
+    packed(x)
+    assert "native" not in packed.serving() and "native" not in packed.used
+    with pytest.raises(UserError, match=r"some\.layer: QVLM_WITHOUT=native is set"):
+        packed.kernel = "native"
+    native.obstacle.cache_clear()
+    fresh.setenv(native.WITHOUT, "int_mm")
+    with pytest.raises(UserError, match="QVLM_WITHOUT='int_mm' is not .*: native"):
+        native.obstacle()
+
+
+def test_it_is_compiled_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a compiler that writes an empty file and counts its calls."""
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    # The last two arguments are `-o FILE`.
+    compiler.write_text(f'#!/bin/sh\necho >> {calls}\nfor at; do :; done\n: > "$at"\n')
+    compiler.chmod(0o755)
+    fresh.setenv("CC", str(compiler))
+    compiled = native._compiled()
+    assert native._compiled() == compiled
+    assert list(tmp_path.glob("qvlm/*")) == [compiled]
+    assert len(calls.read_text().splitlines()) == 2  # it compiles and links
