@@ -1,21 +1,24 @@
-"""Figures 2 and 5: does the dependency of layers foretell what a joint search gains?
+"""Figures 2 and 5: does the dependency of layers predict what a joint search gains?
 
-`python experiments/dependency_figure.py` takes single calibration problems. For each, at three
-decoder layers of the float model and with ranges from that problem alone, it measures
+`python experiments/dependency_figure.py` takes calibration problems one by one. For each problem it
+measures three decoder layers of the floating-point model, with ranges from that problem alone:
 
-- the discretization error difference (DED): the error of the layer's output with percentiles found
-  layer by layer, minus that with percentiles found jointly, in consecutive blocks of at most three
-  linears, summed over the blocks;
-- the activation entropy, eq. (4): the mean dependency of the consecutive linears in those blocks;
-- the mean relative quantization error of their activations, the other proxy of Table 5.
+- The discretization error difference (DED) is the error of the layer's output with percentiles
+  found layer by layer, minus the error with percentiles found jointly, in consecutive blocks of at
+  most three linears. It is summed over the blocks.
+- The activation entropy, eq. (4), is the mean dependency of the consecutive linears in those
+  blocks.
+- The quantization error is the mean relative error of their activations, the other proxy of
+  Table 5.
 
-Errors are shares of a token's energy. It writes `figure2.csv`, a row per problem and layer, and
-`figure2.png`, a panel per proxy and layer with Pearson's correlation.
+Errors are shares of a token's energy. The command writes `figure2.csv`, with a row per problem and
+layer, and `figure2.png`, with a panel per proxy and layer and Pearson's correlation in its title.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qvlm.cell import inputs as prepare
+from qvlm.command import run_command
 from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.schema import RunConfig, canonical
 from qvlm.methods.qvlm.dependency import element_joint, entropy, lane, mine, quantization_error
@@ -48,19 +52,27 @@ LABELS = {
 
 
 def configuration(overrides: list[str]) -> RunConfig:
-    """One cell's configuration."""
+    """Returns the configuration of a cell of Q-VLM with these overrides."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return canonical(from_hydra(compose("config", ["method_name=qvlm", *overrides])))
 
 
 def three_layers(count: int) -> list[int]:
-    """A quarter, half and three quarters of the way through `count` decoder layers."""
+    """Returns the indices at a quarter, half and three quarters of `count` decoder layers."""
     return sorted({count // 4, count // 2, 3 * count // 4})
 
 
 def runs_of(block: Block, names: list[str]) -> list[list[str]]:
-    """Consecutive linears of one lane that saw tokens, at most `DEPTH` at a time."""
+    """Divides the linears of a block into runs of consecutive linears of one lane.
+
+    Args:
+        block: Block of the linears.
+        names: Names of the linears that received tokens, in the order in which they run.
+
+    Returns:
+        Runs of at most `DEPTH` names.
+    """
     runs: list[list[str]] = []
     for name in names:
         joins = runs and len(runs[-1]) < DEPTH and lane(block, runs[-1][0]) == lane(block, name)
@@ -74,7 +86,17 @@ def runs_of(block: Block, names: list[str]) -> list[list[str]]:
 def measure(
     model: Any, batch: Any, quantization: Any, search: SearchOptions
 ) -> list[dict[str, Any]]:
-    """One problem's rows: layer, DED and both proxies."""
+    """Measures one problem at three decoder layers.
+
+    Args:
+        model: Floating-point model.
+        batch: Inputs of the problem, as a batch of one.
+        quantization: Specs of weights and activations.
+        search: Grid of percentiles.
+
+    Returns:
+        One row per layer, with `layer`, `ded`, `entropy` and `quantization_error`.
+    """
     walk = Walk(model, [batch], quantization)
     chains = {
         proxy: {chain.name: chain for chain in mine(walk, dependency, "linear", 4096)}
@@ -89,7 +111,7 @@ def measure(
         runs = runs_of(block, list(block.linears))
         found = search_block(block, [[[name] for name in run] for run in runs], search)
         for name in block.linears:
-            block.restore(name)  # every layer is measured in the float model
+            block.restore(name)  # the next layer is measured in the floating-point model
         within = {pair for run in runs for pair in pairwise(run)}
         row: dict[str, Any] = {"layer": chosen[block.name]}
         row["ded"] = sum(result.layerwise_error - result.error for result in found)
@@ -103,7 +125,13 @@ def measure(
 
 
 def draw(frame: pd.DataFrame, title: str, path: Path) -> None:
-    """The panels."""
+    """Draws the panels.
+
+    Args:
+        frame: Rows of all problems (see `measure`).
+        title: Title of the figure.
+        path: PNG file to write.
+    """
     layers = sorted(frame["layer"].unique())
     figure, axes = pyplot.subplots(
         len(PROXIES), len(layers), figsize=(4 * len(layers), 7), squeeze=False, sharex="row"
@@ -123,15 +151,24 @@ def draw(frame: pd.DataFrame, title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="mini_llava", help="an option of conf/model")
-    parser.add_argument("--bits", default="w4a4", help="an option of conf/bits")
+    parser.add_argument("--model", default="mini_llava", help="option of conf/model")
+    parser.add_argument("--bits", default="w4a4", help="option of conf/bits")
     parser.add_argument("--samples", type=int, default=40, help="problems of the training split")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the files")
+    return run_command(parser, work, arguments)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Measures all problems, writes both files and prints the correlations."""
     config = configuration(
-        [f"model={args.model}", f"bits={args.bits}", f"calibration.samples={args.samples}"]
+        [
+            f"model={options.model}",
+            f"bits={options.bits}",
+            f"calibration.samples={options.samples}",
+        ]
     )
     prepare.settle(config, "cpu")
     loaded = prepare.load(config, "cpu")
@@ -143,18 +180,19 @@ def main() -> None:
     ):
         (batch,) = batch_by_length(loaded, [problem], 1)
         for row in measure(loaded.model, batch, quantization, SearchOptions()):
-            rows.append({"model": args.model, "bits": config.bits.label, "problem": index, **row})
+            rows.append(
+                {"model": options.model, "bits": config.bits.label, "problem": index, **row}
+            )
     frame = pd.DataFrame(rows)
-    args.out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(args.out / "figure2.csv", index=False, float_format="%.6g")
-    draw(frame, f"{args.model}, {config.bits.label}", args.out / "figure2.png")
+    options.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(options.out / "figure2.csv", index=False, float_format="%.6g")
+    draw(frame, f"{options.model}, {config.bits.label}", options.out / "figure2.png")
     for layer in sorted(frame["layer"].unique()):
         own = frame[frame["layer"] == layer]
         for proxy in PROXIES:
-            print(
-                f"layer {layer}: correlation of DED with {proxy} {own[proxy].corr(own['ded']):.2f}"
-            )
+            correlation = own[proxy].corr(own["ded"])
+            print(f"layer {layer}: correlation of DED with {proxy} {correlation:.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,14 +1,14 @@
-"""A model larger than memory is quantized: peak memory and time of a stream, at full size.
+"""Peak memory and time of quantizing a model that is larger than memory, at full size.
 
-`python experiments/streaming.py` writes a random checkpoint of the shape of LLaVA-7B (13 GiB in
-half precision, as its authors lay one out: shards of safetensors with an index), a layer at a time,
-and quantizes it in a fresh process with the command that docs/paper-scale.md gives. Another fresh
-process loads what was written and proves its bits. Of both it prints the seconds and the peak of
-resident memory as the operating system counted it, pages of mapped files included. The folder is
-deleted at the end.
+`python experiments/streaming.py` writes a random checkpoint of the shape of LLaVA-7B, one layer at
+a time. It has 13 GiB in half precision and the layout of its authors: shards of safetensors with an
+index. A fresh process quantizes it with the command that docs/paper-scale.md gives. Another fresh
+process loads the packed checkpoint and proves its bits. For both, the script prints the seconds and
+the peak of resident memory as Linux counts it, including pages of mapped files. It deletes the
+folder at the end.
 
-The values are random and the tokenizer is trained on generated problems, so no question is asked;
-time and memory do not depend on it. Reads memory as Linux counts it.
+The weights are random and the tokenizer is trained on generated problems, so no question is asked.
+Time and memory do not depend on that.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedToke
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from qvlm.command import run_command
 from qvlm.data import miniature
 from qvlm.data.prompts import Prompting
 from qvlm.errors import RunError
@@ -42,12 +43,13 @@ from qvlm.models.checkpoints.families import read_blueprint
 from qvlm.models.load import load_model
 from qvlm.models.meta import meta_model
 from qvlm.packing import measure_packed_bits, read_origin
+from qvlm.planning.footprint import GIB
 from qvlm.quantization import check_bits
 from qvlm.quantization.targets import block_layers
 from qvlm.runtime.processes import in_fresh_process
 
 ROOT = Path(__file__).resolve().parents[1]
-GIB, KIB = 2**30, 2**10
+KIB = 2**10
 MODELS = tuple(name for name in KNOWN if name != "moe_llava")
 
 
@@ -55,14 +57,17 @@ MODELS = tuple(name for name in KNOWN if name != "moe_llava")
 def write_checkpoint(
     folder: Path, content: Mapping[str, Any], vision: CLIPVisionConfig | None = None
 ) -> int:
-    """Writes `folder/checkpoint` and, with nothing but its configuration, `folder/clip`.
+    """Writes a random checkpoint of LLaVA's family in its authors' layout.
 
     Args:
-        content: what its config.json says; one of LLaVA's family.
-        vision: the tower, whose weights the checkpoint carries; None is the one that it names.
+        folder: Folder for `checkpoint`, and for `clip`, which has the configuration of the vision
+            tower without weights.
+        content: Content of the checkpoint's config.json.
+        vision: Configuration of the vision tower, whose weights the checkpoint contains. None
+            stands for the tower that `content` names.
 
     Returns:
-        The bytes of the weights.
+        Bytes of the weights.
     """
     checkpoint, tower = folder / "checkpoint", folder / "clip"
     checkpoint.mkdir(parents=True)
@@ -98,8 +103,8 @@ def write_checkpoint(
 
 
 def _original_name(name: str, content: Mapping[str, Any]) -> str:
-    """What LLaVA calls a tensor of ours."""
-    numbered = "mm_projector_type" in content  # a projector of one layer has no number
+    """Returns the name that LLaVA gives to one of our tensors."""
+    numbered = "mm_projector_type" in content  # a projector with one layer has no number
     for ours, theirs in (
         ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
         ("model.multi_modal_projector.linear_1.", f"model.mm_projector.{'0.' * numbered}"),
@@ -112,7 +117,7 @@ def _original_name(name: str, content: Mapping[str, Any]) -> str:
 
 
 def _drawn(name: str, shape: Tensor, generator: torch.Generator) -> Tensor:
-    """A random matrix, or the vector of a norm or bias as it is before training."""
+    """Returns a random matrix, or the vector of a norm or bias as it is before training."""
     if shape.ndim > 1:
         return torch.empty(shape.shape).normal_(std=0.02, generator=generator).to(shape.dtype)
     return torch.full(shape.shape, float("norm" in name and name.endswith("weight"))).to(
@@ -121,7 +126,7 @@ def _drawn(name: str, shape: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A few byte pairs of generated problems: words take several tokens, as in real prompts."""
+    """Writes a tokenizer with few byte pairs: words take several tokens, as in real prompts."""
     prompting = Prompting()
     problems = miniature.generate("train", 2000, seed=0)
     special = ["<unk>", "<s>", "</s>"]
@@ -142,10 +147,11 @@ def _write_tokenizer(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Process:
-    """What a process took.
+    """Cost of a process.
 
     Attributes:
-        peak: the most memory that was resident at a time, in bytes; pages of mapped files count.
+        seconds: Wall time in seconds.
+        peak: Peak resident memory in bytes, including pages of mapped files.
     """
 
     seconds: float
@@ -158,45 +164,51 @@ class Process:
 def run(words: Sequence[str]) -> Process:
     """Runs `run.py` in a process of its own.
 
+    Args:
+        words: Overrides of the configuration.
+
     Raises:
-        RunError: if it fails.
+        RunError: If it fails.
     """
     print(f"python run.py {shlex.join(words)}", flush=True)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     child = subprocess.Popen([sys.executable, "run.py", *words], cwd=ROOT)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if status:
         raise RunError(f"run.py ended with exit code {child.returncode}")
-    return Process(time.perf_counter() - begun, usage.ru_maxrss * KIB)
+    return Process(time.perf_counter() - started, usage.ru_maxrss * KIB)
 
 
 def prove(folder: Path) -> tuple[int, int, Process]:
-    """Loads a packed checkpoint, and counts the codes that enter its products on one problem.
+    """Loads a packed checkpoint and counts the codes that enter its products on one problem.
+
+    Args:
+        folder: Folder of the checkpoint.
 
     Returns:
-        How many layers there are, how many take more values than their bits allow, and the cost.
+        Number of layers, number of layers that take more values than their bits allow, and cost.
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     origin = read_origin(folder)
     loaded = load_model(folder, "packed", dtype=origin["config"]["model"]["dtype"])
     problem = next(row for row in miniature.generate("test", 20, seed=0) if row["image"])
     rows = measure_packed_bits(loaded.model, origin["expected"], [loaded.encode([problem], True)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-    return len(rows), len(check_bits(rows)), Process(time.perf_counter() - begun, peak)
+    return len(rows), len(check_bits(rows)), Process(time.perf_counter() - started, peak)
 
 
-def measure(folder: Path, given: argparse.Namespace) -> None:
-    """Writes the checkpoint, streams it and proves what came out; prints what each took."""
-    begun = time.perf_counter()
-    # Apart, because a child's peak begins at what its parent holds.
-    size = in_fresh_process(write_checkpoint, folder, KNOWN[given.model])
-    seconds = time.perf_counter() - begun
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    """Writes the checkpoint, quantizes it, proves the result, and prints what each step took."""
+    started = time.perf_counter()
+    # In a process of its own, because the peak of a child starts at the memory of its parent.
+    size = in_fresh_process(write_checkpoint, folder, KNOWN[options.model])
+    seconds = time.perf_counter() - started
     print(f"checkpoint: {size / GIB:.1f} GiB, written in {seconds:.0f} s", flush=True)
     packed = folder / "packed"
-    words = [f"model={given.model}", f"model.path={folder}/checkpoint", "bits=w4a4"]
-    words += [f"model.vision_tower={folder}/clip", f"model.dtype={given.dtype}", "tracking=off"]
-    words += [f"method={given.method}", f"calibration.samples={given.samples}", "stream=true"]
+    words = [f"model={options.model}", f"model.path={folder}/checkpoint", "bits=w4a4"]
+    words += [f"model.vision_tower={folder}/clip", f"model.dtype={options.dtype}", "tracking=off"]
+    words += [f"method={options.method}", f"calibration.samples={options.samples}", "stream=true"]
     words += [f"save_packed={packed}", "evaluate=false", f"results_dir={folder}/results"]
     print(f"quantized: {run(words)}", flush=True)
     size = sum(file.stat().st_size for file in packed.iterdir())
@@ -208,21 +220,21 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="llava_7b")
-    parser.add_argument("--method", default="rtn", help="any that can be streamed")
-    parser.add_argument("--samples", type=int, default=4, help="calibration problems")
-    parser.add_argument("--dtype", default="bfloat16", help="of what is not quantized")
-    parser.add_argument("--folder", type=Path, help="for the checkpoints; default: a temporary one")
-    given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        try:
-            measure(Path(folder), given)
-        except RunError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    return 0
+    parser.add_argument("--method", default="rtn", help="any method that can be streamed")
+    parser.add_argument("--samples", type=int, default=4, help="number of calibration problems")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of what is not quantized")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the checkpoints (default: a temporary one)"
+    )
+
+    def work(options: argparse.Namespace) -> None:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            measure(Path(folder), options)
+
+    return run_command(parser, work, arguments)
 
 
 if __name__ == "__main__":

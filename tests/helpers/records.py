@@ -1,4 +1,4 @@
-"""Records of runs that never ran, and the cells of a Markdown table."""
+"""Records of runs that never ran."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -141,11 +141,6 @@ def make_record(
     written = {"classes": classes, "unparsable_rule": "wrong"}
     proof = make_layers(bits) if layers is None else list(layers)
     return write_record(path, whole, run, written, predictions, proof)
-
-
-def cells(line: str) -> list[str]:
-    """The cells of a line of a Markdown table."""
-    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 FILES = ["config.yaml", "metrics.json", "predictions.parquet", "bits.json", "run.json"]

@@ -12,6 +12,7 @@ PACKAGE = Path(qvlm.__file__).resolve().parent
 BELOW = {
     "bits": {"errors", "validation"},
     "errors": set(),
+    "command": {"errors"},
     "markdown": set(),
     "validation": {"errors"},
     "config": {"bits", "errors", "validation"},

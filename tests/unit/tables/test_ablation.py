@@ -12,6 +12,7 @@ from qvlm.tables.command import Table
 from qvlm.tables.labels import CDM, ERROR_PROXY, VEO
 from qvlm.tables.published import published
 from qvlm.tables.selection import select
+from tests.helpers.pages import cells
 from tests.helpers.records import make_record
 
 ACCURACY = {
@@ -43,10 +44,6 @@ def records(tmp_path: Path) -> list[Record]:
 
 def page(table: Table, records: list[Record]) -> str:
     return table.render(select(records, table.wanted), "make it")
-
-
-def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def rows_of(text: str, start: str) -> list[list[str]]:

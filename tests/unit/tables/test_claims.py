@@ -8,7 +8,8 @@ import pytest
 from qvlm.records.record import Record
 from qvlm.tables import claims
 from qvlm.tables.labels import CDM
-from tests.helpers.records import cells, make_record
+from tests.helpers.pages import cells
+from tests.helpers.records import make_record
 
 ACCURACY = {"RTN": 60.0, "Layer-wise": 60.0, "AWQ": 40.0, "QLoRA": 60.0, "Q-VLM": 80.0}
 
