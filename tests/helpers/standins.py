@@ -2,7 +2,7 @@
 
 A model of ours with random weights goes in; a folder with the original's config.json, names of
 tensors, shards and tokenizer files comes out. The names are written out here one by one, apart from
-the renamings of `qvlm.models.families`, so that a mistake there is no mistake here as well. Weights
+the renamings of `qvlm.models.checkpoints.families`, so that a mistake there is no mistake here as well. Weights
 are rounded to half precision first, as the originals are, so that nothing is lost on the way.
 """
 

@@ -26,7 +26,7 @@ from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
 from qvlm.records.record import Record
 from tests.helpers.standins import PHI_ADDED, PHI_END, QWEN_END, StandIn, byte_ranks, merge, write
 from tests.unit.config.test_config import load
-from tests.unit.models.test_original_checkpoints import PROBLEM, change, read, refused
+from tests.unit.models.test_original import PROBLEM, change, read, refused
 
 Tensors = dict[str, Tensor]
 LAYERS, HEADS = 4, 4
