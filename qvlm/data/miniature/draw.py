@@ -1,6 +1,7 @@
 """Images of 48 x 48 pixels with large plain shapes, which a tower of 8-pixel patches can see.
 
-Every image has a tinted background, a jitter of one pixel and faint noise, so that no two are equal.
+Every image has a tinted background, a jitter of one pixel and faint noise, so that no two
+are equal.
 """
 
 from random import Random
@@ -23,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 
 class Canvas:
-    """An image that is being drawn. Coordinates are pixels from the top left, all jittered alike."""
+    """An image being drawn. Coordinates are pixels from the top left, all jittered alike."""
 
     def __init__(self, rng: Random, background: tuple[int, int, int] = (232, 232, 232)) -> None:
         self.rng = rng
