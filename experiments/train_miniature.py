@@ -252,7 +252,7 @@ def pixels(images: list[Any], processor: CLIPImageProcessorPil) -> Tensor:
 
 
 def joint_batches(loaded: LoadedModel, seed: int, size: int, first: int) -> Iterator[Batch]:
-    """Yields batches of the training split from batch `first` on, rows of similar length together."""
+    """Yields batches of the training split from batch `first` on, sorted by length."""
     per_pool = 8
     pool_index = first // per_pool
     tokenizer, prompting = loaded.tokenizer, loaded.prompting
@@ -282,7 +282,7 @@ def joint_batches(loaded: LoadedModel, seed: int, size: int, first: int) -> Iter
 def loss_and_accuracy(
     model: Llava, batch: Batch, letters: Tensor, letter_weight: float
 ) -> tuple[Tensor, float, float]:
-    """Returns the weighted cross-entropy of labeled tokens, and the accuracy of letters and of all."""
+    """Returns the weighted loss on labeled tokens, and the accuracy of letters and of all."""
     device = model.device
     inputs = {"input_ids": batch.input_ids[:, :-1].to(device)}
     if batch.pixel_values is not None:
@@ -386,7 +386,7 @@ def train_tower(loaded: LoadedModel, recipe: Recipe, log: Callable[..., None]) -
 
 
 def joint_factor(step: int, recipe: Recipe) -> float:
-    """Returns the learning-rate factor: constant, then a cosine to zero over the last `decay_share`.
+    """Returns the learning-rate factor: constant, then a cosine to zero for `decay_share`.
 
     After a restart the same schedule runs again from `restart_rate`.
     """
