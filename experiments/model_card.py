@@ -22,29 +22,29 @@ from qvlm.records.record import Record, find_records
 HISTORY = """\
 # The embedded miniatures
 
-`mini_llava` stands for LLaVA-v1.3, `mini_moe_llava` for MoE-LLaVA-StableLM. Both read 48 x 48
-pictures through a CLIP tower (4 layers, 128 wide, patches of 8, features of layer -2 without the
-class token: 36 image tokens) and write word-level text. `mini_llava`: a linear projector and a
-LLaMA (4 layers, 128 wide, MLP 384). `mini_moe_llava`: a two-layer projector and a StableLM
-(4 layers, 128 wide, 4 experts of 256, top 2, in layers 0 and 2; the other layers have an MLP of
-256). Weights are stored in bfloat16.
+`mini_llava` stands for LLaVA-v1.3, `mini_moe_llava` for MoE-LLaVA-StableLM. Both read images of
+48 x 48 pixels through a CLIP tower (4 layers, 128 wide, patches of 8, features of layer -2 without
+the class token, which gives 36 image tokens) and write word-level text. `mini_llava` has a linear
+projector and a LLaMA (4 layers, 128 wide, MLP 384). `mini_moe_llava` has a two-layer projector and
+a StableLM (4 layers, 128 wide, 4 experts of 256, top 2, in layers 0 and 2; an MLP of 256 in the
+other layers). Weights are stored in bfloat16.
 
 ## Training
 
-`make miniature` trains both from nothing with the recipe in
+`make miniature` trains both from scratch with the recipe in
 [experiments/train_miniature.py](../../../experiments/train_miniature.py): a vision phase, a
-look-up phase, a joint phase on fresh problems of the training split. The shipped weights are what
-it gives, with one thread each on a 2-core machine that did other work as well. `mini_llava` was
-trained in one piece. `mini_moe_llava` in two: a restart at another rate was tried from its
-checkpoint of step 4,600, dropped (docs/LOG.md), and the recipe's taken from the same checkpoint;
-a resumed run ends with the weights of an undisturbed one (a test). `training.jsonl` beside the
-weights is the log, with the losses and the validation accuracy by skill. How long the joint phase
-lasts was chosen on the validation split. Not done: injection of outlier channels; the activations
-are as training left them.
+look-up phase, and a joint phase on fresh problems of the training split. The shipped weights are
+its result, with one thread each on a 2-core machine that did other work as well. `mini_llava` was
+trained in one run, `mini_moe_llava` in two. A restart at another rate from its checkpoint of step
+4,600 was tried and dropped (docs/LOG.md), and the restart of the recipe began from the same
+checkpoint. A test shows that a resumed run ends with the weights of an undisturbed one.
+`training.jsonl` beside the weights is the log, with the losses and the validation accuracy by
+skill. The length of the joint phase was chosen on the validation split. No outlier channels were
+injected: the activations are as training left them.
 
 ## Full precision on the test split
 
-Greedy answers, unparsable ones wrong, {n} questions, 95 % Wilson intervals.
+Answers are greedy, and unparsable ones count as wrong. {n} questions, 95 % Wilson intervals.
 """
 
 

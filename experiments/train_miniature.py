@@ -1,21 +1,21 @@
-"""Trains an embedded miniature from nothing: `python experiments/train_miniature.py --model NAME`.
+"""Trains an embedded miniature from scratch: `python experiments/train_miniature.py --model NAME`.
 
-Three phases, because a small model that starts with everything at once stays at chance for long.
-To write "The answer is B." it must find the letter that stands before a text, and that look-up
-circuit forms late and suddenly; and through an untrained tower it gets hardly any gradient.
+Training has three phases, because a small model that learns everything at once stays at chance for
+long. To write "The answer is B." it must find the letter before a text. The circuit for this
+look-up forms late and suddenly, and an untrained tower passes hardly any gradient to it.
 
-1. Vision: the tower alone, with a throw-away head that predicts the words of the solution from the
-   features that the language model will see and the words of the question.
-2. Look-up: rows of options followed by many queries ("red . The answer is B ."), over a dozen words
-   at first; whenever four in five letters are right the word set doubles, until it holds the whole
-   vocabulary.
-3. Joint: fresh problems of the training split in the format of evaluation, loss on the answer alone
-   (lecture, solution, letter), a few look-up rows mixed in, learning rate decayed to zero, for the
-   mixture of experts twice.
+1. Vision trains the tower alone. A head that is discarded later predicts the words of the solution
+   from the features that the language model will see and the words of the question.
+2. Look-up trains on rows of options with many queries ("red . The answer is B ."), over a dozen
+   words at first. Whenever four in five letters are right, the word set doubles, until it is the
+   whole vocabulary.
+3. Joint trains on fresh problems of the training split in the format of evaluation, with a few
+   look-up rows. The loss is taken on the answer (lecture, solution, letter). The learning rate
+   decays to zero, for the mixture of experts twice.
 
-Hidden matrices are trained with Muon, everything else with AdamW. Every random draw depends on the
-seed and the step only, and a checkpoint holds weights, optimizers and phase, so a killed run goes
-on where it was. Needs torch, transformers, safetensors and Pillow; uses a GPU where there is one.
+Muon trains the hidden matrices, AdamW everything else. Every random draw depends on the seed and
+the step only, and a checkpoint holds weights, optimizers and phase, so a killed run continues where
+it stopped. A GPU is used where there is one.
 """
 
 import argparse
@@ -74,8 +74,8 @@ PHRASES = [
 class Recipe:
     """Everything that a training run depends on.
 
-    `restart` is a joint step at which the rates rise again, to a share `restart_rate` of what they
-    were.
+    At the joint step `restart` the learning rates rise again, to the share `restart_rate` of their
+    first values.
     """
 
     joint_steps: int
@@ -103,7 +103,7 @@ RECIPES = {
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the generator's vocabulary and the fixed phrases."""
+    """Builds a word-level tokenizer of the generator's vocabulary and the fixed phrases."""
     words = sorted({*vocabulary(), *LETTERS, "."})
     entries = [*SPECIAL, *PHRASES, *words]
     tokenizer = Tokenizer(
@@ -125,7 +125,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Llava:
-    """The miniature's architecture with initial weights (the caller seeds torch)."""
+    """Builds a miniature with initial weights. The caller seeds torch."""
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
@@ -169,7 +169,7 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Llava:
 
 @dataclass
 class Batch:
-    """Right-padded rows; `labels` [rows, tokens] is IGNORED where no loss is taken."""
+    """Right-padded rows. `labels` [rows, tokens] is IGNORED where no loss is taken."""
 
     input_ids: Tensor
     labels: Tensor
@@ -188,7 +188,7 @@ def pad(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
 
 
 class Lookups:
-    """Rows of the look-up phase over a word set that grows."""
+    """Rows of the look-up phase, over a word set that grows."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         encode = tokenizer.convert_tokens_to_ids
@@ -204,9 +204,9 @@ class Lookups:
         self.size = 12
 
     def row(self, rng: random.Random) -> tuple[list[int], list[int]]:
-        """Two rounds of options, all words different, and one look-up of each option.
+        """Writes two rounds of options, all different, with one look-up of each option.
 
-        No text is looked up twice: the second time could be copied from the first answer.
+        No text is looked up twice, because the second answer could be copied from the first.
         """
         ids, labels = [self.bos], [IGNORED]
 
@@ -241,14 +241,18 @@ class Lookups:
 
 
 def pixels(images: list[Any], processor: CLIPImageProcessorPil) -> Tensor:
-    """What the processor does to images that already have the tower's size, [images, 3, s, s]."""
+    """Normalizes images that already have the tower's size, as the processor does.
+
+    Returns:
+        Pixels [images, 3, side, side].
+    """
     raw = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     return ((raw - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def joint_batches(loaded: LoadedModel, seed: int, size: int, first: int) -> Iterator[Batch]:
-    """Endless batches of the training split from batch `first` on, rows of like length together."""
+    """Yields batches of the training split from batch `first` on, sorted by length."""
     per_pool = 8
     pool_index = first // per_pool
     tokenizer, prompting = loaded.tokenizer, loaded.prompting
@@ -278,7 +282,7 @@ def joint_batches(loaded: LoadedModel, seed: int, size: int, first: int) -> Iter
 def loss_and_accuracy(
     model: Llava, batch: Batch, letters: Tensor, letter_weight: float
 ) -> tuple[Tensor, float, float]:
-    """Weighted cross-entropy on the labelled tokens; accuracy on letters and on all of them."""
+    """Returns the weighted loss on labeled tokens, and the accuracy of letters and of all."""
     device = model.device
     inputs = {"input_ids": batch.input_ids[:, :-1].to(device)}
     if batch.pixel_values is not None:
@@ -305,7 +309,7 @@ def loss_and_accuracy(
 
 
 def optimizers(model: Llava, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, head, router and vectors."""
+    """Makes Muon for matrices inside layers, AdamW for embeddings, head, router and vectors."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -340,7 +344,7 @@ class SolutionWords(nn.Module):
 
 
 def train_tower(loaded: LoadedModel, recipe: Recipe, log: Callable[..., None]) -> None:
-    """The vision phase: trains the tower of `loaded` in place."""
+    """Trains the tower of `loaded` in place, which is the vision phase."""
     model, tokenizer = loaded.model, loaded.tokenizer
     config = model.config
     width = config.vision_config.hidden_size * loaded.image_tokens
@@ -382,7 +386,10 @@ def train_tower(loaded: LoadedModel, recipe: Recipe, log: Callable[..., None]) -
 
 
 def joint_factor(step: int, recipe: Recipe) -> float:
-    """Constant, then a cosine to zero over the last `decay_share`; lower, the same at a restart."""
+    """Returns the learning-rate factor: constant, then a cosine to zero for `decay_share`.
+
+    After a restart the same schedule runs again from `restart_rate`.
+    """
     begin, end, peak = 0, recipe.joint_steps, 1.0
     if recipe.restart is not None:
         if step < recipe.restart:
@@ -400,7 +407,7 @@ def joint_factor(step: int, recipe: Recipe) -> float:
 def accuracy_by_skill(
     loaded: LoadedModel, problems: list[dict], batch_size: int = 128
 ) -> dict[str, tuple[int, int]]:
-    """(right, asked) per skill, by greedy generation and the official parser."""
+    """Returns (right, asked) per skill, by greedy generation and the official parser."""
     loaded.model.eval()
     found: dict[str, tuple[int, int]] = {}
     order = sorted(range(len(problems)), key=lambda i: problems[i]["image"] is not None)
@@ -419,19 +426,19 @@ def accuracy_by_skill(
 
 
 def save(loaded: LoadedModel, folder: Path) -> None:
-    """Writes the checkpoint folder that `load_model` reads, weights in bfloat16."""
-    # A copy, because rounding would reach the rotary frequencies too and stay in them.
+    """Writes a checkpoint folder for `load_model`, with weights in bfloat16."""
+    # The model is copied, because rounding would also change its rotary frequencies for good.
     copy.deepcopy(loaded.model).to(torch.bfloat16).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     loaded.image_processor.save_pretrained(folder)
 
 
 def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: int) -> None:
-    """Runs all phases, resuming from a checkpoint in `work` if there is one; writes to `out`."""
+    """Runs all phases and writes to `out`. A checkpoint in `work` is resumed."""
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer()
     model = build_model(name, tokenizer).to(device).train()
-    model.set_attn_implementation("eager")  # on short rows faster than the fused kernel's backward
+    model.set_attn_implementation("eager")  # faster on short rows than the fused backward
     side = model.config.vision_config.image_size
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}

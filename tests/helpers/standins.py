@@ -1,9 +1,9 @@
 """Writes tiny checkpoints exactly as the authors of the real ones lay them out.
 
-A model of ours with random weights goes in; a folder with the original's config.json, names of
-tensors, shards and tokenizer files comes out. The names are written out here one by one, apart from
-the renamings of `qvlm.models.families`, so that a mistake there is no mistake here as well. Weights
-are rounded to half precision first, as the originals are, so that nothing is lost on the way.
+A model of ours with random weights becomes a folder with the original's config.json, tensor names,
+shards and tokenizer files. The names are written out here one by one, independently of the
+renamings in `qvlm.models.checkpoints.families`, so that a mistake there is not repeated here.
+Weights are rounded to half precision first, as the originals are, so that nothing is lost.
 """
 
 import base64

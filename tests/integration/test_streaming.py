@@ -140,7 +140,7 @@ def test_a_stream_writes_what_memory_would(model: str, method: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_v15", "moe_llava", "hub"])
-def test_original_checkpoints_are_streamed(family: str, tmp_path: Path) -> None:
+def test_original_are_streamed(family: str, tmp_path: Path) -> None:
     standin = write(family, tmp_path, safetensors=family == "hub")
     words = [f"model.path={standin.folder}", "model.dtype=bfloat16", "model.weight_group_size=8"]
     words += [f"model.vision_tower={standin.tower}"] if standin.tower else []

@@ -1,9 +1,9 @@
-"""The miniature's data: ScienceQA-like problems, generated, with answers that can be checked.
+"""The miniature's data: generated problems like ScienceQA's, with answers that can be checked.
 
-29 skills modelled on those of ScienceQA, mixed so that the shares of subjects, pictures and hints
-are near the real test split. An endless number of problems can be drawn; which split a problem
-belongs to is decided by a hash of the rendered problem itself, so the splits are disjoint whatever
-the seeds. Needs numpy and Pillow only.
+There are 29 skills modeled on ScienceQA's, in `natural`, `social` and `language`. They are mixed so
+that the shares of subjects, images and hints are close to the real test split. The number of
+problems is unlimited. A hash of the rendered problem decides which split it belongs to, so the
+splits are disjoint for all seeds. Only numpy and Pillow are needed.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ SKILLS: dict[str, Skill] = {
     skill.name: skill for skill in (*natural.SKILLS, *social.SKILLS, *language.SKILLS)
 }
 SPLITS = {"train": range(0, 70), "validation": range(70, 80), "test": range(80, 100)}
-_PATIENCE = 400  # rejected draws in a row before a skill counts as exhausted
+_PATIENCE = 400  # rejected draws in a row after which a skill counts as exhausted
 
 
 def words(text: str) -> list[str]:
-    """Splits a text into the words, single digits and marks that the tokenizer knows."""
+    """Splits a text into words, single digits and punctuation, as the tokenizer does."""
     return re.findall(r"[A-Za-z']+|[0-9]|[^\sA-Za-z0-9]", text)
 
 
 def fingerprint(problem: Problem) -> str:
-    """SHA-256 over everything of a problem that a model is shown, and its answer."""
+    """Returns the SHA-256 of everything that a model is shown of a problem, and of its answer."""
     digest = hashlib.sha256()
     shown = (problem["question"], problem["hint"], *problem["choices"], str(problem["answer"]))
     digest.update("\x1f".join(shown).encode())
@@ -40,18 +40,18 @@ def fingerprint(problem: Problem) -> str:
 
 
 def split_of(problem: Problem) -> str:
-    """The split that a problem belongs to, by its fingerprint: 70, 10 and 20 %."""
+    """Returns the split that a problem belongs to by its fingerprint: 70, 10 and 20 %."""
     bucket = int(fingerprint(problem)[:12], 16) % 100
     return next(split for split, buckets in SPLITS.items() if bucket in buckets)
 
 
 def stream(split: str, seed: int, skills: Sequence[str] | None = None) -> Iterator[Problem]:
-    """Endless problems of a split, skills drawn by weight; repetitions may occur.
+    """Yields problems of a split without end. Skills are drawn by weight; problems may repeat.
 
     Args:
         split: "train", "validation" or "test".
-        seed: of all draws.
-        skills: names to draw from; all by default.
+        seed: Seed of all draws.
+        skills: Names of the skills to draw from; None draws from all.
     """
     _check(split)
     rng = Random(f"stream-{split}-{seed}")
@@ -64,10 +64,10 @@ def stream(split: str, seed: int, skills: Sequence[str] | None = None) -> Iterat
 
 
 def generate(split: str, count: int, seed: int = 0) -> list[Problem]:
-    """`count` different problems of a split in shuffled order, skills in exact shares.
+    """Returns `count` different problems of a split, shuffled, with exact shares of the skills.
 
     Raises:
-        ValueError: for an unknown split, a negative count, or more problems than a skill has.
+        ValueError: If the split is unknown, the count is negative, or a skill has too few problems.
     """
     _check(split)
     if count < 0:
@@ -95,7 +95,7 @@ def generate(split: str, count: int, seed: int = 0) -> list[Problem]:
 
 
 def vocabulary() -> list[str]:
-    """Every word that any text of any problem can hold, sorted."""
+    """Returns all words that occur in the texts of problems, sorted."""
     rng = Random("vocabulary")
     found: set[str] = set("0123456789")
     for skill in SKILLS.values():
@@ -109,11 +109,11 @@ def vocabulary() -> list[str]:
 
 def _check(split: str) -> None:
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: accepted are {', '.join(SPLITS)}")
+        raise ValueError(f"split {split!r} is not known. Choose one of: {', '.join(SPLITS)}.")
 
 
 def _shares(count: int) -> list[int]:
-    """`count` divided among the skills by weight, largest remainders first."""
+    """Divides `count` among the skills by weight; the largest remainders are rounded up."""
     total = sum(skill.weight for skill in SKILLS.values())
     exact = [count * skill.weight / total for skill in SKILLS.values()]
     shares = [int(share) for share in exact]

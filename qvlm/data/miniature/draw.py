@@ -1,7 +1,7 @@
-"""Pictures of 48 x 48 pixels, large and plain: what a tower of 8-pixel patches can see.
+"""Images of 48 x 48 pixels with large plain shapes, which a tower of 8-pixel patches can see.
 
-Every picture has a tinted background, a jitter of one pixel and faint noise, so that no two
-instances are alike.
+Every image has a tinted background, a jitter of one pixel and faint noise, so that no two
+are equal.
 """
 
 from random import Random
@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 
 class Canvas:
-    """A picture in the making; coordinates are pixels from the top left, jittered as a whole."""
+    """An image being drawn. Coordinates are pixels from the top left, all jittered alike."""
 
     def __init__(self, rng: Random, background: tuple[int, int, int] = (232, 232, 232)) -> None:
         self.rng = rng
@@ -49,7 +49,7 @@ class Canvas:
         self.pen.polygon(self._shift(points), fill=COLORS[color])
 
     def arrow(self, direction: str, color: str, center: tuple[int, int] = (24, 24)) -> None:
-        """A thick arrow of 28 pixels around `center`, pointing left, right, up or down."""
+        """Draws a thick arrow of 28 pixels around `center` that points left, right, up or down."""
         x, y = center
         shaft, head = (-14, -4, 2, 4), (2, -12, 14, 0, 2, 12)
         turn = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}[direction]
@@ -65,7 +65,7 @@ class Canvas:
         self.polygon(tuple(c for point in place(head) for c in point), color)
 
     def finish(self) -> Image.Image:
-        """The picture with faint noise on it."""
+        """Returns the image with faint noise."""
         noise = np.frombuffer(self.rng.randbytes(SIDE * SIDE * 3), np.uint8).reshape(SIDE, SIDE, 3)
         pixels = np.asarray(self.image).astype(np.int16) + noise % 9 - 4
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Language science: sentences, words and figures of speech; no pictures."""
+"""Language science: sentences, words and figures of speech; without images."""
 
 from random import Random
 

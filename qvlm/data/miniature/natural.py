@@ -1,4 +1,4 @@
-"""Natural science: pictures with a hint, hints alone, pictures alone, and plain facts."""
+"""Natural science: problems with image and hint, with one of them, and with neither."""
 
 from random import Random
 

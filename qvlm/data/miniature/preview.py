@@ -1,7 +1,7 @@
-"""A contact sheet of generated problems, to look at: `python -m qvlm.data.miniature.preview`.
+"""Draws a contact sheet of generated problems: `python -m qvlm.data.miniature.preview`.
 
-A row per skill, a few problems each: the picture three times as large, question, hint, options with
-the right one marked, and the reasoning that the model is tuned to write.
+Each skill has a row of a few problems: the image three times as large, question, hint, options with
+a mark at the right one, and the reasoning that the model is tuned to write.
 """
 
 import argparse
@@ -19,14 +19,14 @@ ZOOM, CARD, LINE, WRAP = 3, (360, 250), 13, 56
 
 
 def card(problem: dict[str, Any]) -> Image.Image:
-    """One problem as a picture of `CARD` pixels."""
+    """Draws one problem as an image of `CARD` pixels."""
     sheet = Image.new("RGB", CARD, "white")
     pen = ImageDraw.Draw(sheet)
     pen.rectangle((0, 0, CARD[0] - 1, CARD[1] - 1), outline="lightgray")
     top = 6
     if problem["image"] is not None:
-        picture = problem["image"]
-        enlarged = picture.resize([side * ZOOM for side in picture.size], Image.Resampling.NEAREST)
+        image = problem["image"]
+        enlarged = image.resize([side * ZOOM for side in image.size], Image.Resampling.NEAREST)
         sheet.paste(enlarged, (6, top))
         pen.text((enlarged.width + 14, top), problem["grade"], fill="gray")
         top += enlarged.height + 6
@@ -48,7 +48,7 @@ def card(problem: dict[str, Any]) -> Image.Image:
 
 
 def contact_sheet(split: str, per_skill: int) -> Image.Image:
-    """All skills of the generator, `per_skill` problems in a row."""
+    """Draws all skills of the generator, with `per_skill` problems in each row."""
     label = 16
     height = CARD[1] + label
     sheet = Image.new("RGB", (CARD[0] * per_skill, height * len(SKILLS)), "white")
@@ -61,14 +61,14 @@ def contact_sheet(split: str, per_skill: int) -> Image.Image:
 
 
 def main() -> None:
-    """Writes the sheet and says where it is."""
+    """Writes the sheet and prints its path."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/preview.png"))
     parser.add_argument("--split", choices=list(SPLITS), default="train")
     parser.add_argument("--per-skill", type=int, default=4)
     options = parser.parse_args()
     if options.per_skill < 1:
-        parser.error(f"--per-skill: {options.per_skill} is not accepted; give at least 1")
+        parser.error(f"--per-skill: {options.per_skill} is too few. Give at least 1.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(options.split, options.per_skill).save(options.out)
     print(f"wrote {options.out}")

@@ -1,8 +1,8 @@
-"""What a skill of the miniature is, and how its draft becomes a problem of ScienceQA's schema.
+"""Skills of the miniature, and how a draft becomes a problem in ScienceQA's schema.
 
-A skill drafts a question with its right option, wrong options and reasoning; here the options are
-shuffled and the reasoning ends by naming the right one, so that the answer letter is found by
-looking up the text that was just written.
+A skill drafts a question with its right option, wrong options and reasoning. Here the options are
+shuffled, and the reasoning ends with the right one, so that a model finds the answer's letter by
+looking up the text that it has just written.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ GIRLS, BOYS = NAMES[:12], NAMES[12:]
 
 @dataclass(frozen=True)
 class Draft:
-    """One question before its options are shuffled; `reason` leads up to the right option."""
+    """A question before its options are shuffled. `reason` ends just before the right option."""
 
     question: str
     right: str
@@ -49,10 +49,11 @@ class Skill:
     """A kind of question.
 
     Attributes:
-        name: as in the `skill` column.
-        weight: its share of a split, in percent.
-        grades: lowest and highest grade.
-        make: draws one instance.
+        name: Value of the `skill` column.
+        subject, topic, category, lecture: Values of these columns.
+        weight: Share of a split in percent.
+        grades: Lowest and highest grade.
+        make: Function that drafts one question.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Skill:
 
 
 def pick_others(rng: Random, pool: Sequence[str], right: str, count: int) -> list[str]:
-    """`count` different wrong options from `pool`, none with the first word of another option."""
+    """Draws `count` wrong options from a pool; no two options begin with the same word."""
     others: list[str] = []
     used = {right.split()[0]}
     for option in rng.sample(list(pool), len(pool)):

@@ -1,4 +1,4 @@
-"""Social science: schematic maps and charts, a few facts."""
+"""Social science: schematic maps and charts, and a few facts without images."""
 
 from random import Random
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qvlm.data.prompts import LETTERS
+from qvlm.data.prompts import OFFICIAL_LETTERS as LETTERS
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation import evaluate
 from qvlm.evaluation import task as task_functions
