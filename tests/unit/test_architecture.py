@@ -1,4 +1,4 @@
-"""What may import what; docs/architecture.md has the same table for people."""
+"""What may import what. docs/architecture.md has the same table, and `test_docs` compares the two."""
 
 import ast
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ BELOW = {
     "markdown": set(),
     "validation": {"errors"},
     "config": {"bits", "errors", "validation"},
-    "quantization": {"errors", "validation"},
+    "quantization": {"bits", "errors", "validation"},
     "data": {"errors", "validation"},
     "packing": {"errors", "quantization", "records", "validation"},
     "models": {"data", "errors", "packing", "validation"},
     "methods": {"errors", "quantization", "validation"},
     "records": {"bits", "config", "data", "errors", "validation"},
-    "runtime": {"errors", "quantization", "validation"},
+    "runtime": {"errors", "validation"},
     "evaluation": {"config", "data", "errors", "models", "records", "runtime", "validation"},
 }
 BELOW["cell"] = {*BELOW}
