@@ -214,7 +214,7 @@ def test_pages_are_short_and_narrow(page: Path) -> None:
     assert wide == []
 
 
-@pytest.mark.parametrize("folder", ["qvlm", "docs", "experiments", "hydra_plugins"])
+@pytest.mark.parametrize("folder", ["qvlm", "docs", "experiments", "hydra_plugins", "tests"])
 def test_spelling_is_american(folder: str) -> None:
     files = [path for kind in ("*.py", "*.md", "*.c") for path in (ROOT / folder).rglob(kind)]
     if folder == "docs":
@@ -222,6 +222,7 @@ def test_spelling_is_american(folder: str) -> None:
     found = [
         f"{path.relative_to(ROOT)}: {match.group(0)}"
         for path in files
+        if path != Path(__file__).resolve()
         for match in BRITISH.finditer(path.read_text(encoding="utf-8"))
         if match.group(0) != OPTION_KEY
     ]
