@@ -146,7 +146,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert all("0.0 %" in row for row in rows)
     assert all(row.split("|")[-3].strip() == "not measured" for row in rows)
     assert footprint.main(["--budget", "0"]) == 2
-    assert "give a number above 0" in capsys.readouterr().err
+    assert "Choose a number above 0" in capsys.readouterr().err
 
 
 def test_measured_bytes_come_from_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
