@@ -159,7 +159,10 @@ def test_measured_bytes_come_from_records(monkeypatch: pytest.MonkeyPatch, tmp_p
         {"model": "a", "bits": "W8A8", "method": "mine", "weight_bytes": 98, **packed},
         {"model": "a", "bits": "FP", "method": "FP", "weight_bytes": 20, **simulated},
     ]
-    records = [SimpleNamespace(run=run) for run in runs]
+    records = [
+        SimpleNamespace(run=run, **{key: run[key] for key in ("model", "bits", "method")})
+        for run in runs
+    ]
     monkeypatch.setattr(measured, "find_records", lambda folder: records)
     (tmp_path / "table4_scale.csv").write_text(
         "model,bits,method,weight_gib,extrapolated\n"
