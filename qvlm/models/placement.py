@@ -88,7 +88,7 @@ def distribute(
     if away and to_be_quantized:
         raise UserError(
             "device: map has too little GPU memory for all weights in float32, which quantization "
-            f"needs; {away[0] or 'the whole model'} would stay in main memory. Quantize with device=cpu "
+            f"needs; {away[0] or 'the model'} would stay in main memory. Quantize with device=cpu "
             "save_packed=FOLDER, and evaluate with device=map model.packed=FOLDER."
         )
     dispatch_model(
