@@ -144,7 +144,7 @@ def test_modules_exist(line: str) -> None:
         assert f'"{option}"' in sources, option
 
 
-@pytest.mark.parametrize("line", of_all_pages(r"\bpython (experiments|tools)/"))
+@pytest.mark.parametrize("line", of_all_pages(r"\bpython (experiments|requirements)/"))
 def test_scripts_exist(line: str) -> None:
     assert (ROOT / shlex.split(line.partition("python ")[2])[0]).is_file()
 
@@ -198,7 +198,7 @@ def test_a_wrong_option_is_noticed() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_exist(page: Path) -> None:
-    folders = "qvlm|tests|conf|docs|experiments|tools|hydra_plugins|requirements"
+    folders = "qvlm|tests|conf|docs|experiments|hydra_plugins|requirements"
     for span in spans(page):
         for name in re.findall(rf"(?<![\w/.])(?:{folders})/[\w./-]*", span):
             if "NAME" not in name:
