@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -121,6 +122,21 @@ def test_commands_compose(line: str) -> None:
     for combination in itertools.product(*choices):
         # What the shell would be given a value for.
         load(*(word.replace("NUMBER", "1").replace("=FOLDER", "=folder") for word in combination))
+
+
+def test_the_readme_shows_the_table() -> None:
+    table = pd.read_csv(ROOT / "results" / "table2.csv")
+    whole = table[table["class"] == "Avg"].set_index(["model", "method", "bits"])["accuracy"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    header, *rows = re.findall(r"^\| (.*?) *\|$", text.partition("## What it found")[2], re.M)[:9]
+    columns = [tuple(cell.split()) for cell in header.split("|")[1:]]
+    for name, *cells in ([cell.strip() for cell in row.split("|")] for row in rows[1:]):
+        for (model, bits), cell in zip(columns, cells, strict=True):
+            if name != "full precision":
+                assert float(cell) == whole[model, name, bits]
+            elif cell:
+                assert float(cell) == whole[model, "FP", "FP"]
+    assert len(rows) == 8
 
 
 def test_there_are_commands_to_compose() -> None:
