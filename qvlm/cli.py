@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,6 +33,7 @@ from qvlm.records.locks import Held, Watch
 from qvlm.sweep.launch import build
 from qvlm.sweep.local import Here
 from qvlm.sweep.plan import other_ranks
+from qvlm.validation import expanded_path
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130
@@ -63,7 +64,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     full_error = os.environ.get(FULL_ERROR) == "1"
     try:
-        _run(given)
+        try:
+            _run(given)
+        finally:
+            sys.stdout.flush()  # what a pipe refuses shows here, and not while Python ends
     except KeyboardInterrupt:
         print(
             "interrupted: give the same command to resume. Recorded cells are reused, a cell that "
@@ -75,9 +79,24 @@ def _main(arguments: Sequence[str] | None) -> int:
         return done.code if isinstance(done.code, int) else 0
     except Exception as error:
         failures = list(error.exceptions) if isinstance(error, ExceptionGroup) else [error]
+        if all(isinstance(failure, BrokenPipeError) for failure in failures):
+            return _output_was_closed(given)
         _report(failures, full_error)
         return 2 if all(isinstance(failure, UserError) for failure in failures) else 1
     return 0
+
+
+def _output_was_closed(arguments: Sequence[str]) -> int:
+    """Ends a command whose reader has gone, as `head` does: only a run has something to tell."""
+    with suppress(OSError, ValueError):  # stdout may be no file at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"} & {*arguments}:
+        print(
+            "error: the reader of the output has gone before the command was finished. Give the "
+            "same command again, which reuses what is recorded.",
+            file=sys.stderr,
+        )
+    return 1
 
 
 def _report(failures: Sequence[Exception], full_error: bool) -> None:
@@ -93,9 +112,12 @@ def _run(arguments: list[str]) -> None:
     """Hands the arguments to Hydra, and raises what went wrong."""
     parser = get_args_parser()
     parser.error = _refuse
-    options: argparse.Namespace = parser.parse_args(arguments)
+    options: argparse.Namespace = parser.parse_intermixed_args(arguments)
+    # Hydra reads overrides in one place only.
+    arguments = [*options.overrides, *(word for word in arguments if word not in options.overrides)]
     if options.config_dir is not None:
-        sys.path.append(os.path.abspath(options.config_dir))  # a method beside its YAML
+        folder = expanded_path("--config-dir", options.config_dir)
+        sys.path.append(os.path.abspath(folder))  # a method beside its YAML
     register()
     failures: list[Exception] = []
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from qvlm.models.loaded import LoadedModel
 from qvlm.models.placement import distribute, memory_limits
 from qvlm.quantization import QuantizationConfig, QuantSpec
 from qvlm.runtime import workers
+
+MINIATURE_ANSWER = 64  # tokens
 
 
 def quantization_config(config: RunConfig) -> QuantizationConfig:
@@ -60,6 +63,20 @@ def prompting(config: RunConfig) -> Prompting:
         return Prompting(config.model.prompt_format, config.model.conversation)
     except UserError as error:
         raise UserError(f"model: {error}") from error
+
+
+def settle_answer_length(config: RunConfig) -> RunConfig:
+    """Puts a number in the place of `evaluation.max_new_tokens=null`.
+
+    It is what the prompt format needs: 1,024 tokens for the formats that reason before they answer,
+    and 64 for letters. The embedded miniatures, which reason briefly, have `MINIATURE_ANSWER`.
+    """
+    if config.evaluation.max_new_tokens is not None:
+        return config
+    longest = prompting(config).max_new_tokens
+    if embedded(config.model.path):
+        longest = MINIATURE_ANSWER
+    return replace(config, evaluation=replace(config.evaluation, max_new_tokens=longest))
 
 
 def checkpoint_folder(config: RunConfig) -> Path:

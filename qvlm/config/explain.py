@@ -1,9 +1,11 @@
 """One sentence for what Hydra or OmegaConf refuses."""
 
+import shlex
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -36,10 +38,10 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
             choices = ", ".join(error.options)
             return f"{group}={option} is not a known option. Choose one of: {choices}."
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not an override. Write overrides as key=value."
+        return _not_an_override(str(error.override))
     if message.startswith("Ambiguous value for argument"):
         override = message.splitlines()[0].split("'")[1]
-        return f"{override} is not a single value. Add -m to run all of them."
+        return f"{override} is not a single value. Add -m to run all of them{_or_quote(override)}."
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         parent = cause.parent_node
         accepted = set(map(str, parent)) if isinstance(parent, DictConfig) else set()
@@ -54,6 +56,26 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
         reason = str(cause.msg or cause).splitlines()[0]
         return f"{cause.full_key}: {reason}" if cause.full_key else reason
     return f"{' '.join(message.split())}, in: {' '.join(overrides)}"
+
+
+def _not_an_override(override: str) -> str:
+    """Says why Hydra's grammar refuses a word, and how to quote a value if that is all it takes."""
+    remedy = _or_quote(override)
+    if remedy:
+        return f"{override!r} is not an override, because of the characters in its value{remedy}."
+    return f"{override!r} is not an override. Write overrides as key=value."
+
+
+def _or_quote(override: str) -> str:
+    """Returns how to quote the value of an override, or "" where quotes would not help."""
+    key, _, value = override.partition("=")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    quoted = f'{key}="{escaped}"'
+    try:
+        OverridesParser.create().parse_override(quoted)
+    except HydraException:
+        return ""
+    return f", or quote one value: {shlex.quote(quoted)}"
 
 
 def _is_refusal(error: Exception) -> bool:
