@@ -65,10 +65,10 @@ $(STAMP): pyproject.toml constraints.txt requirements/wheels.txt requirements/so
 	touch $@
 
 lock: install  ## renews the pinned versions and their hashes
-	$(BIN)/python tools/pins.py lock $(if $(KEEP),--keep) $(if $(TORCH),--torch $(TORCH))
+	$(BIN)/python requirements/pins.py lock $(if $(KEEP),--keep) $(if $(TORCH),--torch $(TORCH))
 
 check-install: install  ## resolves the pins as a new machine would, for each Python and platform
-	$(BIN)/python tools/pins.py check
+	$(BIN)/python requirements/pins.py check
 
 table1: install  ## regenerates Table 1: the parts of Q-VLM, each alone
 	$(call table,$@)
@@ -108,7 +108,7 @@ test-narrow: install  ## runs the tests that depend on the CPU's instructions as
 lint: install  ## checks style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy qvlm hydra_plugins run.py experiments tools
+	$(BIN)/mypy qvlm hydra_plugins run.py experiments requirements
 
 format: install  ## rewrites the code in the project's style
 	$(BIN)/ruff check --fix .

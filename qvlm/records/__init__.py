@@ -5,6 +5,6 @@
 - `locks`: one process at a time per cell, on one machine or several.
 - `tracking`: Weights & Biases.
 
-Everybody may import `files`; these modules import `qvlm.config`, `qvlm.data.prompts` and
+Everybody may import `files`; these modules import `qvlm.bits`, `qvlm.config`, `qvlm.data` and
 `qvlm.errors` only.
 """

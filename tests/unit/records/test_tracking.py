@@ -90,7 +90,7 @@ def runs_in(folder: Path) -> list[Run]:
 
 
 def make_questions(record: Record) -> datasets.Dataset:
-    """The questions of a record; each image has a colour of its own."""
+    """The questions of a record; each image has a color of its own."""
     rows = [
         {
             **dict.fromkeys(COLUMNS, "x"),
