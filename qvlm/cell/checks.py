@@ -6,11 +6,13 @@ checkpoint, a missing column, a split that is too small) is a `UserError` of the
 has written nothing by then.
 """
 
+import os
 from pathlib import Path
 
 from qvlm.cell.inputs import find_device, prompting, quantization_config
 from qvlm.cell.method import build_method, not_streamable
 from qvlm.config.schema import MAP, RunConfig
+from qvlm.errors import UserError
 from qvlm.models.placement import memory_limits
 from qvlm.packing import kernels
 from qvlm.records.record import require_writable
@@ -35,4 +37,8 @@ def check_options(config: RunConfig) -> None:
         quantization_config(config)
     require_writable(config.runs_dir)
     if config.save_packed is not None:
+        if os.path.lexists(config.save_packed) and not os.path.isdir(config.save_packed):
+            raise UserError(
+                f"save_packed={config.save_packed} is not a folder. Give a new or an empty one."
+            )
         require_writable(Path(config.save_packed).parent, "save_packed")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qvlm.config.schema import PATHS, RunConfig
 from qvlm.errors import UserError
-from qvlm.validation import expanded_path
+from qvlm.validation import expanded_path, seed
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -48,6 +48,7 @@ def from_hydra(composed: DictConfig) -> RunConfig:
             OmegaConf.update(composed, option, expanded_path(option, path))
     container = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(container, dict)
+    seed("seed", container["seed"])  # before the seeds that follow it by default
     return typed({str(key): value for key, value in container.items() if key != "hydra"})
 
 

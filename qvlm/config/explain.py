@@ -41,7 +41,10 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
         return _not_an_override(str(error.override))
     if message.startswith("Ambiguous value for argument"):
         override = message.splitlines()[0].split("'")[1]
-        return f"{override} is not a single value. Add -m to run all of them{_or_quote(override)}."
+        remedy = "Add -m to run all of them"
+        if quoted := _quoted(override):
+            remedy += f", or quote a value with a comma: {quoted}"
+        return f"{override} is not a single value. {remedy}."
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         parent = cause.parent_node
         accepted = set(map(str, parent)) if isinstance(parent, DictConfig) else set()
@@ -55,32 +58,35 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     if isinstance(cause, OmegaConfBaseException):
         reason = str(cause.msg or cause).splitlines()[0]
         return f"{cause.full_key}: {reason}" if cause.full_key else reason
-    return f"{' '.join(message.split())}, in: {' '.join(overrides)}"
+    return f"{' '.join(message.split()) or 'not accepted'}, in: {' '.join(overrides)}"
 
 
 def _not_an_override(override: str) -> str:
-    """Says why Hydra's grammar refuses a word, and how to quote a value if that is all it takes."""
-    remedy = _or_quote(override)
-    if remedy:
-        return f"{override!r} is not an override, because of the characters in its value{remedy}."
-    return f"{override!r} is not an override. Write overrides as key=value."
+    """Says how to write a word that Hydra's grammar refuses."""
+    remedy = "Write overrides as key=value"
+    if quoted := _quoted(override):
+        remedy = f"Quote its value: {quoted}"
+    return f"{override!r} is not an override. {remedy}."
 
 
-def _or_quote(override: str) -> str:
-    """Returns how to quote the value of an override, or "" where quotes would not help."""
-    key, _, value = override.partition("=")
+def _quoted(override: str) -> str:
+    """An override for the shell, its value in quotes; "" if quotes would not make it one."""
+    key, equals, value = override.partition("=")
+    if not equals or not value.isprintable():
+        return ""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     quoted = f'{key}="{escaped}"'
     try:
         OverridesParser.create().parse_override(quoted)
     except HydraException:
         return ""
-    return f", or quote one value: {shlex.quote(quoted)}"
+    return shlex.quote(quoted)
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether Hydra says that the input is wrong. Some of its refusals are a plain ValueError."""
+    """Whether Hydra says that the input is wrong. Some of its refusals are errors of Python."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     origin = frames[-1].f_globals["__name__"].partition(".")[0]
     refusal = isinstance(error, HydraException | OmegaConfBaseException)
-    return refusal or (isinstance(error, ValueError) and origin == "hydra")
+    plain = isinstance(error, ValueError | TypeError | AssertionError)
+    return refusal or (plain and origin == "hydra")

@@ -28,6 +28,7 @@ PATHS = (
     *("results_dir", "save_packed", "tracking.dir"),
 )
 MOST_THREADS = 1024  # PyTorch crashes where the system refuses to make more
+MOST_TOKENS = 2**16  # of an answer, which is more than any model of the paper can attend to
 TEMPERATURES = 0.001, 1000.0  # within which logits stay finite in every floating-point type
 
 
@@ -192,7 +193,7 @@ class EvaluationConfig:
                 f"0 (greedy decoding) or a number from {coldest:g} to {hottest:g}",
             )
         if self.max_new_tokens is not None:
-            whole_number("evaluation.max_new_tokens", self.max_new_tokens)
+            whole_number("evaluation.max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS)
         one_of("evaluation.unparsable", self.unparsable, UNPARSABLE)
         if self.limit == 0:
             raise UserError(
