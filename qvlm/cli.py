@@ -39,7 +39,7 @@ from qvlm.sweep.plan import other_ranks
 from qvlm.validation import expanded_path
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-# What one sentence says better than a traceback. An OSError is a full disk or a folder that is gone.
+# One sentence says these better than a traceback. An OSError is a full disk or a lost folder.
 EXPECTED = (UserError, RunError, OSError, MemoryError)
 
 

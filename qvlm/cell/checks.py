@@ -9,7 +9,7 @@ has written nothing by then.
 import os
 from pathlib import Path
 
-from qvlm.cell.inputs import find_device, prompting, quantization_config
+from qvlm.cell.inputs import MPS, find_device, prompting, quantization_config
 from qvlm.cell.method import build_method, not_streamable
 from qvlm.config.schema import MAP, RunConfig
 from qvlm.errors import UserError
@@ -30,7 +30,11 @@ def check_options(config: RunConfig) -> None:
         raise not_streamable(method.name)
     one_of("kernel", config.kernel, kernels.names())
     prompting(config)
-    find_device(config.device)
+    if find_device(config.device) == MPS and not config.full_precision:
+        raise UserError(
+            "device=mps is not possible for a quantized model, because the proof of its bits needs "
+            "float64, which MPS does not have. Give device=cpu, or method=fp."
+        )
     if config.device == MAP:
         memory_limits(config.max_memory)
     if not config.full_precision:

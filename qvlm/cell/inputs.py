@@ -22,6 +22,7 @@ from qvlm.models.placement import distribute, memory_limits
 from qvlm.quantization import QuantizationConfig, QuantSpec
 from qvlm.runtime import workers
 
+MPS = "mps"  # the GPU of a Mac, which PyTorch chooses only if it is named
 MINIATURE_ANSWER = 64  # tokens
 
 
@@ -94,13 +95,15 @@ def find_device(name: str) -> str:
     """Resolves "auto" for rank 0, and refuses a device that this machine does not have.
 
     Returns:
-        "cpu", "map", or "cuda" with the number of a GPU.
+        "cpu", "map", "mps", or "cuda" with the number of a GPU.
 
     Raises:
         UserError: if there is no such device, or there are more ranks than GPUs.
     """
     gpus = torch.cuda.device_count()
     present = ["cpu", *(f"cuda:{index}" for index in range(gpus)), *([MAP] if gpus else [])]
+    if torch.backends.mps.is_available():
+        present.append(MPS)
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     if name not in present and (name != "cuda" or not gpus):

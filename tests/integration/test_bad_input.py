@@ -123,7 +123,7 @@ def bad_values() -> Iterator[str]:
 
 
 def test_the_family_covers_the_schema() -> None:
-    kinds = {name: kind for name, kind in options(RunConfig)}
+    kinds = dict(options(RunConfig))
     assert set(kinds.values()) == {int, float, bool, str}
     assert {*FREE, *PATH_OPTIONS, *NAME_OPTIONS} <= set(kinds)
 
