@@ -60,10 +60,7 @@ def prompting(config: RunConfig) -> Prompting:
     Raises:
         UserError: if one of the two is unknown.
     """
-    try:
-        return Prompting(config.model.prompt_format, config.model.conversation)
-    except UserError as error:
-        raise UserError(f"model: {error}") from error
+    return Prompting(config.model.prompt_format, config.model.conversation)
 
 
 def settle_answer_length(config: RunConfig) -> RunConfig:
