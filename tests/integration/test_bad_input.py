@@ -315,7 +315,7 @@ def test_a_damaged_checkpoint_is_refused(
 
 
 VALUES: tuple[Any, ...] = (None, -1, 10**6, "many", [], {})
-ENTRIES = ("model_type", "text_config", "vision_config", "vision_feature_layer")
+ENTRIES = ("model_type", "text_config", "vision_config")
 ENTRIES += ("text_config.hidden_size", "text_config.num_hidden_layers", "text_config.vocab_size")
 ENTRIES += ("vision_config.image_size", "vision_config.hidden_size")
 
@@ -332,6 +332,16 @@ def test_a_config_of_another_model_is_refused(
     inner = config[parents[0]] if parents else config
     inner[key] = value
     file.write_text(json.dumps(config))
+    refused(capfd, CHECKPOINT)
+
+
+@pytest.mark.parametrize("layer", [None, -6, 5, 10**6, "many", [], {}, [-2, 0]], ids=repr)
+def test_a_layer_that_the_tower_does_not_have_is_refused(
+    layer: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(MINIATURES / "mini_llava", tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vision_feature_layer": layer}))
     refused(capfd, CHECKPOINT)
 
 

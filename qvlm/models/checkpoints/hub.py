@@ -47,7 +47,20 @@ def local_folder(source: str | Path, option: str, weights: bool = True) -> Path:
         return folder
     for index in (folder / (stem + INDEX_SUFFIX) for stem in STEMS):
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:
+                raise UserError(
+                    f"{option}: {index} is not an index of shards ({error!r}). Remove it, and give "
+                    "the command again."
+                ) from error
             return _fetch(str(source), option, shards)
     for stem in STEMS:
         if (_fetch(str(source), option, [stem]) / stem).is_file():
