@@ -27,11 +27,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from qvlm.command import INTERRUPTED, discard_output, sentence
+from qvlm.command import INTERRUPTED, discard_output, is_expected, sentence
 from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.explain import explained
 from qvlm.config.schema import PATHS, RunConfig
-from qvlm.errors import RunError, UserError
+from qvlm.errors import UserError
 from qvlm.records.locks import Held, Watch
 from qvlm.sweep.launch import build
 from qvlm.sweep.local import Here
@@ -39,8 +39,6 @@ from qvlm.sweep.plan import other_ranks
 from qvlm.validation import expanded_path
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-# One sentence says these better than a traceback. An OSError is a full disk or a lost folder.
-EXPECTED = (UserError, RunError, OSError, MemoryError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,9 +102,9 @@ def _output_was_closed(arguments: Sequence[str]) -> int:
 
 def _report(failures: Sequence[Exception], full_error: bool) -> None:
     for failure in failures:
-        if full_error or not isinstance(failure, EXPECTED):
+        if full_error or not is_expected(failure):
             traceback.print_exception(failure)
-    expected = (failure for failure in failures if isinstance(failure, EXPECTED))
+    expected = filter(is_expected, failures)
     for line in dict.fromkeys(map(sentence, expected)):
         print(f"error: {line}", file=sys.stderr)
 

@@ -45,7 +45,9 @@ def run_command(
     except BrokenPipeError:
         discard_output()
         return 1
-    except (UserError, RunError, OSError) as error:
+    except Exception as error:
+        if not is_expected(error):
+            raise
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
@@ -68,10 +70,26 @@ def sentence(error: Exception) -> str:
     What the system refuses, such as a full disk or a folder that was removed, is told as it tells
     it, with the file.
     """
+    if _is_out_of_memory(error):
+        return (
+            "memory ran out. A smaller evaluation.batch_size or calibration.batch_size needs less, "
+            "as does a smaller model."
+        )
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename} cannot be used" if error.filename else "the system refused"
         return f"{place} ({error.strerror})"
     return " ".join(str(error).split())
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether one sentence says more than a traceback: nothing is wrong with the code."""
+    return isinstance(error, UserError | RunError | OSError) or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or PyTorch, which is not imported for this, could not allocate memory."""
+    torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
 
 
 def discard_output() -> None:

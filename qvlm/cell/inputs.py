@@ -63,17 +63,23 @@ def prompting(config: RunConfig) -> Prompting:
     return Prompting(config.model.prompt_format, config.model.conversation)
 
 
-def settle_answer_length(config: RunConfig) -> RunConfig:
-    """Puts a number in the place of `evaluation.max_new_tokens=null`.
+def answer_length(config: RunConfig) -> int:
+    """Number of tokens after which an answer is cut off.
 
-    It is what the prompt format needs: 1,024 tokens for the formats that reason before they answer,
-    and 64 for letters. The embedded miniatures, which reason briefly, have `MINIATURE_ANSWER`.
+    Unless `evaluation.max_new_tokens` says it, it is what the prompt format needs: 1,024 for the
+    formats that reason before they answer, and 64 for letters. The embedded miniatures, which
+    reason briefly, have `MINIATURE_ANSWER`.
     """
     if config.evaluation.max_new_tokens is not None:
-        return config
-    longest = prompting(config).max_new_tokens
+        return config.evaluation.max_new_tokens
     if embedded(config.model.path):
-        longest = MINIATURE_ANSWER
+        return MINIATURE_ANSWER
+    return prompting(config).max_new_tokens
+
+
+def settle_answer_length(config: RunConfig) -> RunConfig:
+    """Puts the number of `answer_length` in the place of `evaluation.max_new_tokens=null`."""
+    longest = answer_length(config)
     return replace(config, evaluation=replace(config.evaluation, max_new_tokens=longest))
 
 

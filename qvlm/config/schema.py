@@ -170,7 +170,7 @@ class EvaluationConfig:
     Attributes:
         batch_size: Number of questions per batch.
         max_new_tokens: Number of tokens after which an answer is cut off. Null stands for what the
-            model's prompt format needs; see `qvlm.cell.inputs.settle_answer_length`.
+            model's prompt format needs; see `qvlm.cell.inputs.answer_length`.
         unparsable: What an answer without a letter counts as: "wrong", or a "random" choice, the
             rule of the official script, which lifts a broken model by 20 to 50 points.
         temperature: Sampling temperature from 0.001 to 1000. 0 decodes greedily.

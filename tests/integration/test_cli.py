@@ -208,6 +208,20 @@ def test_what_the_system_refuses_is_one_sentence(
     assert capfd.readouterr().err == "error: file cannot be used (No space left on device)\n"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("a lot"), RuntimeError("x: can't allocate memory: y")],
+)
+def test_full_memory_is_one_sentence(
+    error: Exception, runs: Runs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs.fails = lambda config: error
+    assert main(["-m", "bits=w4a4"]) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("error: memory ran out.")
+    assert err.count("\n") == 1
+
+
 def test_a_home_folder_is_expanded_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     options = ["model.path", "model.vision_tower", "data.source", "results_dir", "save_packed"]
