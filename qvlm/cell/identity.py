@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from qvlm.cell.checks import check_options
-from qvlm.cell.inputs import checkpoint_folder
+from qvlm.cell.inputs import checkpoint_folder, settle_answer_length
 from qvlm.cell.method import method_file
 from qvlm.config.compose import typed
 from qvlm.config.schema import RunConfig, canonical, influences
@@ -58,6 +58,7 @@ class Cell:
         """
         config = resolve(config)
         check_options(config)
+        config = settle_answer_length(config)
         files, code, parts = _hash_files(config), code_version(config), influences(config)
         return cls(config, identify(parts, code, files), parts, code, files)
 
