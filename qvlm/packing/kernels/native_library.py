@@ -348,7 +348,7 @@ def _compiled(folder: Path) -> Path:
     for found in sorted(folder.glob(f"{stem}-*.so")):
         if _is_intact(found):
             return found
-        found.unlink()
+        found.unlink(missing_ok=True)
     content = _compile(compiler)
     target = folder / f"{stem}-{_digest(content)}.so"
     write_file(target, content)
@@ -380,10 +380,11 @@ def _cache_folder() -> Path | None:
 
     It is a folder itself, not a link to one, belongs to the user, and nobody else may enter it.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(home) or not hasattr(os, "geteuid"):
+    home = os.environ.get("HOME") != "" and os.path.expanduser("~/.cache")
+    caches = os.environ.get("XDG_CACHE_HOME") or home or ""
+    if not os.path.isabs(caches) or not hasattr(os, "geteuid"):
         return None
-    folder = Path(home, "qvlm")
+    folder = Path(caches, "qvlm")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
@@ -403,12 +404,16 @@ def _is_intact(file: Path) -> bool:
 
     Loading a truncated library kills the process, and loading a planted one runs it.
     """
-    status = file.lstat()
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+    try:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return False
+        content = file.read_bytes()
+    except FileNotFoundError:  # another process has just replaced it
         return False
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return False
-    return file.stem.rpartition("-")[2] == _digest(file.read_bytes())
+    return file.stem.rpartition("-")[2] == _digest(content)
 
 
 def _digest(content: bytes) -> str:
