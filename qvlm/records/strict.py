@@ -34,7 +34,7 @@ def read_json(path: Path) -> Any:
     Raises:
         OSError: If it is not a regular file, or cannot be read.
         ValueError: If it is larger than `MOST_BYTES`, is not JSON in UTF-8, repeats a key, or holds
-            a number that is not finite or a text that is not Unicode.
+            a number that is not finite or has more than 64 bits, or a text that is not Unicode.
     """
     if not path.is_file():  # opening a pipe or a device could wait for ever
         raise OSError(f"{path.name} is not a file")
@@ -44,7 +44,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path.name} is larger than {MOST_BYTES // 2**20} MiB")
     try:
         value = json.loads(
-            content.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse
+            content.decode(),
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_refuse,
         )
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is not a text
     except RecursionError as error:
@@ -113,6 +117,13 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} is repeated")
         found[key] = value
     return found
+
+
+def _integer(text: str) -> int:
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("a whole number has more than 64 bits")
+    return number
 
 
 def _finite(text: str) -> float:

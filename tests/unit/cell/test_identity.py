@@ -74,9 +74,7 @@ def test_files_that_a_cell_reads_are_part_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{}", '{"config": {"method": 1}}', '{"config": null}'])
 def test_a_packed_checkpoint_must_say_how_it_was_made(content: str, tmp_path: Path) -> None:
     (tmp_path / "qvlm.json").write_text(content)
-    with pytest.raises(
-        UserError, match=r"qvlm\.json that cannot be used: it is not of version"
-    ):
+    with pytest.raises(UserError, match=r"qvlm\.json that cannot be used: it is not of version"):
         resolve(load(f"model.packed={tmp_path}"))
 
 
