@@ -45,7 +45,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 claims \
-	figure2 fit test test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+	figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -65,10 +65,10 @@ $(STAMP): pyproject.toml constraints.txt requirements/wheels.txt requirements/so
 	touch $@
 
 lock: install  ## renews the pinned versions and their hashes
-	$(BIN)/python tools/pins.py lock $(if $(KEEP),--keep) $(if $(TORCH),--torch $(TORCH))
+	$(BIN)/python requirements/pins.py lock $(if $(KEEP),--keep) $(if $(TORCH),--torch $(TORCH))
 
 check-install: install  ## resolves the pins as a new machine would, for each Python and platform
-	$(BIN)/python tools/pins.py check
+	$(BIN)/python requirements/pins.py check
 
 table1: install  ## regenerates Table 1: the parts of Q-VLM, each alone
 	$(call table,$@)
@@ -102,13 +102,16 @@ figure2: install  ## draws what a joint search gains against the dependency of l
 test: install  ## runs the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+test-fast: install  ## runs the unit tests, which start no process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit
+
 test-narrow: install  ## runs the tests that depend on the CPU's instructions as if it had no AVX-512
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m instruction_set
 
 lint: install  ## checks style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy qvlm hydra_plugins run.py experiments tools
+	$(BIN)/mypy qvlm hydra_plugins run.py experiments requirements
 
 format: install  ## rewrites the code in the project's style
 	$(BIN)/ruff check --fix .

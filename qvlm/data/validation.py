@@ -83,7 +83,7 @@ def validated(
             raise UserError(
                 f"{where(position)}, column {fault.column!r}: {fault.found}. {fault.accepted}"
             ) from fault
-    return datasets.Dataset.from_list(checked, features=COLUMNS)
+    return datasets.Dataset.from_list(checked, features=FEATURES)
 
 
 class _Fault(Exception):

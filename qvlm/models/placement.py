@@ -88,7 +88,7 @@ def distribute(
     if away and to_be_quantized:
         raise UserError(
             "device: map has too little GPU memory for all weights in float32, which quantization "
-            f"needs; {away[0]} would stay in main memory. Quantize with device=cpu "
+            f"needs; {away[0] or 'the model'} would stay in main memory. Quantize with device=cpu "
             "save_packed=FOLDER, and evaluate with device=map model.packed=FOLDER."
         )
     dispatch_model(
@@ -103,4 +103,5 @@ def distribute(
 
 
 def _first(device_map: Mapping[str, int | str], wanted: str) -> str:
-    return next(part for part, device in device_map.items() if device == wanted)
+    part = next(part for part, device in device_map.items() if device == wanted)
+    return part or "the first part"

@@ -5,6 +5,8 @@
 - `locks`: one process at a time per cell, on one machine or several.
 - `tracking`: Weights & Biases.
 
-Everybody may import `files`; these modules import `qvlm.config`, `qvlm.data.prompts` and
-`qvlm.errors` only.
+- `environment` and `provenance`: versions, hardware, and the version of the code.
+
+Every folder may import `files`. These modules import `qvlm.bits`, `qvlm.config`,
+`qvlm.data.prompts` and `qvlm.errors` only.
 """

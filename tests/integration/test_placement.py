@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too little memory for the whole model.* max_memory"):
         distribute(loaded.model, {"cpu": 1000})
     assert loaded.model.device.type == "cpu"
-    with pytest.raises(UserError, match="all weights in float32 .* model.packed=FOLDER"):
+    with pytest.raises(UserError, match="all weights in float32, .* model.packed=FOLDER"):
         distribute(loaded.model, {"cpu": 1000}, to_be_quantized=True, folder=tmp_path)
 
 

@@ -147,7 +147,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert all("0.0 %" in row for row in rows)
     assert all(row.split("|")[-3].strip() == "not measured" for row in rows)
     assert footprint.main(["--budget", "0"]) == 2
-    assert "give a number above 0" in capsys.readouterr().err
+    assert "Choose a number above 0" in capsys.readouterr().err
 
 
 def test_measured_bytes_come_from_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -160,7 +160,10 @@ def test_measured_bytes_come_from_records(monkeypatch: pytest.MonkeyPatch, tmp_p
         {"model": "a", "bits": "W8A8", "method": "mine", "weight_bytes": 98, **packed},
         {"model": "a", "bits": "FP", "method": "FP", "weight_bytes": 20, **simulated},
     ]
-    records = [SimpleNamespace(run=run) for run in runs]
+    records = [
+        SimpleNamespace(run=run, **{key: run[key] for key in ("model", "bits", "method")})
+        for run in runs
+    ]
     monkeypatch.setattr(measured, "find_records", lambda folder: records)
     (tmp_path / "table4_scale.csv").write_text(
         "model,bits,method,weight_gib,extrapolated\n"
