@@ -59,6 +59,8 @@ def require_own(folder: Path, streamed: bool = False) -> None:
     remedy = "Give a new or an empty folder."
     if not resolved.name or os.path.ismount(resolved):
         raise UserError(f"save_packed={folder} is not a folder that can be renamed. {remedy}")
+    if Path.cwd().is_relative_to(resolved):
+        raise UserError(f"save_packed={folder} is the current folder or above it. {remedy}")
     if resolved.exists() and not resolved.is_dir():
         raise UserError(f"save_packed={folder} is not a folder. {remedy}")
     names = set(os.listdir(resolved)) if resolved.exists() else set()

@@ -58,7 +58,8 @@ def sources(roots: Iterable[Path]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     waiting = [path.resolve() for path in roots]
-    tops = list(dict.fromkeys([*map(_top, waiting), PACKAGE.parent]))  # the last is looked at first
+    # The last is looked at first: a file of this package counts before one of the same name.
+    tops = [*sorted({_top(path) for path in waiting} - {PACKAGE.parent}), PACKAGE.parent]
     while waiting:
         path = waiting.pop()
         top = _top(path)

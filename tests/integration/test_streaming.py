@@ -46,6 +46,7 @@ from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuanti
 from qvlm.runtime.stages import Stages
 from tests.helpers.cells import run
 from tests.helpers.configs import load
+from tests.helpers.origins import make_origin
 from tests.helpers.splits import split_of
 from tests.helpers.standins import write
 
@@ -108,7 +109,7 @@ def write_in_memory(config: RunConfig, folder: Path) -> None:
     walk = Walk(loaded.model, batches, inputs.quantization_config(config))
     build_method(config.method).quantize(walk)
     pack_model(loaded.model)
-    save_packed_model(loaded, folder, {})
+    save_packed_model(loaded, folder, make_origin())
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -245,7 +246,7 @@ def test_what_is_killed_goes_on_and_ends_the_same(
         done.append(torch.load(partial / PROGRESS, weights_only=True)["done"])
         assert done[-1] > done[-2]
     assert done == [0, 1, 3, 5, 7]  # a block is lost with every kill, and no more
-    assert read_origin(folder)["report"]["details"]["resumed_blocks"] == 7
+    assert read_origin(folder).report["details"]["resumed_blocks"] == 7
     write_stream(streamed(tmp_path / "whole", *overrides))
     assert_same(folder, tmp_path / "whole")
 

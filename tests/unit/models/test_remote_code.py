@@ -21,6 +21,7 @@ from qvlm.models.packed import save_packed_model
 from qvlm.packing import pack_model
 from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
 from tests.helpers import standins
+from tests.helpers.origins import make_origin
 
 CLASSES = (
     *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
@@ -82,7 +83,7 @@ def quantized() -> LoadedModel:
 
 
 def write_packed(folder: Path) -> dict[str, Any]:
-    save_packed_model(quantized(), folder, {"hash": "0"})
+    save_packed_model(quantized(), folder, make_origin())
     return {}
 
 
