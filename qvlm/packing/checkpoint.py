@@ -165,7 +165,13 @@ def load_packed(kind: type[PreTrainedModel], folder: str | Path, **kwargs: Any) 
             raise UserError(
                 f"{folder} is not a packed checkpoint: its config.json does not describe one."
             )
-        model, report = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
+        if (folder / "adapter_config.json").exists():  # it would name another model's weights
+            raise UserError(
+                f"{folder} is not a packed checkpoint: it has an adapter_config.json. Remove it."
+            )
+        model, report = kind.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, **kwargs
+        )
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder} does not load: {reason}") from error

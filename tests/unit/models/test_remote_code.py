@@ -137,6 +137,21 @@ def test_a_loader_that_trusts_would_run_the_code(
     assert marker.exists()
 
 
+def test_a_packed_checkpoint_has_no_adapter_and_no_pickle(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    write_packed(folder)
+    adapter = {"base_model_name_or_path": "mini_llava", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(UserError, match="it has an adapter_config.json"):
+        load_model(folder, "m")
+    (folder / "adapter_config.json").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    load_model(folder, "m")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="does not load"):
+        load_model(folder, "m")
+
+
 def test_weights_of_another_model_that_an_adapter_names_are_not_loaded(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
