@@ -212,7 +212,7 @@ def test_the_command_line_contradicts_no_checkpoint(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [f"model.packed={packed()}", f"results_dir={tmp_path}/results", *words]
+    arguments = [*words, f"model.packed={packed()}", f"results_dir={tmp_path}/results"]
     before = sorted(tmp_path.rglob("*"))
     capfd.readouterr()
     assert main(arguments) == 2

@@ -14,7 +14,8 @@ from torch import nn
 from qvlm.errors import RunError, UserError
 from qvlm.packing.partial import PartialCheckpoint
 from qvlm.packing.saving import PROGRESS, UNFINISHED
-from tests.unit.packing.test_saving import content, small_files
+from tests.helpers.files import small_files
+from tests.unit.packing.test_saving import content
 
 NAMES = ["first", "second"]
 

@@ -2,10 +2,7 @@
 
 import errno
 import os
-import resource
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from tokenizers import Tokenizer, models
 from qvlm.errors import RunError, UserError
 from qvlm.packing import saving, write_origin
 from qvlm.packing.saving import PROGRESS, UNFINISHED, require_own, save_folder
+from tests.helpers.files import small_files
 from tests.helpers.origins import make_origin, write_json
 
 
@@ -32,17 +30,6 @@ def fill(folder: Path) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
-@contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """Writing more than so many bytes to a file fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("place", ["new", "below/a/b", "empty", "linked", "below/../new"])
