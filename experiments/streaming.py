@@ -195,9 +195,9 @@ def prove(folder: Path) -> tuple[int, int, Process]:
     """
     started = time.perf_counter()
     origin = read_origin(folder)
-    loaded = load_model(folder, "packed", dtype=origin["config"]["model"]["dtype"])
+    loaded = load_model(folder, "packed", dtype=origin.options["model"]["dtype"])
     problem = next(row for row in miniature.generate("test", 20, seed=0) if row["image"])
-    rows = measure_packed_bits(loaded.model, origin["expected"], [loaded.encode([problem], True)])
+    rows = measure_packed_bits(loaded.model, origin.expected, [loaded.encode([problem], True)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     return len(rows), len(check_bits(rows)), Process(time.perf_counter() - started, peak)
 
