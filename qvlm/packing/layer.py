@@ -133,6 +133,8 @@ class PackedLinear(nn.Module):
         self.used: Counter[str] = Counter()
         self._cells: list[kernels.Cell] | None = None
         self._shared: str | None = None
+        self._kept_offsets: Tensor | None = None
+        self._kept_levels: tuple[Tensor, Tensor] | None = None
         for name, (shape, dtype) in buffers(form).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         if not form.bias:
@@ -191,10 +193,10 @@ class PackedLinear(nn.Module):
         form, names = self.form, ["reference", "bf16"]
         if self._native_obstacle() is None:
             names.append("native")
-        if form.weight != "uniform":
-            return names
         if self._triton_obstacle() is None:
             names.append("triton")
+        if form.weight != "uniform":
+            return names
         if self.codes.device.type == "cpu" or self.codes.is_meta:
             if form.in_features <= kernels.INT_MM_WIDTH:
                 names.append("int_mm")
@@ -232,11 +234,15 @@ class PackedLinear(nn.Module):
         """Maps [..., in] to [..., out] in the dtype of `x`.
 
         Raises:
-            RunError: if `x` holds NaN or infinity.
+            RunError: if `x` holds NaN or infinity; while a CUDA graph is captured nothing can be
+                raised, and the outputs of such a row are NaN (see `triton_products.py`).
         """
         rows = x.reshape(-1, self.in_features)
-        if not math.isfinite(rows.sum(dtype=torch.float32).item()) and not bool(
-            torch.isfinite(rows).all()
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if (
+            not capturing
+            and not math.isfinite(rows.sum(dtype=torch.float32).item())
+            and not bool(torch.isfinite(rows).all())
         ):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
         kernel = self.choose(len(rows), x.dtype)
@@ -455,6 +461,8 @@ class PackedLinear(nn.Module):
 
         form = self.form
         self.rows_layout()
+        if form.weight != "uniform" or self._chunk() is not None:
+            return self._in_chunks(x.contiguous(), bias)
         x = self._as_stored(x)
         return triton_kernels.linear(
             x,
@@ -469,6 +477,79 @@ class PackedLinear(nn.Module):
             self._sharing() == "group",
             bias,
         )
+
+    def _in_chunks(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`_fused` by the products of `triton_products`."""
+        from qvlm.packing import triton_products
+
+        form, chunk = self.form, self._chunk()
+        if form.inputs == "token":
+            grid = triton_products.token_grid(x, form.input_bits, form.ratio)
+        else:
+            grid = self._input_grid(x)
+        if form.weight != "uniform":
+            levels, constant_levels = self._levels_here()
+            coded = bool(form.constants[0])
+            return triton_products.float_linear(
+                x,
+                *grid,
+                form.input_bits,
+                form.folds,
+                self.codes,
+                levels,
+                self.constant_codes if coded else None,
+                self.scale.view(torch.float32),
+                self.mean.view(torch.float32),
+                constant_levels if coded else None,
+                form.constant_block_size,
+                form.group_size,
+                bias,
+            )
+        assert chunk is not None
+        order = self.order if form.ordered else None
+        planes = unit(form.weight_bits)[0]
+        q, sums = triton_products.quantize(x, *grid, form.input_bits, planes, chunk, order)
+        return triton_products.multiply(
+            q,
+            sums,
+            *grid,
+            form.input_bits,
+            self.codes,
+            self.scale.view(torch.float32),
+            self.zero_point,
+            form.weight_bits,
+            chunk,
+            x.dtype,
+            form.folds,
+            self._sharing() == "group",
+            bias,
+            self._offsets(chunk),
+        )
+
+    def _chunk(self) -> int | None:
+        """The chunk of `triton_products`, or None if the layer does not come in such chunks."""
+        from qvlm.packing import triton_products
+
+        form = self.form
+        return triton_products.chunk(form.weight_bits, form.group_size, form.in_features)
+
+    def _offsets(self, chunk: int) -> Tensor | None:
+        """What `triton_products.offsets` says of inputs of 8 bits; made once, then kept."""
+        if self.form.input_bits == 8 and self._kept_offsets is None:
+            from qvlm.packing import triton_products
+
+            static = self.input_zero_point if self.form.inputs == "static" else None
+            bits = self.form.weight_bits
+            self._kept_offsets = triton_products.offsets(self._integers(), bits, static, chunk)
+        return self._kept_offsets
+
+    def _levels_here(self) -> tuple[Tensor, Tensor]:
+        """The levels of NormalFloat weights and constants, on the layer's device."""
+        if self._kept_levels is None:
+            device = self.codes.device
+            levels = _levels(self.form.weight_bits).to(device), _constant_levels().to(device)
+            self._kept_levels = levels
+        return self._kept_levels
 
     def _input_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of an input [rows, in], to broadcast; float32."""
@@ -544,7 +625,9 @@ class PackedLinear(nn.Module):
         """Why Triton's kernels cannot take this layer where it is, or None."""
         form = self.form
         if form.weight != "uniform":
-            return "its weight is not uniform"
+            if form.weight_bits != 4 or self._chunk() is None:
+                return "its weight is neither uniform nor NormalFloat of 4 bits in blocks of 64"
+            return _device_obstacle(self.codes.device)
         if not self._is_integer():
             return "the channels of a weight group differ in the scale of their inputs"
         if form.scale_shape[1] > 1 and form.group_size % unit(form.weight_bits)[0]:
@@ -698,7 +781,8 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
     of cells, as `int_mm` does; where it makes the float weight, it rounds as the simulation does,
     or, for an input in bf16, as `bf16`.
 
-    `bf16` rounds x_hat, w_hat and its output once more, 3 u with u = 2^-8.
+    `bf16` rounds x_hat, w_hat and its output once more, 3 u with u = 2^-8; `triton` rounds x_hat and
+    w_hat so where weights are NormalFloat.
 
     The bf16 of `int4_weight_only` (u = 2^-8) rounds its scale, its input where channels differ in
     scale, the weight that it multiplies and its output: 4 u of the sum of |x| |q - 8| s, as
@@ -712,7 +796,12 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
         total += layer.bias.view(torch.float32).double().abs()
     unit = 2 * (layer.in_features + 6) * 2.0**-24
     bound = unit * total
-    if kernel == "bf16" or (kernel == "native" and not layer._is_integer() and layer._rounds(x)):
+    float_weight = layer.form.weight != "uniform"
+    if (
+        kernel == "bf16"
+        or (kernel == "native" and not layer._is_integer() and layer._rounds(x))
+        or (kernel == "triton" and float_weight)
+    ):
         bound = bound + 3 * 2.0**-8 * total
     if kernel == "int4_weight_only":
         weight_scale, _ = layer.weight_scales()

@@ -285,7 +285,7 @@ def _product(
                         total += missing * tl.sum(right, 0)[None, :]
                     else:
                         total += tl.sum(tl.trans(missing) * right, 0)[None, :]
-                total = tl.dot(left.to(tl.int8), right.to(tl.int8), total)
+                total = tl.dot(left.to(tl.int8), right.to(tl.int8), total, out_dtype=tl.int32)
         sums += total.to(tl.float32) * weight_scale
     y = tl.sum(sums, 0)[None, :] if ROW else sums
     if TOKEN:
