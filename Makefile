@@ -33,8 +33,8 @@ $(BIN)/python -m qvlm.tables.$(1) --runs $(RESULTS)/runs --out $(RESULTS) \
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install preflight table1 table2 table4 table4-scale table5 claims figure2 fit test lint \
-	format miniature mini_llava mini_moe_llava preview clean
+.PHONY: help install preflight table1 table2 table4 table4-scale table5 gpu claims figure2 fit test \
+	lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,9 @@ table4: install  ## measures packed models: seconds, memory, accuracy
 
 table4-scale: install  ## measures time and memory of the true architectures, random weights
 	$(BIN)/python experiments/table4_scale.py
+
+gpu: install  ## measures packed models, kernels and methods on a GPU; goes on where it stopped
+	$(BIN)/python experiments/gpu.py
 
 fit: install  ## what each model takes at each bit width, and whether it fits BUDGET (GiB)
 	@$(BIN)/python -m qvlm.fit --budget $(BUDGET)

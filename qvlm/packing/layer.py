@@ -15,7 +15,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -332,6 +332,21 @@ class PackedLinear(nn.Module):
                 self.in_features, self.form.group_size, self._channel_scale()
             )
         return self._cells
+
+    def reads_alike(self, other: "PackedLinear") -> bool:
+        """Whether a product of both weights, one above the other, is a product of this form.
+
+        So it is where both are uniform, have scales of their own for each output, and quantize
+        their input alike.
+        """
+        forms = [
+            replace(layer.form, out_features=0, scale_shape=layer.form.scale_shape[1:])
+            for layer in (self, other)
+        ]
+        if forms[0] != forms[1] or self.form.weight != "uniform" or self.form.scale_shape[0] == 1:
+            return False
+        names = {"input_scale", "input_zero_point", "order"} & set(self._buffers)
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in names)
 
     def rows_layout(self) -> None:
         """Brings the codes into the layout that checkpoints hold."""
@@ -781,8 +796,8 @@ def accumulation_bound(layer: PackedLinear, x: Tensor, kernel: str) -> Tensor:
     of cells, as `int_mm` does; where it makes the float weight, it rounds as the simulation does,
     or, for an input in bf16, as `bf16`.
 
-    `bf16` rounds x_hat, w_hat and its output once more, 3 u with u = 2^-8; `triton` rounds x_hat and
-    w_hat so where weights are NormalFloat.
+    `bf16` rounds x_hat, w_hat and its output once more, 3 u with u = 2^-8; `triton` rounds x_hat
+    and w_hat so where weights are NormalFloat.
 
     The bf16 of `int4_weight_only` (u = 2^-8) rounds its scale, its input where channels differ in
     scale, the weight that it multiplies and its output: 4 u of the sum of |x| |q - 8| s, as
