@@ -30,10 +30,10 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -215,6 +215,7 @@ class Bench:
     results: Results
     ends: float
     failed: int = 0
+    kept: list[Any] = field(default_factory=list)
 
     @property
     def gpu(self) -> bool:
@@ -239,12 +240,9 @@ class Bench:
         measures["seconds of this task"] = (f"{time.monotonic() - begun:.1f}", "s")
         self.results.add(task, measures, note)
 
-    def missing(self, tasks: Iterable[Sequence[object]]) -> bool:
-        """Whether a task is to be done."""
-        return time.monotonic() < self.ends and not all(self.results.has(*task) for task in tasks)
-
     def clear(self) -> None:
-        """Gives memory back."""
+        """Gives memory back, that of graphs included."""
+        self.kept.clear()
         gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()
@@ -279,6 +277,7 @@ class Bench:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), torch.no_grad():
             call()
+        self.kept.append((graph, call))  # and what the call reads, which the graph does not own
         return graph.replay
 
     def bf16(self) -> torch.dtype:
@@ -346,7 +345,7 @@ def share_of_bound(layer: PackedLinear, x: Tensor) -> tuple[float, int]:
         if form.input_bits == 8:
             found += 128 - grid[1]
         wrong = int((found != steps).sum())
-        wrong += int((sums.T != steps.unflatten(1, (-1, chunk)).sum(2)).sum())
+        wrong += int((steps.unflatten(1, (-1, chunk)).sum(2) != sums.T).sum())
     weight = layer._dequantized(slice(0, layer.out_features))
     expected = (steps.double() * scale.double()) @ weight.double().T
     error = (layer._fused(x, None).double() - expected).abs()
@@ -376,13 +375,19 @@ def correctness(bench: Bench, form: Form) -> dict[str, tuple[Any, str]]:
 
 def candidates(product: str) -> list[products.Tile]:
     """Tiles to try."""
-    if product in ("few", "float_few"):
+    if product == "float_few":
+        return [
+            products.Tile(*tile, 1)
+            for tile in ((2, 8, 1), (4, 8, 1), (1, 8, 1), (8, 8, 4), (4, 16, 2))
+        ]
+    if product == "few":
         return [
             products.Tile(outputs, chunks, warps, 1)
             for outputs, chunks, warps in (
                 *((1, 16, 4), (2, 8, 2), (2, 8, 4), (2, 16, 4), (2, 32, 4), (4, 4, 2), (4, 8, 2)),
                 *((4, 8, 4), (4, 16, 4), (4, 16, 8), (8, 4, 4), (8, 8, 4), (8, 8, 8), (16, 4, 4)),
-                *((16, 8, 8), (1, 32, 4), (1, 64, 4), (2, 64, 8), (4, 4, 1), (2, 8, 1), (4, 8, 1)),
+                *((1, 32, 4), (1, 64, 4), (4, 4, 1), (2, 8, 1), (4, 8, 1), (8, 8, 1), (1, 8, 1)),
+                *((1, 16, 1), (2, 4, 1), (2, 16, 1), (1, 16, 2), (2, 16, 2), (4, 16, 2)),
             )
         ]
     if product.endswith("16"):
@@ -397,10 +402,10 @@ def candidates(product: str) -> list[products.Tile]:
         products.Tile(outputs, rows, warps, stages)
         for outputs, rows, warps, stages in (
             *((64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3)),
-            *((128, 64, 4, 4), (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4)),
-            *((128, 256, 8, 3), (64, 256, 4, 3), (64, 256, 8, 3), (128, 160, 8, 3)),
+            *((128, 64, 4, 4), (128, 128, 8, 3)),
+            *((64, 128, 4, 5), (256, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 3)),
+            *((128, 32, 4, 3), (64, 32, 4, 4)),
         )
-        if rows & (rows - 1) == 0
     ]
 
 
@@ -652,6 +657,38 @@ def answer_seconds(
     return measures
 
 
+@torch.no_grad()
+def overlap_seconds(built: Built, prompt: int, tokens: int = 32) -> dict[str, tuple[Any, str]]:
+    """A token with launches that overlap and that do not, and whether they say the same."""
+    bench, model = built.bench, built.model
+    tokens = tokens if bench.gpu else 1
+    decoder = Decoder(model, 1, prompt + tokens + 8)
+    ids = torch.randint(model.config.text_config.vocab_size, (1, prompt), device=bench.device)
+    embedded_ids = model.get_input_embeddings()(ids)
+    found: dict[bool, tuple[float, Tensor]] = {}
+    for overlap in (False, True):
+        products.OVERLAP = overlap
+        try:
+            step = bench.graph(decoder.step)
+            decoder.read(embedded_ids)
+            bench.wait()
+            begun = time.perf_counter()
+            logits = []
+            for _ in range(tokens):
+                step()
+                logits.append(decoder.logits.clone())
+            bench.wait()
+            found[overlap] = (time.perf_counter() - begun) / tokens, torch.cat(logits)
+        finally:
+            products.OVERLAP = True
+    same = torch.equal(found[False][1], found[True][1])
+    return {
+        "token, launches apart": (f"{1e3 * found[False][0]:.4f}", "ms"),
+        "token, launches overlapping": (f"{1e3 * found[True][0]:.4f}", "ms"),
+        "same logits": ("yes" if same else "NO", ""),
+    }
+
+
 def models(bench: Bench) -> None:
     """All forms of all models."""
     sizes = bench.sizes
@@ -668,6 +705,11 @@ def models(bench: Bench) -> None:
                     *("model", name, title, batch, mix),
                     work=partial(answer_seconds, built, batch, prompts, sizes.answer),
                 )
+                if batch == 1 and form == FORMS[0]:
+                    bench.do(
+                        *("overlap", name, title, batch, mix),
+                        work=partial(overlap_seconds, built, prompts[0]),
+                    )
                 if batch == 1:
                     bench.do(
                         *("model", name, title, batch, long),
@@ -849,7 +891,7 @@ def page(frame: pd.DataFrame, command: str) -> str:
         return "# On a GPU\n\nNo GPU was measured.\n"
     parts = [
         "# On a GPU",
-        "Random weights in the true architectures (time and memory do not depend on their values). "
+        "Random weights in the true architectures (time and memory do not hang on their values). "
         "All forms, bf16 included, run in the same decoder with CUDA graphs "
         "(`qvlm/packing/llama.py`), so ratios compare the products. Lines marked *extrapolated* did not run in full.",
         f"- Command: `{command}`\n- Cards: {', '.join(frame['card'].unique())}\n"
@@ -866,6 +908,7 @@ def _sections(lines: pd.DataFrame) -> Iterator[str]:
         "correctness": "### Products against float64",
         "tile": "### Products of a decoder layer of LLaVA-13B",
         "model": "### Whole models",
+        "overlap": "### Programmatic dependent launch",
         "vision": "### One image: tower and projector",
         "miniature": "### Miniatures, GPU against CPU",
         "method": "### Methods on a 13B",
@@ -987,12 +1030,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results(given.out / "gpu.csv", card, versions)
     sizes = TINY if given.dry_run else FULL
     bench = Bench(device, sizes, results, time.monotonic() + 60 * given.minutes)
-    run(bench)
+    try:
+        run(bench)
+    finally:
+        write_page(results, given)
+    return 1 if bench.failed else 0
+
+
+def write_page(results: Results, given: argparse.Namespace) -> None:
+    """Makes the page of all lines that there are."""
     frame = pd.read_csv(results.path, dtype=str, keep_default_na=False)
     text = page(frame, "make gpu" if not given.dry_run else "experiments/gpu.py --dry-run")
     (given.out / "gpu.md").write_text(text, encoding="utf-8")
     print(text)
-    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":

@@ -501,7 +501,7 @@ class PackedLinear(nn.Module):
         if form.inputs == "token":
             grid = triton_products.token_grid(x, form.input_bits, form.ratio)
         else:
-            grid = self._input_grid(x)
+            grid = self._static_grid()
         if form.weight != "uniform":
             levels, constant_levels = self._levels_here()
             coded = bool(form.constants[0])
@@ -521,9 +521,28 @@ class PackedLinear(nn.Module):
                 bias,
             )
         assert chunk is not None
-        order = self.order if form.ordered else None
-        planes = unit(form.weight_bits)[0]
-        q, sums = triton_products.quantize(x, *grid, form.input_bits, planes, chunk, order)
+        q, sums = triton_products.quantize(x, *grid, *self.input_layout())
+        return self.multiply(q, sums, grid, x.dtype, bias)
+
+    def input_layout(self) -> tuple[int, int, int, Tensor | None]:
+        """Bits, planes, chunk and order, as `triton_products.quantize` takes them."""
+        chunk, order = self._chunk(), self.order if self.form.ordered else None
+        assert chunk is not None
+        return self.form.input_bits, unit(self.form.weight_bits)[0], chunk, order
+
+    def multiply(
+        self,
+        q: Tensor,
+        sums: Tensor,
+        grid: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """The output [rows, out] of an input that `triton_products` has quantized."""
+        from qvlm.packing import triton_products
+
+        form, chunk = self.form, self._chunk()
+        assert chunk is not None
         return triton_products.multiply(
             q,
             sums,
@@ -534,12 +553,22 @@ class PackedLinear(nn.Module):
             self.zero_point,
             form.weight_bits,
             chunk,
-            x.dtype,
+            dtype,
             form.folds,
             self._sharing() == "group",
             bias,
             self._offsets(chunk),
         )
+
+    def static_grid(self) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero point of a static input that `multiply` takes on this device, or None."""
+        chunks = self.form.weight == "uniform" and self._chunk() is not None
+        if self.form.inputs != "static" or not chunks or self.choose(1, torch.bfloat16) != "triton":
+            return None
+        return self._static_grid()
+
+    def _static_grid(self) -> tuple[Tensor, Tensor]:
+        return self.input_scale.view(torch.float32), self.input_zero_point
 
     def _chunk(self) -> int | None:
         """The chunk of `triton_products`, or None if the layer does not come in such chunks."""

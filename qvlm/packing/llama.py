@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvlm.errors import RunError, UserError
+from qvlm.packing import triton_products
 from qvlm.packing.layer import PackedLinear
 from qvlm.packing.triton_kernels import _jit, tl, triton
+from qvlm.packing.triton_products import _wait, overlapping
 
 _KEYS = 64  # of a step of attention
 
@@ -67,10 +69,10 @@ class Decoder:
             (
                 layer.input_layernorm.weight,
                 join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
-                layer.self_attn.o_proj,
+                join([layer.self_attn.o_proj]),
                 layer.post_attention_layernorm.weight,
                 join([layer.mlp.gate_proj, layer.mlp.up_proj]),
-                layer.mlp.down_proj,
+                join([layer.mlp.down_proj]),
             )
             for layer in text.layers
         ]
@@ -113,16 +115,28 @@ class Decoder:
         x = embedded.reshape(batch * tokens, hidden).clone()
         delta = None
         for index, (norm, qkv, out, norm_after, gate_up, down) in enumerate(self.layers):
-            y = add_norm(x, delta, norm, self.epsilon)
-            attended = self._attend(index, qkv(y), batch, tokens)
-            y = add_norm(x, out(attended), norm_after, self.epsilon)
-            delta = down(gated(*gate_up(y)))
+            x, read = self._normed(x, delta, norm, qkv)
+            (delta,) = out(self._attend(index, read, batch, tokens))
+            x, (gate, up) = self._normed(x, delta, norm_after, gate_up)
+            (delta,) = _gated_into(down, gate, up)
         if tokens > 1:  # only the last one's logits
             x = x.view(batch, tokens, hidden)[:, -1].contiguous()
             delta = None if delta is None else delta.view(batch, tokens, hidden)[:, -1].contiguous()
         logits = self.head(add_norm(x, delta, self.norm, self.epsilon))
         self.logits.copy_(logits)
         self.ids.copy_(logits.argmax(1))
+
+    def _normed(
+        self, x: Tensor, delta: Tensor | None, weight: Tensor, reader: Joined
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """x + delta, and what a reader makes of its norm."""
+        if reader.grid is None or reader.packed is None:
+            return x, reader(add_norm(x, delta, weight, self.epsilon))
+        layout = reader.packed.input_layout()
+        x, q, sums = triton_products.quantize_normed(
+            x, delta, weight, self.epsilon, *reader.grid, *layout
+        )
+        return x, reader.multiply(q, sums, x.dtype)
 
     def _attend(self, index: int, qkv: Sequence[Tensor], batch: int, tokens: int) -> Tensor:
         q, k, v = qkv
@@ -132,7 +146,7 @@ class Decoder:
             _rotate[(batch * tokens, self.heads + 2 * self.kv_heads)](
                 q, k, v, q.stride(0), k.stride(0), v.stride(0), self.cosine, self.sine, self.at,
                 turned, keys, values, tokens, self.heads, self.kv_heads, self.length,
-                WIDTH=self.width, HALF=triton.next_power_of_2(self.width // 2), num_warps=1,
+                WIDTH=self.width, HALF=triton.next_power_of_2(self.width // 2), num_warps=1, **overlapping(q.device),
             )  # fmt: skip
         rows, hidden = batch * tokens, self.heads * self.width
         if tokens > 1:
@@ -147,32 +161,58 @@ class Decoder:
             _attend_split[(pairs, self.splits)](
                 turned, keys, values, partial, self.at, self.heads, self.kv_heads, self.length,
                 self.width**-0.5, SPLITS=self.splits, WIDTH=self.width, BLOCK=width, KEYS=_KEYS,
-                num_warps=4,
+                num_warps=4, **overlapping(q.device),
             )  # fmt: skip
             _combine[(pairs,)](
                 partial, found, SPLITS=self.splits, MANY=triton.next_power_of_2(self.splits),
-                WIDTH=self.width, BLOCK=width, num_warps=1,
+                WIDTH=self.width, BLOCK=width, num_warps=1, **overlapping(q.device),
             )  # fmt: skip
         return found
 
 
-def join(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """What runs linears that read the same input: in one product if they can share it.
+class Joined:
+    """What runs linears that read the same input, in one product if they can share it.
+
+    Attributes:
+        packed: the packed layer that computes all of them, or None.
+        grid: of its static input, where the quantization may be part of what makes it; or None.
+    """
+
+    def __init__(
+        self, run: Callable[[Tensor], Sequence[Tensor]], sizes: Sequence[int], packed: Any = None
+    ) -> None:
+        self.run, self.sizes = run, list(sizes)
+        self.packed: PackedLinear | None = packed
+        self.grid = None if packed is None else packed.static_grid()
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """Maps [rows, in] to [rows, out] of each linear."""
+        return self.run(x)
+
+    def multiply(self, q: Tensor, sums: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+        """The same of an input that `triton_products` has quantized."""
+        packed, grid = self.packed, self.grid
+        assert packed is not None and grid is not None
+        bias = None if packed.bias is None else packed.bias.view(torch.float32)
+        return packed.multiply(q, sums, grid, dtype, bias).split(self.sizes, 1)
+
+
+def join(layers: Sequence[nn.Module]) -> Joined:
+    """Joins linears that read the same input.
 
     Joined layers keep working; they hold parts of the joined memory. Packed layers are joined if
     they quantize their input alike. NormalFloat weights are not, since each has a mean of its own.
-
-    Returns:
-        A function from the input [rows, in] to the output of each, [rows, out].
     """
     sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
     if all(isinstance(layer, nn.Linear) for layer in layers):
         weight, bias = _shared(layers, "weight"), _shared(layers, "bias")
-        return lambda x: F.linear(x, weight, bias).split(sizes, 1)  # type: ignore[arg-type]
+        return Joined(lambda x: F.linear(x, weight, bias).split(sizes, 1), sizes)  # type: ignore
     packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
     first = packed[0] if packed else None
+    if first is not None and len(layers) == 1:
+        return Joined(lambda x: [first(x)], sizes, first)
     if first is None or len(packed) < len(layers) or not all(map(first.reads_alike, packed)):
-        return lambda x: [layer(x) for layer in layers]
+        return Joined(lambda x: [layer(x) for layer in layers], sizes)
     scales = tuple(first.form.scale_shape)
     shape = (sum(sizes), *scales[1:])
     joined = PackedLinear(replace(first.form, out_features=sum(sizes), scale_shape=shape))
@@ -182,12 +222,23 @@ def join(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
         if name in first._buffers:
             setattr(joined, name, getattr(first, name))
     joined.kernel = first.kernel
-    return lambda x: joined(x).split(sizes, 1)
+    return Joined(lambda x: joined(x).split(sizes, 1), sizes, joined)
+
+
+def _gated_into(reader: Joined, gate: Tensor, up: Tensor) -> Sequence[Tensor]:
+    """What a reader makes of silu(gate) * up."""
+    if reader.grid is None or reader.packed is None:
+        return reader(gated(gate, up))
+    layout = reader.packed.input_layout()
+    q, sums = triton_products.quantize_gated(gate, up, *reader.grid, *layout)
+    return reader.multiply(q, sums, gate.dtype)
 
 
 def _shared(layers: Sequence[nn.Module], name: str) -> Tensor | None:
     """The tensors of this name one above the other; each layer then holds its part of them."""
     parts = [getattr(layer, name) for layer in layers]
+    if len(parts) == 1:
+        return parts[0]
     if any(part is None for part in parts):
         return None
     joined = torch.cat([part.detach() for part in parts])
@@ -212,6 +263,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) ->
             ADD=delta is not None,
             BLOCK=triton.next_power_of_2(width),
             num_warps=8,
+            **overlapping(x.device),
         )
     return y
 
@@ -222,14 +274,15 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     with torch.cuda.device_of(gate):
         _gated[(rows, triton.cdiv(width, 1024))](
-            gate, up, gate.stride(0), up.stride(0), y, width, BLOCK=1024
+            gate, up, gate.stride(0), up.stride(0), y, width, BLOCK=1024, **overlapping(gate.device)
         )
     return y
 
 
 @_jit
 def _add_norm(x_at, delta_at, weight_at, y_at, width, epsilon, ADD: tl.constexpr,
-              BLOCK: tl.constexpr):  # fmt: skip
+              BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    _wait(OVERLAP)
     kind = x_at.dtype.element_ty
     at = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
@@ -246,7 +299,9 @@ def _add_norm(x_at, delta_at, weight_at, y_at, width, epsilon, ADD: tl.constexpr
 
 
 @_jit
-def _gated(gate_at, up_at, gate_stride, up_stride, y_at, width, BLOCK: tl.constexpr):
+def _gated(gate_at, up_at, gate_stride, up_stride, y_at, width, BLOCK: tl.constexpr,
+           OVERLAP: tl.constexpr):  # fmt: skip
+    _wait(OVERLAP)
     kind = y_at.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -260,8 +315,9 @@ def _gated(gate_at, up_at, gate_stride, up_stride, y_at, width, BLOCK: tl.conste
 @_jit
 def _rotate(q_at, k_at, v_at, q_stride, k_stride, v_stride, cosine_at, sine_at, at_at, turned_at,
             keys_at, values_at, tokens, heads, kv_heads, length, WIDTH: tl.constexpr,
-            HALF: tl.constexpr):  # fmt: skip
+            HALF: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """A head of a token: queries are turned, keys turned and kept, values kept."""
+    _wait(OVERLAP)
     kind = turned_at.dtype.element_ty
     row, head = tl.program_id(0), tl.program_id(1)
     token, sequence = row % tokens, (row // tokens).to(tl.int64)
@@ -295,8 +351,9 @@ def _rotate(q_at, k_at, v_at, q_stride, k_stride, v_stride, cosine_at, sine_at, 
 @_jit
 def _attend_split(q_at, keys_at, values_at, partial_at, at_at, heads, kv_heads, length, scaling,
                   SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-                  KEYS: tl.constexpr):  # fmt: skip
+                  KEYS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """A head's token over a share of its keys: weighted values, the largest score, the weight."""
+    _wait(OVERLAP)
     pair, split = tl.program_id(0), tl.program_id(1)
     sequence, head = pair // heads, pair % heads
     count = tl.minimum(tl.load(at_at) + 1, length)
@@ -330,8 +387,9 @@ def _attend_split(q_at, keys_at, values_at, partial_at, at_at, heads, kv_heads, 
 
 @_jit
 def _combine(partial_at, y_at, SPLITS: tl.constexpr, MANY: tl.constexpr, WIDTH: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
+             BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """A head's output from those of its shares."""
+    _wait(OVERLAP)
     pair = tl.program_id(0)
     split, column = tl.arange(0, MANY), tl.arange(0, BLOCK)
     there, within = split < SPLITS, column < WIDTH

@@ -22,9 +22,10 @@ sums that `_quantize` writes, the third from sums over the weight that are made 
 An input that is not finite makes all outputs of its row NaN, by way of those sums. So the check
 that raises an error on a host may be left out where a CUDA graph is captured.
 
-`_float_few` and `_float_many` are the same two products for NormalFloat of 4 bits: levels are
-looked up and multiplied by their block's constant, then by x_hat, in float32 for few rows and in
-bf16 on tensor cores for many.
+NormalFloat of 4 bits: `_float_few` looks levels up and multiplies them by x_hat, then by their
+block's constant, in float32. For more rows `_float_weight` makes the weight of the one layer in
+bf16, and the stock product multiplies it: looked up again for every tile of rows, levels took ten
+times as long on an H100.
 
 What does not come in chunks is left to `triton_kernels.py`. Under Triton's interpreter, `dp4a` and
 the unpacking of four bytes at once are emulated; everything else is the code that GPUs run.
@@ -42,6 +43,11 @@ from torch import Tensor
 from qvlm.packing.triton_kernels import DECODING_ROWS, _jit, tl, triton
 
 CHUNKS = (128, 64)
+# What an input of `quantize` is made of: see there.
+PLAIN, GATED, NORMED = 0, 1, 2
+# Whether a launch may begin before the one before it has ended (programmatic dependent launch):
+# it then fetches weights until that one's output is there.
+OVERLAP = True
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,13 @@ class Tile:
 
 # Chosen by `make gpu` on the card that results/gpu.md names; key: product, bits, rows at most.
 TILES: dict[tuple[str, int, int], Tile] = {
-    ("few", 4, 4): Tile(4, 8, 4, 1),
-    ("few", 8, 4): Tile(4, 4, 4, 1),
-    ("many", 4, 16): Tile(32, 16, 4, 4),
+    ("few", 4, 4): Tile(2, 8, 1, 1),
+    ("few", 8, 4): Tile(1, 16, 4, 1),
+    ("many", 4, 16): Tile(64, 16, 4, 3),
     ("many", 8, 16): Tile(32, 16, 4, 4),
-    ("many", 4, 2**31): Tile(128, 128, 8, 3),
-    ("many", 8, 2**31): Tile(128, 128, 8, 3),
-    ("float_few", 4, 4): Tile(4, 16, 4, 1),
-    ("float_many", 4, 16): Tile(32, 16, 4, 3),
-    ("float_many", 4, 2**31): Tile(128, 128, 8, 3),
+    ("many", 4, 2**31): Tile(128, 64, 4, 3),
+    ("many", 8, 2**31): Tile(64, 128, 4, 4),
+    ("float_few", 4, 4): Tile(2, 8, 1, 1),
 }
 
 
@@ -82,6 +86,12 @@ def tile(product: str, bits: int, rows: int) -> Tile:
         for (name, width, most), chosen in TILES.items()
         if (name, width) == (product, bits) and rows <= most
     )
+
+
+def overlapping(device: torch.device) -> dict[str, Any]:
+    """Options of a launch on a device: whether it overlaps with the one before."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": True, "launch_pdl": True} if able and OVERLAP else {"OVERLAP": False}
 
 
 def chunk(bits: int, group_size: int, width: int) -> int | None:
@@ -117,7 +127,8 @@ def quantize(
 
     Args:
         x: [rows, in], float.
-        scale, zero_point: [] or [in], as stored, or [rows, 1] if per token; float32.
+        scale, zero_point: [] or [in], as stored, or [rows, 1] if per token; float32, a static zero
+            point of any type.
         bits: of the input.
         planes: 2 for weights of 4 bits, 1 for 8.
         chunk: Channels of a chunk.
@@ -134,6 +145,61 @@ def quantize(
     return q, sums
 
 
+def quantize_gated(
+    gate: Tensor,
+    up: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    planes: int,
+    chunk: int,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`quantize` of silu(gate) * up, [rows, in] each, whose rows may lie apart."""
+    rows, width = gate.shape
+    q = torch.empty(rows, planes, width // planes, dtype=torch.int8, device=gate.device)
+    sums = torch.empty(width // chunk, rows, device=gate.device)
+    _launch_quantize(
+        gate, scale, zero_point, bits, chunk, order, q, sums, planes, False, source=GATED, other=up
+    )
+    return q, sums
+
+
+def quantize_normed(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    planes: int,
+    chunk: int,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + delta, and `quantize` of its RMS norm."""
+    rows, width = x.shape
+    q = torch.empty(rows, planes, width // planes, dtype=torch.int8, device=x.device)
+    sums = torch.empty(width // chunk, rows, device=x.device)
+    added = x if delta is None else torch.empty_like(x)
+    _launch_quantize(
+        x,
+        scale,
+        zero_point,
+        bits,
+        chunk,
+        order,
+        q,
+        sums,
+        planes,
+        False,
+        source=NORMED,
+        other=delta,
+        norm=(weight, added, epsilon),
+    )
+    return added, q, sums
+
+
 def _launch_quantize(
     x: Tensor,
     scale: Tensor,
@@ -145,10 +211,14 @@ def _launch_quantize(
     sums: Tensor,
     planes: int,
     folds: bool,
+    source: int = PLAIN,
+    other: Tensor | None = None,
+    norm: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0),
 ) -> None:
     rows, width = x.shape
     chunks = width // chunk
     block = 4 if rows <= 16 else 16
+    weight, added, epsilon = norm
     with torch.cuda.device_of(x):
         _quantize[(rows, triton.cdiv(chunks, block))](
             x,
@@ -161,6 +231,12 @@ def _launch_quantize(
             width,
             chunks,
             min(scale.ndim, 1),
+            x.stride(0),
+            other,
+            width if other is None else other.stride(0),
+            weight,
+            added,
+            epsilon,
             TOKEN=scale.ndim == 2,
             ORDERED=order is not None,
             FOLDS=folds,
@@ -168,6 +244,10 @@ def _launch_quantize(
             PLANES=planes,
             CHUNK=chunk,
             BLOCK=block,
+            SOURCE=source,
+            ADD=source == NORMED and other is not None,
+            WHOLE=triton.next_power_of_2(width) if source == NORMED else 1,
+            **overlapping(x.device),
         )
 
 
@@ -256,6 +336,7 @@ def multiply(
         "EMULATE": triton.knobs.runtime.interpret,
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
+        **overlapping(q.device),
     }
     with torch.cuda.device_of(q):
         if few:
@@ -295,44 +376,51 @@ def float_linear(
         block_size: Weights that share a constant, 64 or 128.
     """
     (rows, width), out = x.shape, len(codes)
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    if not y.numel():
-        return y
+    if not rows:
+        return torch.empty(rows, out, dtype=x.dtype, device=x.device)
     few = rows <= DECODING_ROWS
-    chosen = chosen or tile("float_few" if few else "float_many", 4, rows)
-    # Triton's interpreter does not multiply bf16.
-    kind = torch.float32 if few or triton.knobs.runtime.interpret else torch.bfloat16
-    x_hat = torch.empty(rows, 2, width // 2, dtype=kind, device=x.device)
-    _launch_quantize(x, scale, zero_point, input_bits, block_size, None, x_hat, x_hat, 2, folds)
+    kind = torch.float32 if few else torch.bfloat16
+    planes = 2 if few else 1
+    x_hat = torch.empty(rows, planes, width // planes, dtype=kind, device=x.device)
+    _launch_quantize(
+        x, scale, zero_point, input_bits, block_size, None, x_hat, x_hat, planes, folds
+    )
     common = (
         levels,
         constant_codes,
         largest,
         mean,
         constant_levels,
-        bias,
-        y,
-        rows,
         out,
         width // block_size,
         constant_block_size,
     )
-    options: dict[str, Any] = {
-        "CODED": constant_levels is not None,
-        "BIAS": bias is not None,
-        "CHUNK": block_size,
-        "BLOCK_OUT": chosen.outputs,
-        "num_warps": chosen.warps,
-        "num_stages": chosen.stages,
-    }
-    with torch.cuda.device_of(x):
-        if few:
-            _float_few[(rows, triton.cdiv(out, chosen.outputs))](
-                x_hat, codes.view(torch.int32), *common, BLOCK_CHUNKS=chosen.other, **options
+    coded = constant_levels is not None
+    if not few:
+        made = torch.empty(out, width, dtype=torch.bfloat16, device=x.device)
+        with torch.cuda.device_of(x):
+            _float_weight[(triton.cdiv(out, 8), width // block_size)](
+                codes, made, *common, CODED=coded, CHUNK=block_size, BLOCK_OUT=8
             )
-        else:
-            blocks = triton.cdiv(rows, chosen.other), triton.cdiv(out, chosen.outputs)
-            _float_many[blocks](x_hat, codes, *common, BLOCK_ROWS=chosen.other, **options)
+        product = x_hat[:, 0] @ made.T
+        return (product if bias is None else product + bias).to(x.dtype)
+    chosen = chosen or tile("float_few", 4, rows)
+    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        _float_few[(rows, triton.cdiv(out, chosen.outputs))](
+            x_hat,
+            codes.view(torch.int32),
+            bias,
+            y,
+            *common,
+            CODED=coded,
+            BIAS=bias is not None,
+            CHUNK=block_size,
+            BLOCK_OUT=chosen.outputs,
+            BLOCK_CHUNKS=chosen.other,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+        )
     return y
 
 
@@ -362,6 +450,14 @@ def _token_grid(x_at, scale_at, zero_at, width, ratio, BITS: tl.constexpr, BLOCK
 
 
 @_jit
+def _wait(OVERLAP: tl.constexpr):
+    """Lets the next launch begin, and waits for the output of the one before."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@_jit
 def _quantize(
     x_at,
     order_at,
@@ -373,6 +469,12 @@ def _quantize(
     width,
     chunks,
     scale_stride,
+    x_stride,
+    other_at,
+    other_stride,
+    weight_at,
+    added_at,
+    epsilon,
     TOKEN: tl.constexpr,
     ORDERED: tl.constexpr,
     FOLDS: tl.constexpr,
@@ -380,14 +482,33 @@ def _quantize(
     PLANES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    SOURCE: tl.constexpr,
+    ADD: tl.constexpr,
+    WHOLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Chunks of a row: q' and sums of t; or, where `q_at` is of floats, x_hat.
 
-    See `triton_kernels._input_steps` for the rounding.
+    See `triton_kernels._input_steps` for the rounding. Values of the model's type are rounded to it
+    where transformers rounds them.
     """
+    kind = x_at.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), tl.float32)
+    x_row, other_row = x_at + row * x_stride, other_at
+    if SOURCE == 1 or ADD:
+        other_row = other_at + row * other_stride
+    _wait(OVERLAP)
+    if SOURCE == 2:
+        column = tl.arange(0, WHOLE)
+        whole = tl.load(x_row + column, mask=column < width, other=0).to(tl.float32)
+        if ADD:
+            whole += tl.load(other_row + column, mask=column < width, other=0).to(tl.float32)
+            whole = whole.to(kind).to(tl.float32)
+            own = (column // (BLOCK * CHUNK) == tl.program_id(1)) & (column < width)
+            tl.store(added_at + row * width + column, whole.to(kind), mask=own)
+        length = tl.rsqrt(tl.sum(whole * whole, 0) / width + epsilon)
     for plane in tl.static_range(PLANES):
         unit = chunk[:, None] * (CHUNK // PLANES) + tl.arange(0, CHUNK // PLANES)[None, :]
         channel = unit * PLANES + plane
@@ -395,13 +516,22 @@ def _quantize(
         source = channel
         if ORDERED:
             source = tl.load(order_at + channel, mask=inside, other=0)
-        x = tl.load(x_at + row * width + source, mask=inside, other=0).to(tl.float32)
+        x = tl.load(x_row + source, mask=inside, other=0).to(tl.float32)
+        if SOURCE == 1:
+            up = tl.load(other_row + source, mask=inside, other=0)
+            x = ((x * tl.sigmoid(x)).to(kind) * up).to(kind).to(tl.float32)
+        if SOURCE == 2:
+            if ADD:
+                x += tl.load(other_row + source, mask=inside, other=0).to(tl.float32)
+                x = x.to(kind).to(tl.float32)
+            weight = tl.load(weight_at + source, mask=inside, other=0)
+            x = ((x * length).to(kind) * weight).to(kind).to(tl.float32)
         if TOKEN:
             scale = tl.load(scale_at + row + 0 * channel)
-            zero = tl.load(zero_at + row + 0 * channel)
+            zero = tl.load(zero_at + row + 0 * channel).to(tl.float32)
         else:
             scale = tl.load(scale_at + channel * scale_stride, mask=inside, other=1)
-            zero = tl.load(zero_at + channel * scale_stride, mask=inside, other=0)
+            zero = tl.load(zero_at + channel * scale_stride, mask=inside, other=0).to(tl.float32)
         steps = tl.div_rn(x, scale)
         steps = tl.minimum(tl.maximum(steps, -zero), 2**INPUT_BITS - 1 - zero)
         steps = (steps + 12582912.0) - 12582912.0
@@ -483,6 +613,7 @@ def _few_rows(
     BLOCK_OUT: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     EMULATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_OUT outputs of a row; words of q' and codes, [outputs, chunks, words]."""
     WORDS: tl.constexpr = CHUNK * BITS // 32
@@ -492,30 +623,44 @@ def _few_rows(
     inside = column < out
     row_words = chunks * WORDS
     code_row = codes_at + column.to(tl.int64)[:, None, None] * row_words
+    group_row = column[:, None] * weight_scale_stride
     q_row = q_at + row.to(tl.int64) * (chunks * (CHUNK // 4))
     total = tl.zeros((BLOCK_OUT, BLOCK_CHUNKS), tl.float32)
+    chunk = tl.arange(0, BLOCK_CHUNKS)
+    word = chunk[None, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
+    # The weight is fetched a tile ahead of its product.
+    both = (word < row_words) & inside[:, None, None]
+    mask = inside[:, None] & (chunk < chunks)[None, :]
+    at = group_row + (chunk // chunks_per_group)[None, :]
+    next_codes = tl.load(code_row + word, mask=both, other=0)
+    next_scale = tl.load(weight_scale_at + at, mask=mask, other=0)
+    next_zero = tl.load(weight_zero_at + at, mask=mask, other=0)
+    _wait(OVERLAP)
     for first in range(0, chunks, BLOCK_CHUNKS):
+        codes, weight_scale, weight_zero = next_codes, next_scale, next_zero
         chunk = first + tl.arange(0, BLOCK_CHUNKS)
-        there = chunk < chunks
         word = chunk[None, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
-        within = word < row_words
-        both = within & inside[:, None, None]
-        codes = tl.load(code_row + word, mask=both, other=0)
+        there, within = chunk < chunks, word < row_words
+        mask = inside[:, None] & there[None, :]
+        following = chunk + BLOCK_CHUNKS
+        next_word = word + BLOCK_CHUNKS * WORDS
+        next_both = (next_word < row_words) & inside[:, None, None]
+        next_mask = inside[:, None] & (following < chunks)[None, :]
+        at = group_row + (following // chunks_per_group)[None, :]
+        next_codes = tl.load(code_row + next_word, mask=next_both, other=0)
+        next_scale = tl.load(weight_scale_at + at, mask=next_mask, other=0)
+        next_zero = tl.load(weight_zero_at + at, mask=next_mask, other=0)
+        sums = tl.load(sums_at + chunk * rows + row, mask=there, other=0)
         q = tl.load(q_row + word, mask=within, other=0)
         none = tl.zeros((BLOCK_OUT, BLOCK_CHUNKS, WORDS), tl.int32)
         if BITS == 4:
+            high_q = tl.load(q_row + row_words + word, mask=within, other=0)
             products = _dp4a(codes & 0x0F0F0F0F, q + none, none, EMULATE)
-            q = tl.load(q_row + row_words + word, mask=within, other=0)
-            products = _dp4a((codes >> 4) & 0x0F0F0F0F, q + none, products, EMULATE)
+            products = _dp4a((codes >> 4) & 0x0F0F0F0F, high_q + none, products, EMULATE)
         else:
             # Words beyond the weight are zero in q, so that it does not matter what they become.
             products = _dp4a(codes ^ -2139062144, q + none, none, EMULATE)
         exact = tl.sum(products, 2)
-        group = chunk // chunks_per_group
-        at = column[:, None] * weight_scale_stride + group[None, :]
-        mask = inside[:, None] & there[None, :]
-        weight_scale = tl.load(weight_scale_at + at, mask=mask, other=0)
-        weight_zero = tl.load(weight_zero_at + at, mask=mask, other=0).to(tl.float32)
         if CLUSTERS:
             weight_scale *= tl.load(scale_at + chunk * CHUNK, mask=there, other=0)[None, :]
         if INPUT_BITS == 8:
@@ -523,8 +668,8 @@ def _few_rows(
             if TOKEN:
                 offset *= 128 - tl.load(zero_at + row).to(tl.int32)
             exact += offset
-        sums = tl.load(sums_at + chunk * rows + row, mask=there, other=0)
-        total += (exact.to(tl.float32) + (CENTER - weight_zero) * sums[None, :]) * weight_scale
+        center = CENTER - weight_zero.to(tl.float32)
+        total += (exact.to(tl.float32) + center * sums[None, :]) * weight_scale
     y = tl.sum(total, 1)
     if TOKEN:
         y *= tl.load(scale_at + row)
@@ -563,6 +708,7 @@ def _many_rows(
     BLOCK_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     EMULATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A tile [BLOCK_OUT, BLOCK_ROWS] of y^T, a chunk at a time.
 
@@ -578,7 +724,12 @@ def _many_rows(
     at_q = q_at + row.to(tl.int64)[None, :] * (chunks * CHUNK) + byte[:, None]
     plane = chunks * BYTES
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+    _wait(OVERLAP)
     for chunk in range(chunks):
+        at = column * weight_scale_stride + chunk // chunks_per_group
+        weight_scale = tl.load(weight_scale_at + at, mask=inside, other=0)
+        weight_zero = tl.load(weight_zero_at + at, mask=inside, other=0).to(tl.float32)
+        sums = tl.load(sums_at + chunk * rows + row, mask=present, other=0)
         codes = tl.load(code_at + chunk * BYTES, mask=inside[:, None], other=0)
         q = tl.load(at_q + chunk * BYTES, mask=present[None, :], other=0)
         products = tl.full((BLOCK_OUT, BLOCK_ROWS), 0x4B400000, tl.int32)
@@ -589,12 +740,9 @@ def _many_rows(
             products = tl.dot(high, high_q, products, out_dtype=tl.int32)
         else:
             products = tl.dot(_signed(codes, EMULATE), q, products, out_dtype=tl.int32)
-        exact = products.to(tl.float32, bitcast=True) - 12582912.0
-        at = column * weight_scale_stride + chunk // chunks_per_group
-        weight_scale = tl.load(weight_scale_at + at, mask=inside, other=0)
-        weight_zero = tl.load(weight_zero_at + at, mask=inside, other=0).to(tl.float32)
         if CLUSTERS:
             weight_scale *= tl.load(scale_at + chunk * CHUNK)
+        exact = products.to(tl.float32, bitcast=True) - 12582912.0
         if INPUT_BITS == 8:
             offset = tl.load(offset_at + column * chunks + chunk, mask=inside, other=0)
             offset = offset.to(tl.float32)
@@ -603,7 +751,6 @@ def _many_rows(
                 exact += offset[:, None] * missing[None, :]
             else:
                 exact += offset[:, None]
-        sums = tl.load(sums_at + chunk * rows + row, mask=present, other=0)
         exact += (CENTER - weight_zero)[:, None] * sums[None, :]
         total += exact * weight_scale[:, None]
     if TOKEN:
@@ -631,14 +778,13 @@ def _constants(block, mask, codes_at, largest_at, mean_at, levels_at, size, CODE
 def _float_few(
     x_at,
     codes_at,
+    bias_at,
+    y_at,
     levels_at,
     constant_codes_at,
     largest_at,
     mean_at,
     constant_levels_at,
-    bias_at,
-    y_at,
-    rows,
     out,
     chunks,
     size,
@@ -657,21 +803,28 @@ def _float_few(
     code_row = codes_at + column.to(tl.int64)[:, None, None] * row_words
     x_row = x_at + row.to(tl.int64) * (chunks * CHUNK)
     total = tl.zeros((BLOCK_OUT, BLOCK_CHUNKS), tl.float32)
+    places = tl.arange(0, BLOCK_CHUNKS)[None, :, None] * WORDS
+    places += tl.arange(0, WORDS)[None, None, :]
+    both = (places < row_words) & inside[:, None, None]
+    next_codes = tl.load(code_row + places, mask=both, other=0)
     for first in range(0, chunks, BLOCK_CHUNKS):
+        codes = next_codes
         chunk = first + tl.arange(0, BLOCK_CHUNKS)
-        word = chunk[None, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
+        word = first * WORDS + places
         within = word < row_words
-        codes = tl.load(code_row + word, mask=within & inside[:, None, None], other=0)
-        products = tl.zeros((BLOCK_OUT, BLOCK_CHUNKS, WORDS), tl.float32)
-        for place in tl.static_range(8):
-            level = tl.load(levels_at + ((codes >> (4 * place)) & 15))
-            unit = word * 4 + place // 2 + place % 2 * (chunks * (CHUNK // 2))
-            products += level * tl.load(x_row + unit, mask=within, other=0)
+        next_word = word + BLOCK_CHUNKS * WORDS
+        both = (next_word < row_words) & inside[:, None, None]
+        next_codes = tl.load(code_row + next_word, mask=both, other=0)
         mask = inside[:, None] & (chunk < chunks)[None, :]
         block = column.to(tl.int64)[:, None] * chunks + chunk[None, :]
         constant = _constants(
             block, mask, constant_codes_at, largest_at, mean_at, constant_levels_at, size, CODED
         )
+        products = tl.zeros((BLOCK_OUT, BLOCK_CHUNKS, WORDS), tl.float32)
+        for place in tl.static_range(8):
+            level = tl.load(levels_at + ((codes >> (4 * place)) & 15))
+            unit = word * 4 + place // 2 + place % 2 * (chunks * (CHUNK // 2))
+            products += level * tl.load(x_row + unit, mask=within, other=0)
         total += tl.sum(products, 2) * constant
     y = tl.sum(total, 1)
     if BIAS:
@@ -681,50 +834,38 @@ def _float_few(
 
 
 @_jit
-def _float_many(
-    x_at,
+def _float_weight(
     codes_at,
+    weight_at,
     levels_at,
     constant_codes_at,
     largest_at,
     mean_at,
     constant_levels_at,
-    bias_at,
-    y_at,
-    rows,
     out,
     chunks,
     size,
     CODED: tl.constexpr,
-    BIAS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
 ):
-    """A tile [BLOCK_OUT, BLOCK_ROWS] of y^T on bf16 tensor cores, a block at a time."""
-    BYTES: tl.constexpr = CHUNK // 2
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    inside, present = column < out, row < rows
-    byte = tl.arange(0, BYTES)
-    code_at = codes_at + column.to(tl.int64)[:, None] * (chunks * BYTES) + byte[None, :]
-    at_x = x_at + row.to(tl.int64)[None, :] * (chunks * CHUNK) + byte[:, None]
-    plane = chunks * BYTES
-    total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-    for chunk in range(chunks):
-        codes = tl.load(code_at + chunk * BYTES, mask=inside[:, None], other=0).to(tl.int32)
-        low_x = tl.load(at_x + chunk * BYTES, mask=present[None, :], other=0)
-        high_x = tl.load(at_x + plane + chunk * BYTES, mask=present[None, :], other=0)
-        block = column.to(tl.int64) * chunks + chunk
-        constant = _constants(
-            block, inside, constant_codes_at, largest_at, mean_at, constant_levels_at, size, CODED
-        )[:, None]
-        low = (tl.load(levels_at + (codes & 15)) * constant).to(x_at.dtype.element_ty)
-        high = (tl.load(levels_at + (codes >> 4)) * constant).to(x_at.dtype.element_ty)
-        total = tl.dot(low, low_x, total)
-        total = tl.dot(high, high_x, total)
-    if BIAS:
-        total += tl.load(bias_at + column, mask=inside, other=0)[:, None]
-    y = tl.trans(total).to(y_at.dtype.element_ty)
-    at = y_at + row.to(tl.int64)[:, None] * out + column[None, :]
-    tl.store(at, y, mask=present[:, None] & inside[None, :])
+    """A block of BLOCK_OUT rows of the weight."""
+    row = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    chunk = tl.program_id(1)
+    inside = row < out
+    channel = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+    at = row.to(tl.int64)[:, None] * (chunks * CHUNK) + channel
+    codes = tl.load(codes_at + at // 2, mask=inside[:, None], other=0).to(tl.int32)
+    codes = (codes >> (channel % 2 * 4)) & 15
+    constant = _constants(
+        row.to(tl.int64) * chunks + chunk,
+        inside,
+        constant_codes_at,
+        largest_at,
+        mean_at,
+        constant_levels_at,
+        size,
+        CODED,
+    )
+    weight = tl.load(levels_at + codes) * constant[:, None]
+    tl.store(weight_at + at, weight.to(weight_at.dtype.element_ty), mask=inside[:, None])
