@@ -689,10 +689,10 @@ def overlap_seconds(built: Built, prompt: int, tokens: int = 32) -> dict[str, tu
     }
 
 
-def models(bench: Bench) -> None:
-    """All forms of all models."""
+def models(bench: Bench, names: Sequence[str]) -> None:
+    """All forms of some models."""
     sizes = bench.sizes
-    for name in sizes.models:
+    for name in names:
         image = image_tokens(built_architecture(name))
         mix = f"{sizes.text}+{image} and {sizes.answer}"
         long = f"{sizes.long} and {sizes.short}"
@@ -1003,9 +1003,11 @@ def run(bench: Bench) -> None:
             products.TILES[key] = products.Tile(*map(int, kept[title].split()))
         else:
             bench.do("tile", "", "", "", title, work=partial(tune, bench, key))
-    models(bench)
+    first, *others = bench.sizes.models
+    models(bench, [first])
     miniatures(bench)
     methods(bench)
+    models(bench, others)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

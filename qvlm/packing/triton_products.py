@@ -247,6 +247,7 @@ def _launch_quantize(
             SOURCE=source,
             ADD=source == NORMED and other is not None,
             WHOLE=triton.next_power_of_2(width) if source == NORMED else 1,
+            num_warps=8 if source == NORMED else 4,
             **overlapping(x.device),
         )
 
@@ -495,13 +496,30 @@ def _quantize(
     kind = x_at.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros((BLOCK,), tl.float32)
+    channel = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    inside = channel < width
     x_row, other_row = x_at + row * x_stride, other_at
     if SOURCE == 1 or ADD:
         other_row = other_at + row * other_stride
+    # What the launch before did not write is there already.
+    source = channel
+    if ORDERED:
+        source = tl.load(order_at + channel, mask=inside, other=0)
+    if not TOKEN:
+        scale = tl.load(scale_at + channel * scale_stride, mask=inside, other=1)
+        zero = tl.load(zero_at + channel * scale_stride, mask=inside, other=0).to(tl.float32)
+    if SOURCE == 2:
+        weight = tl.load(weight_at + source, mask=inside, other=0)
     _wait(OVERLAP)
+    x = tl.load(x_row + source, mask=inside, other=0).to(tl.float32)
+    if SOURCE == 1:
+        up = tl.load(other_row + source, mask=inside, other=0)
+        x = ((x * tl.sigmoid(x)).to(kind) * up).to(kind).to(tl.float32)
     if SOURCE == 2:
         column = tl.arange(0, WHOLE)
+        if ADD:
+            x += tl.load(other_row + source, mask=inside, other=0).to(tl.float32)
+            x = x.to(kind).to(tl.float32)
         whole = tl.load(x_row + column, mask=column < width, other=0).to(tl.float32)
         if ADD:
             whole += tl.load(other_row + column, mask=column < width, other=0).to(tl.float32)
@@ -509,44 +527,24 @@ def _quantize(
             own = (column // (BLOCK * CHUNK) == tl.program_id(1)) & (column < width)
             tl.store(added_at + row * width + column, whole.to(kind), mask=own)
         length = tl.rsqrt(tl.sum(whole * whole, 0) / width + epsilon)
-    for plane in tl.static_range(PLANES):
-        unit = chunk[:, None] * (CHUNK // PLANES) + tl.arange(0, CHUNK // PLANES)[None, :]
-        channel = unit * PLANES + plane
-        inside = channel < width
-        source = channel
-        if ORDERED:
-            source = tl.load(order_at + channel, mask=inside, other=0)
-        x = tl.load(x_row + source, mask=inside, other=0).to(tl.float32)
-        if SOURCE == 1:
-            up = tl.load(other_row + source, mask=inside, other=0)
-            x = ((x * tl.sigmoid(x)).to(kind) * up).to(kind).to(tl.float32)
-        if SOURCE == 2:
-            if ADD:
-                x += tl.load(other_row + source, mask=inside, other=0).to(tl.float32)
-                x = x.to(kind).to(tl.float32)
-            weight = tl.load(weight_at + source, mask=inside, other=0)
-            x = ((x * length).to(kind) * weight).to(kind).to(tl.float32)
-        if TOKEN:
-            scale = tl.load(scale_at + row + 0 * channel)
-            zero = tl.load(zero_at + row + 0 * channel).to(tl.float32)
-        else:
-            scale = tl.load(scale_at + channel * scale_stride, mask=inside, other=1)
-            zero = tl.load(zero_at + channel * scale_stride, mask=inside, other=0).to(tl.float32)
-        steps = tl.div_rn(x, scale)
-        steps = tl.minimum(tl.maximum(steps, -zero), 2**INPUT_BITS - 1 - zero)
-        steps = (steps + 12582912.0) - 12582912.0
-        at = q_at + row * width + plane * (width // PLANES) + unit
-        if q_at.dtype.element_ty == tl.int8:
-            sums += tl.sum(steps + x * 0.0, 1)
-            if INPUT_BITS == 8:
-                steps += zero - 128
-            tl.store(at, steps.to(tl.int32).to(tl.int8), mask=inside)
-        else:
-            if not FOLDS:
-                steps *= scale
-            tl.store(at, (steps + x * 0.0).to(q_at.dtype.element_ty), mask=inside)
+        x = ((x * length).to(kind) * weight).to(kind).to(tl.float32)
+    if TOKEN:
+        scale = tl.load(scale_at + row + 0 * channel)
+        zero = tl.load(zero_at + row + 0 * channel).to(tl.float32)
+    steps = tl.div_rn(x, scale)
+    steps = tl.minimum(tl.maximum(steps, -zero), 2**INPUT_BITS - 1 - zero)
+    steps = (steps + 12582912.0) - 12582912.0
+    at = q_at + row * width + channel % PLANES * (width // PLANES) + channel // PLANES
     if q_at.dtype.element_ty == tl.int8:
+        sums = tl.sum(steps + x * 0.0, 1)
+        if INPUT_BITS == 8:
+            steps += zero - 128
+        tl.store(at, steps.to(tl.int32).to(tl.int8), mask=inside)
         tl.store(sums_at + chunk * rows + row, sums, mask=chunk < chunks)
+    else:
+        if not FOLDS:
+            steps *= scale
+        tl.store(at, (steps + x * 0.0).to(q_at.dtype.element_ty), mask=inside)
 
 
 @_jit
@@ -726,10 +724,6 @@ def _many_rows(
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
     _wait(OVERLAP)
     for chunk in range(chunks):
-        at = column * weight_scale_stride + chunk // chunks_per_group
-        weight_scale = tl.load(weight_scale_at + at, mask=inside, other=0)
-        weight_zero = tl.load(weight_zero_at + at, mask=inside, other=0).to(tl.float32)
-        sums = tl.load(sums_at + chunk * rows + row, mask=present, other=0)
         codes = tl.load(code_at + chunk * BYTES, mask=inside[:, None], other=0)
         q = tl.load(at_q + chunk * BYTES, mask=present[None, :], other=0)
         products = tl.full((BLOCK_OUT, BLOCK_ROWS), 0x4B400000, tl.int32)
@@ -740,6 +734,10 @@ def _many_rows(
             products = tl.dot(high, high_q, products, out_dtype=tl.int32)
         else:
             products = tl.dot(_signed(codes, EMULATE), q, products, out_dtype=tl.int32)
+        at = column * weight_scale_stride + chunk // chunks_per_group
+        weight_scale = tl.load(weight_scale_at + at, mask=inside, other=0)
+        weight_zero = tl.load(weight_zero_at + at, mask=inside, other=0).to(tl.float32)
+        sums = tl.load(sums_at + chunk * rows + row, mask=present, other=0)
         if CLUSTERS:
             weight_scale *= tl.load(scale_at + chunk * CHUNK)
         exact = products.to(tl.float32, bitcast=True) - 12582912.0
