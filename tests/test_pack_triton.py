@@ -121,7 +121,7 @@ def test_layers_that_triton_cannot_take_say_why(monkeypatch: pytest.MonkeyPatch)
     served, _ = quantized((16, 64), inputs="per_token")
     assert PackedLinear.from_quantized(served, "triton").choose(1) == "triton"
     for refused, reason in (
-        (quantized((16, 64), weight="normal_float"), "not uniform"),
+        (quantized((16, 64), weight="normal_float"), "neither uniform nor NormalFloat"),
         (quantized((16, 66), group_size=3), "inside a byte"),
     ):
         with pytest.raises(UserError, match=reason):

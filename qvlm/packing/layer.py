@@ -579,7 +579,8 @@ class PackedLinear(nn.Module):
 
     def _offsets(self, chunk: int) -> Tensor | None:
         """What `triton_products.offsets` says of inputs of 8 bits; made once, then kept."""
-        if self.form.input_bits == 8 and self._kept_offsets is None:
+        kept = self._kept_offsets
+        if self.form.input_bits == 8 and (kept is None or kept.device != self.codes.device):
             from qvlm.packing import triton_products
 
             static = self.input_zero_point if self.form.inputs == "static" else None
@@ -589,8 +590,8 @@ class PackedLinear(nn.Module):
 
     def _levels_here(self) -> tuple[Tensor, Tensor]:
         """The levels of NormalFloat weights and constants, on the layer's device."""
-        if self._kept_levels is None:
-            device = self.codes.device
+        device = self.codes.device
+        if self._kept_levels is None or self._kept_levels[0].device != device:
             levels = _levels(self.form.weight_bits).to(device), _constant_levels().to(device)
             self._kept_levels = levels
         return self._kept_levels

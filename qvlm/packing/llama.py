@@ -144,8 +144,8 @@ class Decoder:
         turned = torch.empty(batch, self.heads, tokens, self.width, dtype=q.dtype, device=q.device)
         with torch.cuda.device_of(q):
             _rotate[(batch * tokens, self.heads + 2 * self.kv_heads)](
-                q, k, v, q.stride(0), k.stride(0), v.stride(0), self.cosine, self.sine, self.at,
-                turned, keys, values, tokens, self.heads, self.kv_heads, self.length,
+                q, k, v, q.stride(0), k.stride(0), v.stride(0), self.cosine, self.sine,
+                self.at, turned, keys, values, tokens, self.heads, self.kv_heads, self.length,
                 WIDTH=self.width, HALF=triton.next_power_of_2(self.width // 2), num_warps=1, **overlapping(q.device),
             )  # fmt: skip
         rows, hidden = batch * tokens, self.heads * self.width

@@ -69,10 +69,10 @@ class Tile:
 
 # Chosen by `make gpu` on the card that results/gpu.md names; key: product, bits, rows at most.
 TILES: dict[tuple[str, int, int], Tile] = {
-    ("few", 4, 4): Tile(2, 8, 1, 1),
-    ("few", 8, 4): Tile(1, 16, 4, 1),
-    ("many", 4, 16): Tile(64, 16, 4, 3),
-    ("many", 8, 16): Tile(32, 16, 4, 4),
+    ("few", 4, 4): Tile(2, 16, 1, 1),
+    ("few", 8, 4): Tile(2, 8, 2, 1),
+    ("many", 4, 16): Tile(32, 16, 4, 4),
+    ("many", 8, 16): Tile(32, 16, 2, 6),
     ("many", 4, 2**31): Tile(128, 64, 4, 3),
     ("many", 8, 2**31): Tile(64, 128, 4, 4),
     ("float_few", 4, 4): Tile(2, 8, 1, 1),
