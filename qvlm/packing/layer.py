@@ -521,14 +521,15 @@ class PackedLinear(nn.Module):
                 bias,
             )
         assert chunk is not None
-        q, sums = triton_products.quantize(x, *grid, *self.input_layout())
+        q, sums = triton_products.quantize(x, *grid, **self.input_layout())
         return self.multiply(q, sums, grid, x.dtype, bias)
 
-    def input_layout(self) -> tuple[int, int, int, Tensor | None]:
-        """Bits, planes, chunk and order, as `triton_products.quantize` takes them."""
+    def input_layout(self) -> dict[str, Any]:
+        """`bits`, `planes`, `chunk` and `order`, as `triton_products.quantize` takes them."""
         chunk, order = self._chunk(), self.order if self.form.ordered else None
         assert chunk is not None
-        return self.form.input_bits, unit(self.form.weight_bits)[0], chunk, order
+        planes = unit(self.form.weight_bits)[0]
+        return {"bits": self.form.input_bits, "planes": planes, "chunk": chunk, "order": order}
 
     def multiply(
         self,

@@ -134,7 +134,7 @@ class Decoder:
             return x, reader(add_norm(x, delta, weight, self.epsilon))
         layout = reader.packed.input_layout()
         x, q, sums = triton_products.quantize_normed(
-            x, delta, weight, self.epsilon, *reader.grid, *layout
+            x, delta, weight, self.epsilon, *reader.grid, **layout
         )
         return x, reader.multiply(q, sums, x.dtype)
 
@@ -146,7 +146,8 @@ class Decoder:
             _rotate[(batch * tokens, self.heads + 2 * self.kv_heads)](
                 q, k, v, q.stride(0), k.stride(0), v.stride(0), self.cosine, self.sine,
                 self.at, turned, keys, values, tokens, self.heads, self.kv_heads, self.length,
-                WIDTH=self.width, HALF=triton.next_power_of_2(self.width // 2), num_warps=1, **overlapping(q.device),
+                WIDTH=self.width, HALF=triton.next_power_of_2(self.width // 2), num_warps=1,
+                **overlapping(q.device),
             )  # fmt: skip
         rows, hidden = batch * tokens, self.heads * self.width
         if tokens > 1:
@@ -230,7 +231,7 @@ def _gated_into(reader: Joined, gate: Tensor, up: Tensor) -> Sequence[Tensor]:
     if reader.grid is None or reader.packed is None:
         return reader(gated(gate, up))
     layout = reader.packed.input_layout()
-    q, sums = triton_products.quantize_gated(gate, up, *reader.grid, *layout)
+    q, sums = triton_products.quantize_gated(gate, up, *reader.grid, **layout)
     return reader.multiply(q, sums, gate.dtype)
 
 

@@ -23,8 +23,8 @@ that differ in scale (unless folded), groups that begin inside a unit, and a spl
 among programs.
 
 Under Triton's interpreter (TRITON_INTERPRET=1) the same code runs on a CPU. That, and compiling for
-compute capability 8.0 and 9.0, is how it was tested. Most layers are served by the faster products of
-`triton_products.py`, which ran on an H100 (results/gpu.md); those here did not.
+compute capability 8.0 and 9.0, is how it was tested. Most layers are served by the faster products
+of `triton_products.py`, which ran on an H100 (results/gpu.md); those here did not.
 """
 
 # mypy: disable-error-code="no-untyped-def"
