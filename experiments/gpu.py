@@ -463,14 +463,14 @@ def _compile_all(
             if form.weight != "uniform":
                 return
             chunk = layer._chunk()
-            grid = layer._input_grid(x)
-            order = layer.order if form.ordered else None
+            scale, zero_point = layer._input_grid(x)
+            order: Any = layer.order if form.ordered else None
             q, sums = products.quantize(
-                x, *grid, form.input_bits, 8 // form.weight_bits, chunk, order
+                x, scale, zero_point, form.input_bits, 8 // form.weight_bits, chunk, order
             )
             products.multiply(
-                q, sums, *grid, form.input_bits, layer.codes, layer.scale.view(torch.float32),
-                layer.zero_point, form.weight_bits, chunk, x.dtype, form.folds,
+                q, sums, scale, zero_point, form.input_bits, layer.codes,
+                layer.scale.view(torch.float32), layer.zero_point, form.weight_bits, chunk, x.dtype, form.folds,
                 layer._sharing() == "group", None, layer._offsets(chunk), tile,
             )  # fmt: skip
 
@@ -937,7 +937,7 @@ def goals(lines: pd.DataFrame) -> Iterator[str]:
     if rows:
         yield f"### Goals: LLaVA-13B, {form}, one question at a time"
         yield table(["goal", "at least or most", "measured", "reached"], rows)
-    layer = dict(tile[["measure", "value"]].itertuples(index=False))
+    layer: dict[Any, Any] = dict(tile[["measure", "value"]].itertuples(index=False))
     if rows and "products of a layer" in layer and (form, "token") in found:
         products_ms = 40 * float(layer["products of a layer"]) / 1e3
         yield (
@@ -1019,7 +1019,7 @@ def _models(some: pd.DataFrame, lines: pd.DataFrame) -> Iterator[str]:
                 row.append("" if own is None else str(own))
                 if measure == "peak memory":
                     continue
-                if own is None or full is None:
+                if own is None or full is None or not float(own) or not float(full):
                     row.append("")
                     continue
                 ratio = float(full) / float(own)
@@ -1033,8 +1033,11 @@ def _models(some: pd.DataFrame, lines: pd.DataFrame) -> Iterator[str]:
                 if image is None:
                     row.append("")
                 else:
-                    mixed = WITH_IMAGE * (image * int(batch) + read[0]) + (1 - WITH_IMAGE) * read[1]
-                    row.append(f"{QUESTIONS / int(batch) * (mixed + answer) / 3.6e6:.3f}")
+                    mixed = (
+                        WITH_IMAGE * (image * int(str(batch)) + read[0])
+                        + (1 - WITH_IMAGE) * read[1]
+                    )
+                    row.append(f"{QUESTIONS / int(str(batch)) * (mixed + answer) / 3.6e6:.3f}")
             rows.append(row)
         yield table(head, rows)
 

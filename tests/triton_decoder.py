@@ -48,7 +48,7 @@ def pack(model: Llava, normal_float: bool) -> None:
 @pytest.mark.parametrize(
     ("form", "batch", "prompt"),
     [
-        ("float", 1, 66),
+        ("float", 1, 20),
         ("float", 2, 5),
         ("uniform", 1, 5),
         ("uniform", 2, 3),
