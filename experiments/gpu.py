@@ -470,8 +470,8 @@ def _compile_all(
             )
             products.multiply(
                 q, sums, scale, zero_point, form.input_bits, layer.codes,
-                layer.scale.view(torch.float32), layer.zero_point, form.weight_bits, chunk, x.dtype, form.folds,
-                layer._sharing() == "group", None, layer._offsets(chunk), tile,
+                layer.scale.view(torch.float32), layer.zero_point, form.weight_bits, chunk,
+                x.dtype, form.folds, layer._sharing() == "group", None, layer._offsets(chunk), tile,
             )  # fmt: skip
 
     layer._fused(x, None)
