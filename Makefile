@@ -44,7 +44,7 @@ $(BIN)/python -m qvlm.tables.$(1) --runs $(RESULTS)/runs --out $(RESULTS) \
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 claims \
+.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
 	figure2 fit test test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
@@ -85,6 +85,9 @@ table4: install  ## measures packed models: seconds, memory, accuracy
 
 table4-scale: install  ## measures time and memory of the true architectures, random weights
 	$(BIN)/python -m qvlm.tables.table4_scale --command 'make $@'
+
+gpu: install  ## measures packed models, kernels and methods on a GPU; goes on where it stopped
+	$(BIN)/python -m qvlm.tables.gpu --command 'make $@'
 
 fit: install  ## what each model takes at each bit width, and whether it fits BUDGET (GiB)
 	@$(BIN)/python -m qvlm.planning.footprint --budget $(BUDGET)

@@ -4,8 +4,6 @@ Triton must be imported with its interpreter switched on, so those checks run in
 """
 
 import importlib.util
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -18,23 +16,16 @@ from qvlm.errors import UserError
 from qvlm.packing.formats import unit
 from qvlm.packing.kernels import triton as wrapper
 from qvlm.packing.layer import PackedLinear
+from tests.helpers.interpreter import HAS_TRITON, helper, interpreted, needs_triton
 from tests.helpers.layers import quantized
 
 pytestmark = pytest.mark.instruction_set
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-
 
 @needs_triton
-def test_kernels_compute_the_reference_under_the_interpreter() -> None:
-    checks = Path(__file__).parents[3] / "helpers" / "triton_interpreted.py"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(checks)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize("checks", ["triton_interpreted.py", "triton_chunks.py"])
+def test_kernels_compute_the_reference_under_the_interpreter(checks: str) -> None:
+    done = interpreted("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", helper(checks))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
@@ -122,7 +113,7 @@ def test_layers_that_triton_cannot_take_say_why(monkeypatch: pytest.MonkeyPatch)
     served, _ = quantized((16, 64), inputs="per_token")
     assert PackedLinear.from_quantized(served, "triton").choose(1) == "triton"
     for refused, reason in (
-        (quantized((16, 64), weight="normal_float"), "not uniform"),
+        (quantized((16, 64), weight="normal_float"), "neither uniform nor NormalFloat"),
         (quantized((16, 66), group_size=3), "inside a byte"),
     ):
         with pytest.raises(UserError, match=reason):
