@@ -12,7 +12,7 @@ simulated one. Kernels that sum integers round less often:
 - `triton` sums t v over a tile, a unit of codes, or a chunk exactly: such a sum is at most 2^24,
   which float32 holds. Each sum is multiplied by s and added, fused or not and in any order, which
   are at most K roundings of both; then d and the bias are rounded once each. NormalFloat rounds as
-  the simulation does for few rows and, where a stock product multiplies, as `bf16`.
+  `bf16` where a stock product multiplies, which is for more than a few rows.
 
 What a kernel rounds beyond that, to bf16, is its `extra_error`.
 """

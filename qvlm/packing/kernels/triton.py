@@ -23,6 +23,7 @@ from qvlm.packing.kernels.rounding import bf16_operands
 if TYPE_CHECKING:
     from qvlm.packing.form import Form
     from qvlm.packing.kernels.triton_inputs import Grid, InputLayout
+    from qvlm.packing.kernels.triton_launch import Tile
     from qvlm.packing.layer import PackedLinear
 
 CHUNKS = (128, 64)
@@ -78,6 +79,7 @@ class _Triton(Kernel):
         grid: Grid,
         dtype: torch.dtype,
         bias: Tensor | None,
+        chosen: Tile | None = None,
     ) -> Tensor:
         """Computes the output with its bias for an input that `triton_inputs` has quantized.
 
@@ -87,6 +89,7 @@ class _Triton(Kernel):
             grid: Scale and zero point that the input was quantized with.
             dtype: Type of the output.
             bias: Bias, [out] float32.
+            chosen: Tile of the product; None takes the one in `triton_launch.TILES`.
 
         Returns:
             Output, [rows, out] of `dtype`.
@@ -102,8 +105,9 @@ class _Triton(Kernel):
             _offsets(layer),
         )
         clusters = layer.input_sharing() == "group"
+        layout = input_layout(layer)
         return triton_products.multiply(
-            q, sums, grid, input_layout(layer), weight, dtype, bias, form.folds, clusters
+            q, sums, grid, layout, weight, dtype, bias, form.folds, clusters, chosen
         )
 
     def working_bytes(self, layer: PackedLinear, rows: int) -> int:
@@ -117,11 +121,8 @@ class _Triton(Kernel):
         return output + rows * (layer.in_features + 4 * layer.in_features // chunk)
 
     def extra_error(self, layer: PackedLinear, x: Tensor, magnitude: Tensor) -> Tensor | float:
-        from qvlm.packing.kernels.triton_kernels import DECODING_ROWS
-
-        if layer.form.weight == "uniform" or len(magnitude) <= DECODING_ROWS:
-            return 0.0
-        return bf16_operands(magnitude)
+        """Bounds what a stock product in bf16 rounds off, which serves NormalFloat for many rows."""
+        return 0.0 if layer.form.weight == "uniform" else bf16_operands(magnitude)
 
 
 TRITON = _Triton()
