@@ -121,7 +121,7 @@ class _Triton(Kernel):
         return output + rows * (layer.in_features + 4 * layer.in_features // chunk)
 
     def extra_error(self, layer: PackedLinear, x: Tensor, magnitude: Tensor) -> Tensor | float:
-        """Bounds what a stock product in bf16 rounds off, which serves NormalFloat for many rows."""
+        """Bounds what bf16 rounds off in the stock product of NormalFloat for many rows."""
         return 0.0 if layer.form.weight == "uniform" else bf16_operands(magnitude)
 
 
