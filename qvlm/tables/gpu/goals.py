@@ -7,6 +7,7 @@ import pandas as pd
 from qvlm.markdown import table
 from qvlm.models.architectures import architecture
 from qvlm.tables.gpu.forms import ANSWER, BF16, PAPER_SEARCH_HOURS, TEXT, W4A4
+from qvlm.tables.gpu.revisions import differences
 
 MODEL = "llava_13b"
 IMAGE = 256
@@ -53,6 +54,7 @@ def goals(lines: pd.DataFrame) -> Iterator[str]:
         f"{PAPER_SEARCH_HOURS} hours of search, with VEO."
     )
     yield table(["goal", "wanted", "measured", "result"], rows, left=2)
+    yield from differences(own[own["form"].isin([BF16, W4A4.name])])
     yield from _bounds(lines, found.get((W4A4.name, "token")))
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 
 from qvlm.markdown import bullets, table
 from qvlm.tables.gpu.goals import goals
+from qvlm.tables.gpu.revisions import revision_of
 from qvlm.tables.gpu.whole_models import whole_models
 
 _TASK = ["model", "form", "batch", "setting"]
@@ -64,13 +65,20 @@ def _sources(lines: pd.DataFrame, command: str) -> str:
     for versions, some in lines.groupby("versions", sort=False):
         count = f"{len(some)} lines of gpu.csv" if len(some) < len(lines) else "All lines"
         note = f"{count}: {versions}."
-        if "qvlm " not in str(versions):
-            note += (
-                " These lines do not record the revision of qvlm. They were measured while its GPU "
-                "code was being written."
-            )
-        notes.append(note)
+        if not revision_of(str(versions)):
+            note += " These lines do not record the revision of qvlm."
+        notes.append(f"{note} They hold {', '.join(_contents(some))}.")
     return bullets(notes)
+
+
+def _contents(lines: pd.DataFrame) -> list[str]:
+    """Returns what lines concern: their sections, and the forms of each model."""
+    plain = [name for name in dict.fromkeys(lines["section"]) if name != "model"]
+    whole = lines[lines["section"] == "model"]
+    return plain + [
+        f"{model} ({', '.join(dict.fromkeys(some['form']))})"
+        for model, some in whole.groupby("model", sort=False)
+    ]
 
 
 def _sections(lines: pd.DataFrame) -> Iterator[str]:

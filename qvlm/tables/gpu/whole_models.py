@@ -6,6 +6,7 @@ import pandas as pd
 
 from qvlm.markdown import table
 from qvlm.tables.gpu.forms import BF16, FORMS, QUESTIONS, WITH_IMAGE
+from qvlm.tables.gpu.revisions import differences
 
 Values = dict[tuple[str, str], str]
 _RANKED = [BF16, *(form.name for form in FORMS)]
@@ -30,6 +31,7 @@ def whole_models(lines: pd.DataFrame, vision: pd.DataFrame) -> Iterator[str]:
         many = "one question at a time" if batch == "1" else f"{batch} questions at a time"
         yield f"**{model}, {many}, tokens of prompt and answer: {setting}**"
         yield _table(part, int(batch), setting, {f: images.get((model, f)) for f in _RANKED})
+        yield from differences(part)
 
 
 def _table(part: pd.DataFrame, batch: int, setting: str, images: dict[str, float | None]) -> str:

@@ -38,12 +38,19 @@ def test_goals_follow_the_lines() -> None:
 
 def test_the_page_says_which_lines_come_from_which_revision() -> None:
     lines = committed()
-    assert "All lines: torch" in page(lines, "x")
-    assert "do not record the revision" in page(lines, "x")
-    lines.loc[:9, "versions"] = "torch 2; qvlm 0123abc"
+    lines["versions"] = "torch 2"
     text = page(lines, "x")
-    assert "- 10 lines of gpu.csv: torch 2; qvlm 0123abc.\n" in text
-    assert f"- {len(lines) - 10} lines of gpu.csv: torch 2.11" in text
+    assert "- All lines: torch 2. These lines do not record the revision of qvlm." in text
+    assert "different revisions" not in text
+    old = (lines["form"] == "bf16") & (lines["model"] == "llava_13b")
+    lines["versions"] = "torch 2; qvlm 4567def"
+    lines.loc[old, "versions"] = "torch 2; qvlm 0123abc"
+    text = page(lines, "x")
+    assert f"- {old.sum()} lines of gpu.csv: torch 2; qvlm 0123abc. They hold" in text
+    assert f"- {(~old).sum()} lines of gpu.csv: torch 2; qvlm 4567def. They hold" in text
+    goals = text[text.index("### Goals") : text.index("### Limits")]
+    assert "different revisions: bf16 with qvlm 0123abc; W4A4 clusters with qvlm 4567def" in goals
+    assert text.count("different revisions") == 1 + 3  # and each table of llava_13b
 
 
 def test_a_page_without_lines_says_that_no_gpu_was_measured() -> None:
