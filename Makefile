@@ -45,7 +45,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
-	figure2 fit test test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+	figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -104,6 +104,9 @@ figure2: install  ## draws what a joint search gains against the dependency of l
 
 test: install  ## runs the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-fast: install  ## runs the unit tests, which start no process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit
 
 test-narrow: install  ## runs the tests that depend on the CPU's instructions as if it had no AVX-512
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m instruction_set

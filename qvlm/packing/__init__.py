@@ -4,7 +4,8 @@ Start with `layer.py` (one packed linear) and `form.py` (what it stores, in the 
 `formats.py` and `absmax.py`). `kernels/` holds the products that a layer chooses from. `model.py`
 packs a whole model, `verification.py` proves its bits, `checkpoint.py` saves and loads it,
 `partial.py` writes a checkpoint block by block, and `uncalibrated.py` packs without calibration
-for measurements. `decoder/` decodes a packed LLaMA on a GPU in CUDA graphs. Files here may import `quantization`, `errors` and the writer of files.
+for measurements. `decoder/` decodes a packed LLaMA on a GPU in CUDA graphs. Files here may import
+`quantization`, `errors` and the writer of files.
 """
 
 from qvlm.packing.checkpoint import (
