@@ -70,3 +70,9 @@ def test_a_row_that_is_not_finite_gives_nan(weight: str, rows: int, value: float
     assert bool(found[1].isnan().all())
     kept = [row for row in range(rows) if row != 1]
     assert torch.equal(found[kept], expected[kept])
+
+
+@pytest.mark.parametrize("weight", ["per_group", "normal_float"])
+def test_an_input_without_rows_gives_an_output_without_rows(weight: str) -> None:
+    layer, x = quantized((16, 128), weight=weight, inputs="per_token", group_size=64)
+    assert PackedLinear.from_quantized(layer, "triton")(x[:0]).shape == (0, 16)

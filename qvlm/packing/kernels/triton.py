@@ -61,6 +61,8 @@ class _Triton(Kernel):
     def linear(self, layer: PackedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Computes the output with its bias in the dtype of `x`."""
         layer.use_layout(None)
+        if not len(x):  # a launch has at least one program
+            return x.new_empty(0, layer.out_features)
         if layer.form.weight != "uniform":
             return _normal_float_linear(layer, x, bias)
         if chunk_size(layer.form) is None:

@@ -62,7 +62,7 @@ def quantize(x: Tensor, grid: Grid, layout: InputLayout) -> tuple[Tensor, Tensor
     """Quantizes an input.
 
     Args:
-        x: Input of any floating-point type, [rows, in].
+        x: Input of any floating-point type with at least one row, [rows, in].
         grid: Scale and zero point.
         layout: Layout of the integers.
 

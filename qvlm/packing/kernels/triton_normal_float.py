@@ -50,7 +50,7 @@ def linear(
     """Multiplies an input with a NormalFloat weight, transposed, and adds the bias.
 
     Args:
-        x: Input, [rows, in].
+        x: Input with at least one row, [rows, in].
         grid: Scale and zero point of the input.
         bits: Number of bits of the input.
         folds: Whether the input's scale is folded into the weight.
@@ -61,8 +61,6 @@ def linear(
         Output in the dtype of `x`, [rows, out].
     """
     (rows, width), out = x.shape, len(weight.codes)
-    if not rows:
-        return torch.empty(rows, out, dtype=x.dtype, device=x.device)
     few = rows <= DECODING_ROWS
     layout = InputLayout(bits, 2 if few else 1, weight.block_size, None)
     x_hat = dequantized(x, grid, layout, folds, torch.float32 if few else torch.bfloat16)

@@ -108,7 +108,7 @@ def multiply(
         Output, [rows, out] of `dtype`.
     """
     scale, zero_point = grid
-    rows, width = len(q), q[0].numel()
+    rows, width = len(q), q.shape[1] * q.shape[2]
     out, chunks = len(weight.codes), width // layout.chunk
     y = torch.empty(rows, out, dtype=dtype, device=q.device)
     if not y.numel():

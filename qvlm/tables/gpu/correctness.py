@@ -71,7 +71,7 @@ def share_of_bound(layer: PackedLinear, x: Tensor) -> tuple[float, int]:
         q, sums = triton_inputs.quantize(x, grid, layout)
         found = q.transpose(1, 2).reshape(len(x), -1).float()
         if layout.bits == 8:
-            found += 128 - grid[1]
+            found += 128 - grid[1].float()
         wrong = int((found != steps).sum())
         wrong += int((steps.unflatten(1, (-1, layout.chunk)).sum(2) != sums.T).sum())
     weight = float_weight(layer, slice(0, layer.out_features))
