@@ -39,7 +39,7 @@ NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WI
 route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 claims \
+.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
 	figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
@@ -79,6 +79,9 @@ table4: install  ## measures packed models: seconds, memory, accuracy
 
 table4-scale: install  ## measures time and memory of the true architectures, random weights
 	$(BIN)/python -m qvlm $@ --command='make $@'
+
+gpu: install  ## measures packed models, kernels and methods on a GPU; goes on where it stopped
+	$(BIN)/python -m qvlm.tables.gpu --command 'make $@'
 
 fit: install  ## what each model takes at each bit width, and whether it fits BUDGET (GiB)
 	@$(BIN)/python -m qvlm $@ --budget $(BUDGET)
