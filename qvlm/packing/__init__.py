@@ -5,8 +5,8 @@ Start with `layer.py` (one packed linear) and `form.py` (what it stores, in the 
 packs a whole model, `verification.py` proves its bits, `checkpoint.py` saves and loads it, and
 `origin.py` says how it was made. `saving.py` says where a checkpoint is written, `partial.py`
 writes one block by block, and `uncalibrated.py` packs without calibration for measurements.
-`decoder/` decodes a packed LLaMA on a GPU in CUDA graphs. Files here may import `quantization`, `errors`, `validation`, and the files of `records` that write and
-read.
+`decoder/` decodes a packed LLaMA on a GPU in CUDA graphs. Files here may import `quantization`,
+`errors`, `validation`, and the files of `records` that write and read.
 """
 
 from qvlm.packing.checkpoint import is_packed, load_packed, save_packed
