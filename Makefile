@@ -98,8 +98,8 @@ figure2: install  ## draws what a joint search gains against the dependency of l
 test: install  ## runs the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-fast: install  ## runs the unit tests, which start no process
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit
+test-fast: install  ## runs the unit tests but those marked slow, which take seconds each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit -m "not slow"
 
 test-narrow: install  ## runs the tests that depend on the CPU's instructions as if it had no AVX-512
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m instruction_set

@@ -1,6 +1,10 @@
 """The decoder for GPUs, under Triton's interpreter in a process of its own."""
 
+import pytest
+
 from tests.helpers.interpreter import helper, interpreted, needs_triton
+
+pytestmark = pytest.mark.slow
 
 
 @needs_triton

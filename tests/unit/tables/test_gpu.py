@@ -10,6 +10,8 @@ import pytest
 from qvlm.tables.gpu.__main__ import main
 from qvlm.tables.gpu.page import page
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).parents[3] / "results"
 
 

@@ -19,7 +19,7 @@ from qvlm.packing.layer import PackedLinear
 from tests.helpers.interpreter import HAS_TRITON, helper, interpreted, needs_triton
 from tests.helpers.layers import quantized
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 
 @needs_triton
