@@ -14,7 +14,6 @@ Time and memory do not depend on that.
 import argparse
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -33,6 +32,11 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+try:
+    import resource
+except ImportError:
+    sys.exit("error: this experiment reads the peak memory as Linux counts it. Run it on Linux.")
 
 from qvlm.command import run_command
 from qvlm.data import miniature

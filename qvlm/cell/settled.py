@@ -21,9 +21,8 @@ from qvlm.config.schema import (
 )
 from qvlm.errors import UserError
 from qvlm.packing import ORIGIN, read_origin
-from qvlm.records.record import check_name
 from qvlm.records.strict import build
-from qvlm.validation import plain_parameters, shown
+from qvlm.validation import check_name, plain_parameters, shown
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+")
 

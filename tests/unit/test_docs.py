@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -123,6 +124,21 @@ def test_commands_compose(line: str) -> None:
         load(*(word.replace("NUMBER", "1").replace("=FOLDER", "=folder") for word in combination))
 
 
+def test_the_readme_shows_the_table() -> None:
+    table = pd.read_csv(ROOT / "results" / "table2.csv")
+    whole = table[table["class"] == "Avg"].set_index(["model", "method", "bits"])["accuracy"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    header, *rows = re.findall(r"^\| (.*?) *\|$", text.partition("## What it found")[2], re.M)[:9]
+    columns = [tuple(cell.split()) for cell in header.split("|")[1:]]
+    for name, *cells in ([cell.strip() for cell in row.split("|")] for row in rows[1:]):
+        for (model, bits), cell in zip(columns, cells, strict=True):
+            if name != "full precision":
+                assert float(cell) == whole[model, name, bits]
+            elif cell:
+                assert float(cell) == whole[model, "FP", "FP"]
+    assert len(rows) == 8
+
+
 def test_there_are_commands_to_compose() -> None:
     assert len(runs()) > 20
 
@@ -144,7 +160,7 @@ def test_modules_exist(line: str) -> None:
         assert f'"{option}"' in sources, option
 
 
-@pytest.mark.parametrize("line", of_all_pages(r"\bpython (experiments|tools)/"))
+@pytest.mark.parametrize("line", of_all_pages(r"\bpython (experiments|requirements)/"))
 def test_scripts_exist(line: str) -> None:
     assert (ROOT / shlex.split(line.partition("python ")[2])[0]).is_file()
 
@@ -198,7 +214,7 @@ def test_a_wrong_option_is_noticed() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_exist(page: Path) -> None:
-    folders = "qvlm|tests|conf|docs|experiments|tools|hydra_plugins|requirements"
+    folders = "qvlm|tests|conf|docs|experiments|hydra_plugins|requirements"
     for span in spans(page):
         for name in re.findall(rf"(?<![\w/.])(?:{folders})/[\w./-]*", span):
             if "NAME" not in name:

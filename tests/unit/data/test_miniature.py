@@ -116,7 +116,7 @@ def test_exhausted_skill_is_an_error() -> None:
 
 
 def test_unknown_split_is_an_error() -> None:
-    with pytest.raises(ValueError, match="accepted are train, validation, test"):
+    with pytest.raises(ValueError, match="Choose one of: train, validation, test"):
         next(miniature.stream("dev", 0))
 
 
