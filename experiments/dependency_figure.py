@@ -58,6 +58,11 @@ def configuration(overrides: list[str]) -> RunConfig:
         return canonical(from_hydra(compose("config", ["method_name=qvlm", *overrides])))
 
 
+def options_of(group: str) -> list[str]:
+    """Returns the options of a group of the configuration."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
 def three_layers(count: int) -> list[int]:
     """Returns the indices at a quarter, half and three quarters of `count` decoder layers."""
     return sorted({count // 4, count // 2, 3 * count // 4})
@@ -154,8 +159,8 @@ def draw(frame: pd.DataFrame, title: str, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="mini_llava", help="option of conf/model")
-    parser.add_argument("--bits", default="w4a4", help="option of conf/bits")
+    parser.add_argument("--model", choices=options_of("model"), default="mini_llava")
+    parser.add_argument("--bits", choices=options_of("bits"), default="w4a4")
     parser.add_argument("--samples", type=int, default=40, help="problems of the training split")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the files")
     return run_command(parser, work, arguments)

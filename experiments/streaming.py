@@ -2,7 +2,7 @@
 
 `python experiments/streaming.py` writes a random checkpoint of the shape of LLaVA-7B, one layer at
 a time. It has 13 GiB in half precision and the layout of its authors: shards of safetensors with an
-index. A fresh process quantizes it with the command that docs/paper-scale.md gives. Another fresh
+index. A fresh process quantizes it with the command that docs/streaming.md gives. Another fresh
 process loads the packed checkpoint and proves its bits. For both, the script prints the seconds and
 the peak of resident memory as Linux counts it, including pages of mapped files. It deletes the
 folder at the end.
@@ -195,9 +195,9 @@ def prove(folder: Path) -> tuple[int, int, Process]:
     """
     started = time.perf_counter()
     origin = read_origin(folder)
-    loaded = load_model(folder, "packed", dtype=origin["config"]["model"]["dtype"])
+    loaded = load_model(folder, "packed", dtype=origin.options["model"]["dtype"])
     problem = next(row for row in miniature.generate("test", 20, seed=0) if row["image"])
-    rows = measure_packed_bits(loaded.model, origin["expected"], [loaded.encode([problem], True)])
+    rows = measure_packed_bits(loaded.model, origin.expected, [loaded.encode([problem], True)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     return len(rows), len(check_bits(rows)), Process(time.perf_counter() - started, peak)
 

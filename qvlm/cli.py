@@ -131,6 +131,10 @@ def _run(arguments: list[str]) -> None:
         try:
             with explained():
                 config = from_hydra(composed)
+            if config.model.packed is not None:
+                from qvlm.cell.settled import require_agreement
+
+                require_agreement(config, HydraConfig.get().overrides.task)
             if config.preflight:
                 from qvlm.planning.preflight import preflight
 

@@ -7,10 +7,10 @@ A boolean is never accepted as a number, although Python treats `True` as 1.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from math import isfinite
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from qvlm.errors import UserError
 
@@ -122,6 +122,33 @@ def expanded_path(option: str, value: str) -> str:
             f"{option}={shortened!r} is not a path that can be used ({reason}). Give another one."
         ) from error
     return path
+
+
+def plain_parameters(option: str, node: Mapping[str, Any]) -> None:
+    """Accepts the parameters of a class that a configuration names, if they name no other class.
+
+    Args:
+        option: Name of the node, such as "method". Its own `_target_` is not looked at.
+        node: `_target_` and parameters.
+
+    Raises:
+        UserError: if a key at any depth is one that Hydra interprets, such as `_target_`.
+    """
+    waiting: list[tuple[str, Any]] = [
+        (f"{option}.{key}", value) for key, value in node.items() if key != "_target_"
+    ]
+    while waiting:
+        place, value = waiting.pop()
+        key = place.rpartition(".")[2]
+        if len(key) > 2 and key[0] == key[-1] == "_":
+            raise UserError(
+                f"{place} is not a parameter. Only {option} itself names a class; its parameters "
+                "are plain values."
+            )
+        if isinstance(value, Mapping):
+            waiting += [(f"{place}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{place}[{index}]", inner) for index, inner in enumerate(value)]
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

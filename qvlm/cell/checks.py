@@ -7,14 +7,13 @@ has written nothing by then.
 """
 
 import os
-from pathlib import Path
 
 from qvlm.cell.inputs import MPS, find_device, prompting, quantization_config
-from qvlm.cell.method import build_method, not_streamable
+from qvlm.cell.method import method_of, not_streamable
 from qvlm.config.schema import MAP, RunConfig
 from qvlm.errors import UserError
 from qvlm.models.placement import memory_limits
-from qvlm.packing import kernels
+from qvlm.packing import kernels, partial_folder, resolve_folder
 from qvlm.records.record import require_writable
 from qvlm.validation import one_of
 
@@ -25,7 +24,7 @@ def check_options(config: RunConfig) -> None:
     Raises:
         UserError: if an option is wrong; the sentence names the option and what it accepts.
     """
-    method = build_method(config.method)
+    method = method_of(config)
     if config.stream and not getattr(method, "one_pass", True):
         raise not_streamable(method.name)
     one_of("kernel", config.kernel, kernels.names())
@@ -45,4 +44,4 @@ def check_options(config: RunConfig) -> None:
             raise UserError(
                 f"save_packed={config.save_packed} is not a folder. Give a new or an empty one."
             )
-        require_writable(Path(config.save_packed).parent, "save_packed")
+        require_writable(partial_folder(resolve_folder(config.save_packed)), "save_packed")

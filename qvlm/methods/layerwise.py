@@ -8,9 +8,10 @@ ranges at all.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from qvlm.methods.base import MethodReport
-from qvlm.methods.qvlm.search import search_block
+from qvlm.methods.qvlm.search import search_block, unsearched
 from qvlm.methods.qvlm.search_options import PERCENTILES, SearchOptions
 from qvlm.quantization import Walk
 
@@ -44,15 +45,18 @@ class LayerWise:
     def quantize(self, walk: Walk) -> MethodReport:
         """Quantizes the walk's model in place; the details state the result of each layer."""
         begun = time.perf_counter()
-        found = [
-            {"block": block.name, **asdict(result)}
-            for block in walk.blocks()
-            for result in search_block(
-                block, [[[name]] for name in block.linears], self.search_options
-            )
-        ]
+        blocks: list[dict[str, Any]] = []
+        without_data: list[str] = []
+        for block in walk.blocks():
+            found = search_block(block, [[[name]] for name in block.linears], self.search_options)
+            blocks += [{"block": block.name, **asdict(result)} for result in found]
+            without_data += unsearched(block, found)
         return MethodReport(
             search_seconds=time.perf_counter() - begun,
-            candidates=sum(result["candidates"] for result in found),
-            details={"blocks": found, "uncalibrated": list(walk.uncalibrated)},
+            candidates=sum(result["candidates"] for result in blocks),
+            details={
+                "blocks": blocks,
+                "uncalibrated": list(walk.uncalibrated),
+                "unsearched": without_data,
+            },
         )

@@ -1,10 +1,16 @@
-"""The error of a module's outputs, which every search over calibration data minimizes."""
+"""The error of a module's outputs, which every search over calibration data minimizes.
+
+Without data, every candidate would have error 0 and the first one would win. Both errors are
+therefore refused without a target, and methods have to name what they cannot search.
+"""
 
 from collections.abc import Iterable, Sequence
 from math import inf
 
 import torch
 from torch import Tensor
+
+from qvlm.errors import RunError
 
 
 def output_error(
@@ -23,9 +29,12 @@ def output_error(
 
     Returns:
         The error, or infinity if it is above `bound`.
+
+    Raises:
+        RunError: If the targets contain no token.
     """
     total = 0.0
-    count = max(1, sum(target.shape[:-1].numel() for target in targets))
+    count = _counted(sum(target.shape[:-1].numel() for target in targets))
     for output, target in zip(outputs, targets, strict=True):
         errors = (output.float() - target.float()).square().sum(-1)
         if normalize:
@@ -37,9 +46,20 @@ def output_error(
 
 
 def mean_squared_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-    """Computes the mean squared error of the elements of all calls; 0 for no call at all."""
+    """Computes the mean squared error of the elements of all calls.
+
+    Raises:
+        RunError: If the targets contain no element.
+    """
+    count = _counted(sum(target.numel() for target in targets))
     total = sum(
         float((output.double() - target.double()).square().sum())
         for output, target in zip(outputs, targets, strict=True)
     )
-    return total / max(1, sum(target.numel() for target in targets))
+    return total / count
+
+
+def _counted(count: int) -> int:
+    if count == 0:
+        raise RunError("a search has no calibration data to measure an error on")
+    return count

@@ -1,8 +1,9 @@
 """Vision-language models in floating point: architectures, checkpoints, text and image encoding.
 
 Open `load` first: `load_model` turns a folder into a `LoadedModel`. `llava`, `mixture` and
-`moe_language_models` are the networks, `checkpoints` reads files. Only `packed`, which saves and
-loads packed models, may import `qvlm.packing`; nothing here imports methods or evaluation.
+`moe_language_models` are the networks, and `checkpoints` reads files. Only `packed`, which saves
+and loads packed models, and `load`, which recognizes them, may import `qvlm.packing`. Nothing here
+imports methods or evaluation.
 Importing this package registers our architectures with transformers.
 """
 

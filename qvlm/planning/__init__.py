@@ -6,5 +6,5 @@
   (hours) and `sources` (files).
 
 Nothing is downloaded, and weights are not loaded. These modules may import everything that a cell
-is made of; only the command line and the tables import them.
+is made of. Only the command line, the sweep and the tables import them.
 """

@@ -4,7 +4,8 @@
 - `files`: the one way in which this project writes files, whole or not at all.
 - `locks`: one process at a time per cell, on one machine or several.
 - `tracking`: Weights & Biases.
+- `environment` and `provenance`: versions, hardware, and the version of the code.
 
-Everybody may import `files`; these modules import `qvlm.bits`, `qvlm.config`, `qvlm.data` and
-`qvlm.errors` only.
+Every folder may import `files`. These modules import `qvlm.bits`, `qvlm.config`, `qvlm.data`
+and `qvlm.errors` only.
 """

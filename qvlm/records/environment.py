@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, conf and experiments included
 
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "numpy", "pandas")
 

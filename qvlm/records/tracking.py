@@ -225,14 +225,15 @@ def _open(tracking: TrackingConfig, about: Mapping[str, Any]) -> Any:
         x_disable_machine_info=True,
         x_save_requirements=False,
     )
+    # W&B adds a folder named wandb to the one that it is given.
     folder = Path(tracking.dir)
+    parent = folder.parent if folder.name == "wandb" else folder
     mode: Any = tracking.mode
     try:
         return wandb.init(
             project=tracking.project,
             entity=tracking.entity,
-            # W&B adds a folder named wandb to the one that it is given.
-            dir=folder.parent if folder.name == "wandb" else folder,
+            dir=parent,
             mode=mode,
             reinit="create_new",
             settings=settings,
@@ -243,7 +244,7 @@ def _open(tracking: TrackingConfig, about: Mapping[str, Any]) -> Any:
             raise
         _warn(
             f"tracking=online is not possible ({_reason(error)}); {about['name']} is kept offline. "
-            f"Upload it later with: wandb sync {folder}/offline-run-*"
+            f"Upload it later with: wandb sync {parent / 'wandb'}/offline-run-*"
         )
         return _open(replace(tracking, mode="offline"), about)
 

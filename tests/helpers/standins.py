@@ -728,7 +728,7 @@ def write_fast_tokenizer(folder: Path, image: int) -> None:
 
 
 def slow_sentencepiece(text: str) -> list[int]:
-    """What sentencepiece does with a text: merge the best-scored neighbours until none are left."""
+    """What sentencepiece does with a text: merge the best-scored neighbors until none are left."""
     table = {
         piece: (index, score) for index, (piece, score, kind) in enumerate(pieces()) if kind == 1
     }
@@ -737,7 +737,7 @@ def slow_sentencepiece(text: str) -> list[int]:
         return []
     parts = list(BLANK + text.replace(" ", BLANK))
     while True:
-        pairs = [table.get(left + right) for left, right in _neighbours(parts)]
+        pairs = [table.get(left + right) for left, right in _neighbors(parts)]
         found = [(pair[1], -at) for at, pair in enumerate(pairs) if pair]
         if not found:
             break
@@ -752,6 +752,6 @@ def slow_sentencepiece(text: str) -> list[int]:
     return ids
 
 
-def _neighbours(parts: list[str]) -> Iterator[tuple[str, str]]:
+def _neighbors(parts: list[str]) -> Iterator[tuple[str, str]]:
     for at in range(len(parts) - 1):
         yield parts[at], parts[at + 1]

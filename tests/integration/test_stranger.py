@@ -1,4 +1,4 @@
-"""A stranger's method: the README's example, word by word, in a folder of its own."""
+"""A stranger's method: the example of docs/extending.md, word by word, in a folder of its own."""
 
 import re
 import subprocess
@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def blocks(kind: str) -> list[str]:
-    """The README's code blocks of a language, in the section on adding a method."""
-    section = (ROOT / "README.md").read_text().partition("## Add a method")[2]
-    return re.findall(rf"```{kind}\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
+    """The page's code blocks of a language."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_readmes_example_runs_and_reaches_the_table(mine: Path) -> None:
+def test_the_example_runs_and_reaches_the_table(mine: Path) -> None:
     done = run(mine, "-m", "method=own_output,rtn", "bits=w4a4")
     assert done.returncode == 0, done.stderr
     runs = mine.parent / "results" / "runs"

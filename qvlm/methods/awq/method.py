@@ -26,10 +26,12 @@ The search differs from llm-awq in these points:
 - A block whose output error, with weights and activations quantized, is above that of plain
   rounding gets plain rounding (`fallback`). So AWQ's block error is never above RTN's.
 
-Channels that cannot be rescaled, such as those behind an activation function, get no scale.
+Channels that cannot be rescaled, such as those behind an activation function, get no scale. A block
+that no calibration data reaches gets plain rounding, and its entry in the report has no errors.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ from torch import Tensor
 from qvlm import validation
 from qvlm.methods.awq.clipping import clipped_quantizer
 from qvlm.methods.awq.rescaling import find_rescalings
-from qvlm.methods.awq.search import ScaleSearch, input_scale
+from qvlm.methods.awq.search import ChosenScale, ScaleSearch, input_scale
 from qvlm.methods.base import MethodReport
 from qvlm.methods.objective import mean_squared_error
 from qvlm.quantization.block import Block
@@ -123,6 +125,10 @@ class AWQ:
         """
         samples = block.linear_inputs()
         plain = {name: block.quantize_linear(name, x) for name, x in samples.items()}
+        if not block.inputs:
+            for name, layer in plain.items():
+                block.replace(name, layer)
+            return 0, _entry(block, [], list(plain), None, None, "RTN")
         plain_error = _output_error(block, plain)
         for name in plain:
             block.restore(name)
@@ -151,14 +157,8 @@ class AWQ:
                 block.replace(name, layer)
             kept = "RTN"
         tried = len(self.search.alphas) * len(choices) + len(self.clip_ratios) * len(layers)
-        return tried, {
-            "block": block.name,
-            "scales": {choice.rescaling.source: choice.record() for choice in choices},
-            "unscaled": [name for name in layers if name not in scales],
-            "error": error,
-            "rtn_error": plain_error,
-            "kept": kept,
-        }
+        unscaled = [name for name in layers if name not in scales]
+        return tried, _entry(block, choices, unscaled, error, plain_error, kept)
 
     def quantize_linear(
         self, block: Block, name: str, samples: Tensor, scale: Tensor | None
@@ -187,6 +187,25 @@ class AWQ:
             return quantizer if self.folded else _divided(quantizer, within)
 
         return block.quantize_linear(name, samples, input_quantizer=inputs, weights=clipped)
+
+
+def _entry(
+    block: Block,
+    choices: Sequence[ChosenScale],
+    unscaled: list[str],
+    error: float | None,
+    rtn_error: float | None,
+    kept: str,
+) -> dict[str, Any]:
+    """The entry of a block in the report; errors are None if no calibration data reaches it."""
+    return {
+        "block": block.name,
+        "scales": {choice.rescaling.source: choice.record() for choice in choices},
+        "unscaled": unscaled,
+        "error": error,
+        "rtn_error": rtn_error,
+        "kept": kept,
+    }
 
 
 def _divided(quantizer: UniformQuantizer, scale: Tensor) -> UniformQuantizer:

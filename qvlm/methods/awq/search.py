@@ -3,7 +3,8 @@
     s* = argmin_s || Q(W diag(s)) (diag(s)^-1 X) - W X ||,    s = mean|X|^alpha,  alpha in [0, 1]
 
 One alpha is chosen from a grid for each group of linears that read the same channels, by the error
-of the output of the innermost module that contains them: attention, MLP, or the linear itself. s is
+of the output of the innermost module that contains them and is called: attention, MLP, or the
+linear itself. (The list of a mixture's experts contains their linears and is never called.) s is
 normalized by sqrt(max s * min s), as in the released code (llm-awq), which takes alpha = i / 20 for
 i = 0 .. 19. The grid here includes both ends, 0 and 1.
 
@@ -14,6 +15,7 @@ Q(W diag(s)) diag(s)^-1 as their weight.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -81,8 +83,7 @@ class ScaleSearch:
             samples: What each linear of the block read, [tokens, in].
         """
         activity = torch.cat([samples[name] for name in rescaling.readers]).abs().mean(0)
-        module = block.module.get_submodule(_common_module(rescaling.readers))
-        calls = _calls(block, module)
+        module, calls = _called_module(block, rescaling.readers)
         target = block.run(module, calls)
         tried = []
         for alpha in self.alphas:
@@ -155,23 +156,22 @@ def _quantizing(inputs: Quantizer, scale: Tensor) -> Callable[[nn.Module, Any], 
     return lambda module, args: ((inputs(args[0] / scale) * scale).to(args[0]), *args[1:])
 
 
-def _common_module(names: Sequence[str]) -> str:
-    """The name of the innermost module that contains all of these; "" is the block."""
-    common = names[0].split(".")
-    for name in names[1:]:
-        parts = name.split(".")
-        same = [a == b for a, b in zip(common, parts, strict=False)]
-        common = common[: same.index(False)] if False in same else common
-    return ".".join(common)
+def _called_module(block: Block, names: Sequence[str]) -> tuple[nn.Module, list[Call]]:
+    """The innermost module that contains all these linears and is called when the block runs.
 
-
-def _calls(block: Block, module: nn.Module) -> list[Call]:
-    """The calls of a module of the block while the block runs on its inputs."""
-    calls: list[Call] = []
+    Returns:
+        The module, and its calls on the block's inputs.
+    """
+    parts = [name.split(".") for name in names]
+    shared = [
+        level[0] for level in takewhile(lambda level: len({*level}) == 1, zip(*parts, strict=False))
+    ]
+    around = [block.module.get_submodule(".".join(shared[:end])) for end in range(len(shared) + 1)]
+    calls: dict[nn.Module, list[Call]] = {module: [] for module in around}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
+        calls[module].append((args, kwargs))
 
-    with hooked({module: note}, with_kwargs=True):
+    with hooked(dict.fromkeys(around, note), with_kwargs=True):
         block.run()
-    return calls
+    return next((module, calls[module]) for module in reversed(around) if calls[module])

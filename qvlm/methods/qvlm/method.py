@@ -20,7 +20,7 @@ from qvlm import validation
 from qvlm.methods.base import MethodReport
 from qvlm.methods.qvlm.dependency import JOINTS, entropy, mine, quantization_error
 from qvlm.methods.qvlm.partition import check_depth, check_threshold, mean_dependency, partition
-from qvlm.methods.qvlm.search import search_block
+from qvlm.methods.qvlm.search import search_block, unsearched
 from qvlm.methods.qvlm.search_options import PERCENTILES, SearchOptions
 from qvlm.methods.qvlm.simulation import freeze, simulate, tower_layers, unwind
 from qvlm.methods.qvlm.vision import fine_tune, with_images
@@ -151,7 +151,7 @@ class QVLM:
             unwind(walk.model, floats)
             walk.uncalibrated.clear()  # it names layers of the simulation, which is undone
         segments = self._segments(walk, details) if self.cdm else {}
-        found = self._search(walk, segments, keep_tower=after)
+        found, without_data = self._search(walk, segments, keep_tower=after)
         if after:
             details["veo"] = fine_tune(
                 walk.model, batches, references, tower_layers(walk.model), self.joint, self.tuning
@@ -159,6 +159,7 @@ class QVLM:
             freeze(walk.model)
         details["blocks"] = found
         details["uncalibrated"] = list(walk.uncalibrated)
+        details["unsearched"] = without_data
         return MethodReport(
             search_seconds=time.perf_counter() - begun,
             candidates=sum(block["candidates"] for block in found),
@@ -186,9 +187,14 @@ class QVLM:
 
     def _search(
         self, walk: Walk, segments: dict[str, list[list[str]]], keep_tower: bool
-    ) -> list[dict[str, Any]]:
-        """Searches and quantizes segment after segment; returns their entries in the report."""
-        found: list[dict[str, Any]] = []
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Searches and quantizes segment after segment.
+
+        Returns:
+            Entries of the segments in the report, and names of the linears without data to search.
+        """
+        entries: list[dict[str, Any]] = []
+        without_data: list[str] = []
         layers = [segment for chain in segments.values() for segment in chain] or None
         for block in walk.blocks(layers if self.granularity == "layer" else None):
             if self.granularity == "layer":
@@ -197,9 +203,10 @@ class QVLM:
                 names = segments.get(block.name, [[name] for name in block.linears])
                 units = [[[name] for name in segment] for segment in names]
             keep = keep_tower and block.kind == "vision"
-            for result in search_block(block, units, self.search_options, keep):
-                found.append({"block": block.name, **asdict(result)})
-        return found
+            found = search_block(block, units, self.search_options, keep)
+            entries += [{"block": block.name, **asdict(result)} for result in found]
+            without_data += unsearched(block, found)
+        return entries, without_data
 
 
 def _name(cdm: bool, veo: bool, proxy: str, granularity: str) -> str:

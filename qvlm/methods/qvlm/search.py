@@ -68,8 +68,9 @@ def search_block(
         keep_float: Whether the quantized linears stay trainable, see `QuantLinear`.
 
     Returns:
-        One result per segment, except for segments whose linears read no token: these have nothing
-        to search.
+        One result per segment, except for segments without data: those whose linears read no token
+        and, with `output="block"`, none in the calls that errors are measured on. They keep the
+        first percentile of the grid; `unsearched` names them.
 
     Raises:
         UserError: If the segments do not name every linear of the block once.
@@ -79,14 +80,23 @@ def search_block(
     samples = block.linear_inputs()
     found = []
     with Trial(block, samples, options) as trial:
+        with_data = {name for name in samples if len(samples[name])}
+        if options.output == "block":
+            with_data &= trial.reached()
         for segment in segments:
-            read = [[name for name in unit if len(samples[name])] for unit in segment]
+            read = [[name for name in unit if name in with_data] for unit in segment]
             read = [unit for unit in read if unit]
             if read:
                 found.append(_search_segment(trial, read))
     for name, layer in trial.chosen_layers(keep_float).items():
         block.replace(name, layer)
     return found
+
+
+def unsearched(block: Block, found: Sequence[Found]) -> list[str]:
+    """Full names of the block's linears that are in no result, for lack of data."""
+    searched = {name for result in found for unit in result.units for name in unit}
+    return [block.layer_name(name) for name in block.linears if name not in searched]
 
 
 def minimize(

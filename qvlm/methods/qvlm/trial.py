@@ -81,6 +81,25 @@ class Trial:
         last = self._samples[names[-1]]
         return tuple(name for name in names if torch.equal(self._samples[name], last))
 
+    def reached(self) -> set[str]:
+        """Names of the linears that read a token in the calls that errors are measured on.
+
+        These calls are only some of the block's, so an expert may read a token in none of them.
+        """
+        found: set[str] = set()
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if args[0].numel():
+                    found.add(name)
+
+            return hook
+
+        with hooked({switch: note(name) for name, switch in self._switches.items()}):
+            for _ in self._run(None):
+                pass
+        return found
+
     def error(
         self,
         units: Sequence[Sequence[str]],

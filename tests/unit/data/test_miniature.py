@@ -34,7 +34,7 @@ def right(problem: dict[str, Any]) -> str:
 
 
 def color_at(problem: dict[str, Any], x: int, y: int) -> str:
-    """The named colour nearest to the mean of the 3 x 3 pixels around a point."""
+    """The named color nearest to the mean of the 3 x 3 pixels around a point."""
     pixels = np.asarray(problem["image"])[y - 1 : y + 2, x - 1 : x + 2].reshape(-1, 3).mean(0)
     return min(COLORS, key=lambda name: float(((np.array(COLORS[name]) - pixels) ** 2).sum()))
 
@@ -116,7 +116,7 @@ def test_exhausted_skill_is_an_error() -> None:
 
 
 def test_unknown_split_is_an_error() -> None:
-    with pytest.raises(ValueError, match="accepted are train, validation, test"):
+    with pytest.raises(ValueError, match="Choose one of: train, validation, test"):
         next(miniature.stream("dev", 0))
 
 
@@ -134,7 +134,7 @@ def test_alphabet(problems: list[dict[str, Any]]) -> None:
     assert len({word[0] for word in language.ORDERED}) == len(language.ORDERED)
 
 
-def test_magnets_by_the_colours_of_the_facing_poles(problems: list[dict[str, Any]]) -> None:
+def test_magnets_by_the_colors_of_the_facing_poles(problems: list[dict[str, Any]]) -> None:
     for problem in of_skill(problems, "Predict magnet forces"):
         lying = color_at(problem, 7, 24) in ("red", "blue")
         points = ((17, 24), (31, 24)) if lying else ((24, 17), (24, 31))

@@ -109,7 +109,7 @@ def test_numbers_are_plain_so_that_json_takes_them() -> None:
         assert {type(value) for value in values.values()} <= {int, float}
 
 
-def test_skills_are_summarised_one_by_one() -> None:
+def test_skills_are_summarized_one_by_one() -> None:
     rows = make_rows(300)
     table = skill_metrics(make_frame(rows))
     assert table["n"].sum() == 300

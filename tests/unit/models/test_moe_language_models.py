@@ -1,7 +1,7 @@
-"""MoE-LLaVA on Phi-2 and on Qwen: the maths of the originals, written out, on their own tensors.
+"""MoE-LLaVA on Phi-2 and on Qwen: the original computations, written out, on their own tensors.
 
 The references read tensors by the names of the original files and compute a text's logits one step
-at a time, as the released modelling code does, with none of our classes. Sources:
+at a time, as the released modeling code does, with none of our classes. Sources:
 `modeling_qwen.py`, `modeling_phi.py`, `llava_qwen_moe.py` and `llava_phi_moe.py` of MoE-LLaVA.
 """
 
@@ -141,7 +141,7 @@ NEW = list(REFERENCES)
 
 
 @pytest.mark.parametrize("family", NEW)
-def test_logits_equal_the_originals_maths_written_out(tmp_path: Path, family: str) -> None:
+def test_logits_equal_the_originals_mathematics_written_out(tmp_path: Path, family: str) -> None:
     standin = write(family, tmp_path)
     loaded, tensors = read(standin), tensors_of(standin)
     width = loaded.model.config.text_config.hidden_size

@@ -271,10 +271,10 @@ def test_pad_and_crop_are_what_they_say(tmp_path: Path) -> None:
         fit: read(standin, image_fit=fit).encode([PROBLEM])["pixel_values"][0, 0]
         for fit in ("crop", "pad")
     }
-    colour = (200 / 255 - 0.48145466) / 0.26862954
-    assert torch.allclose(sides["crop"], torch.tensor(colour), atol=1e-3)
-    assert sides["pad"][168, 168] == pytest.approx(colour, abs=1e-3)
-    assert sides["pad"][2].abs().max() < 0.02  # the mean colour, to a 255th
+    color = (200 / 255 - 0.48145466) / 0.26862954
+    assert torch.allclose(sides["crop"], torch.tensor(color), atol=1e-3)
+    assert sides["pad"][168, 168] == pytest.approx(color, abs=1e-3)
+    assert sides["pad"][2].abs().max() < 0.02  # the mean color, to a 255th
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_what_is_too_large_for_one_card_may_fit_on_several(
     monkeypatch.setattr(report, "_free", lambda d: room.get(d, cards * 24 * GIB))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
-    monkeypatch.setattr(checks, "room", lambda _: {})
+    monkeypatch.setattr(checks, "memory_limits", lambda _: {})
     line = ["scale=paper", "model=llava_13b", "evaluation.batch_size=1", "preflight=true"]
     assert main([*line, *options]) == (2 if helps else 0)
     assert helps in capfd.readouterr().err

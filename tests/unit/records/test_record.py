@@ -302,6 +302,11 @@ def test_the_identity_does_not_depend_on_order() -> None:
     )
 
 
+def test_changes_are_looked_for_in_the_whole_checkout() -> None:
+    assert (environment.ROOT / "conf" / "config.yaml").is_file()
+    assert (environment.ROOT / "qvlm").is_dir()
+
+
 def test_the_surroundings_name_versions_and_not_the_machine() -> None:
     import platform
 

@@ -81,6 +81,6 @@ def test_different_questions_are_not_compared(runs: Path) -> None:
     after = paired(first, again)
     assert after is not None
     assert np.array_equal(before, after)
-    relabelled = same.predictions.assign(answer=(same.predictions["answer"] + 1) % 3)
-    other = Record(same.path, same.config, same.run, same.metrics, relabelled, same.layers)
+    relabeled = same.predictions.assign(answer=(same.predictions["answer"] + 1) % 3)
+    other = Record(same.path, same.config, same.run, same.metrics, relabeled, same.layers)
     assert paired(first, other) is None

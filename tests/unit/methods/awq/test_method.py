@@ -329,6 +329,68 @@ def test_alpha_is_that_of_brute_force(scaling: str, search_activations: bool) ->
     assert choice.rtn_error == pytest.approx(errors[0.0], rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["routed", "mixtral", "moe_stablelm"])
+def test_the_scale_of_a_mixture_is_that_of_brute_force(family: str) -> None:
+    """Equation 4 for all gate and up projections of a mixture, on the output of the mixture."""
+    spec = config(3)
+    walk = Walk(build(family), toy_batches(2), spec)
+    block = next(block for block in walk.blocks() if block.kind == "language")
+    samples = block.linear_inputs()
+    rescaling = next(
+        found for found in find_rescalings(block) if found.source == "post_attention_layernorm"
+    )
+    mixture = block.module.get_submodule("mlp")
+    calls: list[tuple[Tensor, ...]] = []
+    handle = mixture.register_forward_pre_hook(lambda module, args: calls.append(args))
+    exact = block.run()
+    handle.remove()
+    outputs = [mixture(*args) for args in calls]
+    exact = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    activity = torch.cat([samples[name] for name in rescaling.readers]).abs().mean(0)
+    errors = {}
+    for step in range(5):
+        s = activity.clamp_min(1e-4) ** (step / 4)
+        s = s / (s.max() * s.min()).sqrt()
+        rounded = copy.deepcopy(mixture)
+        for name in rescaling.readers:
+            linear = rounded.get_submodule(name.removeprefix("mlp."))
+            inputs = block.input_quantizer(name, samples[name] / s, minmax)
+            quantizer = weight_quantizer(linear.weight * s, spec.weight, inputs=inputs)
+            linear.weight.data = quantizer(linear.weight * s) / s
+        outputs = [rounded(*args) for args in calls]
+        ours = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        errors[step / 4] = mean_squared(ours, exact)
+    chosen = AWQ(n_grid=5).search.choose(block, rescaling, samples)
+    assert chosen.alpha == min(errors, key=lambda alpha: errors[alpha])
+    assert chosen.error == pytest.approx(min(errors.values()), rel=1e-4)
+    assert chosen.rtn_error == pytest.approx(errors[0.0], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scaling", ["folded", "weight_only"])
+def test_no_search_of_a_quantized_layer_finds_an_error_of_zero(family: str, scaling: str) -> None:
+    _, report = run(family, scaling=scaling, n_grid=3)
+    for block in report.details["blocks"]:
+        assert block["error"] > 0 and block["rtn_error"] > 0
+        for choice in block["scales"].values():
+            assert choice["error"] > 0 and choice["rtn_error"] > 0
+
+
+def test_blocks_without_data_get_plain_rounding_and_say_so() -> None:
+    batches = toy_batches(2, image=False)
+    ours, theirs = build("llama"), build("llama")
+    report = AWQ(n_grid=3).quantize(Walk(ours, batches, config()))
+    RTN().quantize(Walk(theirs, batches, config()))
+    for block in report.details["blocks"]:
+        without = "layers" not in block["block"] or "vision_tower" in block["block"]
+        assert (block["error"] is None) == (block["rtn_error"] is None) == without
+        assert (block["kept"], block["scales"]) == ("RTN", {}) or not without
+    tower = {key: value for key, value in ours.state_dict().items() if "vision_tower" in key}
+    assert tower and all(
+        torch.equal(theirs.state_dict()[key], value) for key, value in tower.items()
+    )
+
+
 def test_scale_is_the_papers_and_one_for_alpha_zero() -> None:
     activity = torch.tensor([0.01, 1.0, 100.0, 0.0])
     assert torch.equal(channel_scale(activity, 0.0), torch.ones(4))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qvlm.errors import RunError, UserError
 from qvlm.methods.objective import output_error
-from qvlm.methods.qvlm.search import minimize, search_block
+from qvlm.methods.qvlm.search import minimize, search_block, unsearched
 from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.quantization import (
     Block,
@@ -30,7 +30,7 @@ from qvlm.quantization import (
     weight_quantizer,
 )
 from qvlm.quantization.ranges import RangeEstimator
-from tests.helpers.toy import toy_batches, toy_llava
+from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
 pytestmark = pytest.mark.instruction_set
 
@@ -280,7 +280,6 @@ def test_the_error_is_per_token(normalize: bool) -> None:
     assert error == pytest.approx(error_of(ours, exact, normalize), rel=1e-5)
     loud = output_error([ours[0][:1, :1]], [exact[0][:1, :1]], normalize) / 13
     assert (loud / error > 0.99) == (not normalize)  # one token of huge norm is everything, or not
-    assert output_error([], [], normalize) == 0
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -334,6 +333,35 @@ def test_an_expert_is_searched_with_the_tokens_routed_to_it(text: str) -> None:
     assert isinstance(layer, QuantLinear)
     torch.testing.assert_close(layer.input_quantizer.scale, expected.scale)
     assert len(walk.uncalibrated) == (3 if text == "routed" else 0)
+
+
+def test_an_expert_without_search_tokens_is_not_searched_and_named() -> None:
+    """Experts that read tokens in some call, but in none of those that errors are measured on."""
+    batches = [toy_batch(rows=1, words=1, image=False, seed=seed) for seed in range(8)]
+    walk = Walk(toy_llava("mixtral", vision_layers=2), batches, config())
+    block = next(block for block in walk.blocks() if block.name == DECODER)
+    samples = block.linear_inputs()
+    read: set[str] = set()
+    experts = {name: block.module.get_submodule(name) for name in block.linears}
+    hooks = [
+        linear.register_forward_pre_hook(lambda module, args, name=name: read.add(name))
+        for name, linear in experts.items()
+    ]
+    block.run(calls=block.inputs[:1])
+    for hook in hooks:
+        hook.remove()
+    silent = [name for name in block.linears if len(samples[name]) and name not in read]
+    assert silent
+    options = SearchOptions((0.9, 1.0), output="block", tokens=1)
+    found = search_block(block, [[[name]] for name in block.linears], options)
+    assert all(result.error > 0 for result in found)
+    missing = unsearched(block, found)
+    assert missing == [block.layer_name(name) for name in block.linears if name not in read]
+    for name in silent:
+        layer = block.module.get_submodule(name)
+        assert isinstance(layer, QuantLinear)
+        expected = activation_quantizer(samples[name], config().language, percentile(0.9))
+        torch.testing.assert_close(layer.input_quantizer.scale, expected.scale)
 
 
 def test_an_expert_without_tokens_falls_back_and_is_named() -> None:
