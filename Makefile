@@ -31,17 +31,12 @@ STAMP := $(VENV)/installed
 # Any other scale than the default is an option, and has results of its own (conf/scale).
 OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
 WHERE := $(if $(filter-out here,$(LAUNCHER)), launcher=$(LAUNCHER))
-RESULTS := results$(if $(OPTION),/$(SCALE))
 
 # Has a CPU with AVX-512 compute as one with AVX2 only; another CPU ignores it.
 NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WITHOUT=native
 
-# Runs what is missing of an experiment, then makes its table of what is recorded.
-define table
-$(BIN)/python run.py -m experiment=$(1)$(OPTION)$(WHERE)
-$(BIN)/python -m qvlm.tables.$(1) --runs $(RESULTS)/runs --out $(RESULTS) \
-	--command 'make $(1)$(if $(OPTION), SCALE=$(SCALE))'
-endef
+# `python -m qvlm NAME` runs what is missing and makes the page, here and where there is no make.
+route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
@@ -71,33 +66,31 @@ check-install: install  ## resolves the pins as a new machine would, for each Py
 	$(BIN)/python requirements/pins.py check
 
 table1: install  ## regenerates Table 1: the parts of Q-VLM, each alone
-	$(call table,$@)
+	$(call route,$@,$(OPTION)$(WHERE))
 
 table2: install  ## regenerates Table 2: models x methods x bits; reuses what is recorded
-	$(call table,$@)
+	$(call route,$@,$(OPTION)$(WHERE))
 
 table5: install  ## regenerates Table 5: entropy against quantization error as proxy
-	$(call table,$@)
+	$(call route,$@,$(OPTION)$(WHERE))
 
 table4: install  ## measures packed models: seconds, memory, accuracy
-	for name in table4 table4_exact; do $(BIN)/python run.py -m experiment=$$name$(WHERE) || exit; done
-	$(BIN)/python -m qvlm.tables.table4 --command 'make $@'
+	$(call route,$@,$(WHERE))
 
 table4-scale: install  ## measures time and memory of the true architectures, random weights
-	$(BIN)/python -m qvlm.tables.table4_scale --command 'make $@'
+	$(BIN)/python -m qvlm $@ --command='make $@'
 
 gpu: install  ## measures packed models, kernels and methods on a GPU; goes on where it stopped
 	$(BIN)/python -m qvlm.tables.gpu --command 'make $@'
 
 fit: install  ## what each model takes at each bit width, and whether it fits BUDGET (GiB)
-	@$(BIN)/python -m qvlm.planning.footprint --budget $(BUDGET)
+	@$(BIN)/python -m qvlm $@ --budget $(BUDGET)
 
 preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
-	$(BIN)/python run.py -m experiment=table2$(OPTION) preflight=true
+	$(BIN)/python -m qvlm $@$(OPTION)
 
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
-	for name in table2 table1 table5 draws; do $(BIN)/python run.py -m experiment=$$name$(WHERE) || exit; done
-	$(BIN)/python -m qvlm.tables.claims --command 'make $@'
+	$(call route,$@,$(WHERE))
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

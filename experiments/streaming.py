@@ -14,7 +14,6 @@ Time and memory do not depend on that.
 import argparse
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -33,6 +32,11 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+try:
+    import resource
+except ImportError:
+    sys.exit("error: this experiment reads the peak memory as Linux counts it. Run it on Linux.")
 
 from qvlm.command import run_command
 from qvlm.data import miniature
@@ -191,9 +195,9 @@ def prove(folder: Path) -> tuple[int, int, Process]:
     """
     started = time.perf_counter()
     origin = read_origin(folder)
-    loaded = load_model(folder, "packed", dtype=origin["config"]["model"]["dtype"])
+    loaded = load_model(folder, "packed", dtype=origin.options["model"]["dtype"])
     problem = next(row for row in miniature.generate("test", 20, seed=0) if row["image"])
-    rows = measure_packed_bits(loaded.model, origin["expected"], [loaded.encode([problem], True)])
+    rows = measure_packed_bits(loaded.model, origin.expected, [loaded.encode([problem], True)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     return len(rows), len(check_bits(rows)), Process(time.perf_counter() - started, peak)
 

@@ -31,11 +31,15 @@ class CellLauncher(BasicLauncher):
     ) -> Sequence[JobReturn]:
         """Does the same for a sweeper other than `CellSweeper`, which hands on overrides only."""
         from qvlm.cell.identity import Cell
+        from qvlm.cell.settled import require_agreement
         from qvlm.config.compose import from_hydra
 
         assert self.hydra_context is not None
         compose = self.hydra_context.config_loader.load_sweep_config
         configs = [from_hydra(compose(self.config, list(job))) for job in job_overrides]
+        for config, job in zip(configs, job_overrides, strict=True):
+            if config.model.packed is not None:
+                require_agreement(config, job)
         returns = []
         for outcome in self.launch_cells([Cell.of(config) for config in configs]):
             done = JobReturn()

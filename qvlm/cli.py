@@ -1,8 +1,9 @@
 """The command line: Hydra composes the configuration, and every mistake is one sentence.
 
 A mistake of the user is answered by one sentence on stderr that names the option and what it
-accepts, with exit code 2. What breaks on the way is one sentence with exit code 1. Unexpected
-exceptions keep their traceback, and `HYDRA_FULL_ERROR=1` adds it to all others.
+accepts, with exit code 2. What breaks on the way is one sentence with exit code 1, as is what the
+system refuses. Unexpected exceptions keep their traceback, and `HYDRA_FULL_ERROR=1` adds it to all
+others.
 
 Hydra reports errors and exits by itself unless `HYDRA_FULL_ERROR` is set, so it is set while Hydra
 runs. PyTorch and other heavy packages are imported when a cell is about to run, so that `--help`
@@ -10,11 +11,12 @@ and a mistyped option are answered at once.
 """
 
 import argparse
+import io
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,17 +27,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from qvlm.command import INTERRUPTED, discard_output, is_expected, sentence
 from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.explain import explained
-from qvlm.config.schema import RunConfig
-from qvlm.errors import RunError, UserError
+from qvlm.config.schema import PATHS, RunConfig
+from qvlm.errors import UserError
 from qvlm.records.locks import Held, Watch
 from qvlm.sweep.launch import build
 from qvlm.sweep.local import Here
 from qvlm.sweep.plan import other_ranks
+from qvlm.validation import expanded_path
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +66,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     full_error = os.environ.get(FULL_ERROR) == "1"
     try:
-        _run(given)
+        try:
+            _run(given)
+        finally:
+            sys.stdout.flush()  # what a pipe refuses shows here, and not while Python ends
     except KeyboardInterrupt:
         print(
             "interrupted: give the same command to resume. Recorded cells are reused, a cell that "
@@ -75,27 +81,45 @@ def _main(arguments: Sequence[str] | None) -> int:
         return done.code if isinstance(done.code, int) else 0
     except Exception as error:
         failures = list(error.exceptions) if isinstance(error, ExceptionGroup) else [error]
+        if all(isinstance(failure, BrokenPipeError) for failure in failures):
+            return _output_was_closed(given)
         _report(failures, full_error)
         return 2 if all(isinstance(failure, UserError) for failure in failures) else 1
     return 0
 
 
+def _output_was_closed(arguments: Sequence[str]) -> int:
+    """Ends a command whose reader has gone, as `head` does: only a run has something to tell."""
+    discard_output()
+    if not {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"} & {*arguments}:
+        print(
+            "error: the reader of the output has gone before the command was finished. Give the "
+            "same command again, which reuses what is recorded.",
+            file=sys.stderr,
+        )
+    return 1
+
+
 def _report(failures: Sequence[Exception], full_error: bool) -> None:
     for failure in failures:
-        if full_error or not isinstance(failure, UserError | RunError):
+        if full_error or not is_expected(failure):
             traceback.print_exception(failure)
-    expected = (failure for failure in failures if isinstance(failure, UserError | RunError))
-    for sentence in dict.fromkeys(" ".join(str(failure).split()) for failure in expected):
-        print(f"error: {sentence}", file=sys.stderr)
+    expected = filter(is_expected, failures)
+    for line in dict.fromkeys(map(sentence, expected)):
+        print(f"error: {line}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> None:
     """Hands the arguments to Hydra, and raises what went wrong."""
     parser = get_args_parser()
     parser.error = _refuse
-    options: argparse.Namespace = parser.parse_args(arguments)
+    options: argparse.Namespace = parser.parse_intermixed_args(arguments)
+    # Hydra reads overrides in one place only, and no "~" without quotes.
+    others = [word for word in arguments if word not in options.overrides]
+    arguments = [*map(_quote_home, options.overrides), *others]
     if options.config_dir is not None:
-        sys.path.append(os.path.abspath(options.config_dir))  # a method beside its YAML
+        folder = expanded_path("--config-dir", options.config_dir)
+        sys.path.append(os.path.abspath(folder))  # a method beside its YAML
     register()
     failures: list[Exception] = []
 
@@ -107,6 +131,10 @@ def _run(arguments: list[str]) -> None:
         try:
             with explained():
                 config = from_hydra(composed)
+            if config.model.packed is not None:
+                from qvlm.cell.settled import require_agreement
+
+                require_agreement(config, HydraConfig.get().overrides.task)
             if config.preflight:
                 from qvlm.planning.preflight import preflight
 
@@ -120,10 +148,33 @@ def _run(arguments: list[str]) -> None:
             return error
 
     decorated = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
-    with _hydra_environment(arguments), explained(arguments):
+    with _hydra_environment(arguments), explained(arguments), _shown_part(options.package):
         decorated()
     if failures:
         raise failures[0]
+
+
+def _quote_home(override: str) -> str:
+    """Quotes the value of an override such as `results_dir=~/results`."""
+    key, equals, value = override.partition("=")
+    plain = key.lstrip("+") in PATHS and value.startswith("~") and not set(value) & set("\"',\\")
+    return f'{key}="{value}"' if equals and plain else override
+
+
+@contextmanager
+def _shown_part(package: str | None) -> Iterator[None]:
+    """Says in our words that `--cfg` finds no such part, which Hydra prints before it exits."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said) if package else nullcontext():
+            yield
+    except SystemExit as ended:
+        if ended.code == 1 and package:
+            raise UserError(
+                f"--package={package} is not a part of the configuration. Choose a group of "
+                "options such as model, or leave it out."
+            ) from ended
+        raise
 
 
 def _run_one(config: RunConfig, wait: bool) -> Path:

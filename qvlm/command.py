@@ -1,10 +1,18 @@
 """What all commands have in common: options are parsed, errors become one line and an exit code."""
 
+import argparse
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
 
 from qvlm.errors import RunError, UserError
+from qvlm.validation import expanded_path
+
+INTERRUPTED = 130
 
 
 def run_command(
@@ -12,7 +20,9 @@ def run_command(
 ) -> int:
     """Parses the options of a command and does its work.
 
-    A `UserError` or `RunError` becomes one line on stderr. Any other exception keeps its traceback.
+    A `UserError` or `RunError` becomes one line on stderr, as does what the system refuses. Any
+    other exception keeps its traceback. If the reader of the output has gone, as `head` does, the
+    command ends without a word.
 
     Args:
         parser: Parser of the command's options.
@@ -20,12 +30,69 @@ def run_command(
         arguments: Words of the command line; None stands for those of this process.
 
     Returns:
-        Exit code: 0 after success, 2 after a `UserError`, 1 after a `RunError`.
+        Exit code: 0 after success, 2 after a `UserError`, 1 after anything that broke.
     """
-    options = parser.parse_args(arguments)
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; see {parser.prog} --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
     try:
-        work(options)
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        try:
+            work(parser.parse_args(arguments))
+        finally:
+            sys.stdout.flush()  # what a pipe refuses shows here, and not while Python ends
+    except BrokenPipeError:
+        discard_output()
+        return 1
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("interrupted: give the same command again.", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def folder(value: str) -> Path:
+    """Parses the path of an option: its "~" is expanded, and a path that cannot be is refused."""
+    try:
+        return Path(expanded_path("folder", value))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def sentence(error: Exception) -> str:
+    """Returns one line that says what went wrong.
+
+    What the system refuses, such as a full disk or a folder that was removed, is told as it tells
+    it, with the file.
+    """
+    if _is_out_of_memory(error):
+        return (
+            "memory ran out. A smaller evaluation.batch_size or calibration.batch_size needs less, "
+            "as does a smaller model."
+        )
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename} cannot be used" if error.filename else "the system refused"
+        return f"{place} ({error.strerror})"
+    return " ".join(str(error).split())
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether one sentence says more than a traceback: nothing is wrong with the code."""
+    return isinstance(error, UserError | RunError | OSError) or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or PyTorch, which is not imported for this, could not allocate memory."""
+    torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
+
+
+def discard_output() -> None:
+    """Sends what is left of the output nowhere, so that Python does not complain while it ends."""
+    with suppress(OSError, ValueError):  # stdout may be no file at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

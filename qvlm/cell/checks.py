@@ -6,13 +6,14 @@ checkpoint, a missing column, a split that is too small) is a `UserError` of the
 has written nothing by then.
 """
 
-from pathlib import Path
+import os
 
-from qvlm.cell.inputs import find_device, prompting, quantization_config
-from qvlm.cell.method import build_method, not_streamable
+from qvlm.cell.inputs import MPS, find_device, prompting, quantization_config
+from qvlm.cell.method import method_of, not_streamable
 from qvlm.config.schema import MAP, RunConfig
+from qvlm.errors import UserError
 from qvlm.models.placement import memory_limits
-from qvlm.packing import kernels
+from qvlm.packing import kernels, partial_folder, resolve_folder
 from qvlm.records.record import require_writable
 from qvlm.validation import one_of
 
@@ -23,16 +24,24 @@ def check_options(config: RunConfig) -> None:
     Raises:
         UserError: if an option is wrong; the sentence names the option and what it accepts.
     """
-    method = build_method(config.method)
+    method = method_of(config)
     if config.stream and not getattr(method, "one_pass", True):
         raise not_streamable(method.name)
     one_of("kernel", config.kernel, kernels.names())
     prompting(config)
-    find_device(config.device)
+    if find_device(config.device) == MPS and not config.full_precision:
+        raise UserError(
+            "device=mps is not possible for a quantized model, because the proof of its bits needs "
+            "float64, which MPS does not have. Give device=cpu, or method=fp."
+        )
     if config.device == MAP:
         memory_limits(config.max_memory)
     if not config.full_precision:
         quantization_config(config)
     require_writable(config.runs_dir)
     if config.save_packed is not None:
-        require_writable(Path(config.save_packed).parent, "save_packed")
+        if os.path.lexists(config.save_packed) and not os.path.isdir(config.save_packed):
+            raise UserError(
+                f"save_packed={config.save_packed} is not a folder. Give a new or an empty one."
+            )
+        require_writable(partial_folder(resolve_folder(config.save_packed)), "save_packed")

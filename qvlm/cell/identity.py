@@ -6,28 +6,23 @@ worked out once, by `Cell.of`, and the cell is handed on from the plan of a swee
 launcher to the pipeline.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf.errors import OmegaConfBaseException
-
 from qvlm.cell.checks import check_options
-from qvlm.cell.inputs import checkpoint_folder
+from qvlm.cell.inputs import checkpoint_folder, settle_answer_length
 from qvlm.cell.method import method_file
-from qvlm.config.compose import typed
+from qvlm.cell.settled import settle
 from qvlm.config.schema import RunConfig, canonical, influences
 from qvlm.errors import RunError, UserError
 from qvlm.models.checkpoints.hub import local_folder
-from qvlm.packing import read_origin
+from qvlm.packing import read_origin, require_own, resolve_folder
 from qvlm.records import provenance
 from qvlm.records.record import Record, find_record, identify
 
 CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".model", ".tiktoken")
 DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
-
-# The options that a packed checkpoint settles, besides those of the model.
-SETTLED = ("method", "method_name", "bits", "quantizer", "calibration")
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,8 @@ class Cell:
         """
         config = resolve(config)
         check_options(config)
+        config = settle_answer_length(config)
+        _require_place_of_its_own(config)
         files, code, parts = _hash_files(config), code_version(config), influences(config)
         return cls(config, identify(parts, code, files), parts, code, files)
 
@@ -99,23 +96,21 @@ class Cell:
     def is_saved(self) -> bool:
         """Whether `save_packed` holds the packed model of this cell, or is not given.
 
+        With `force` it does not, since it is then written anew.
+
         Raises:
-            UserError: if the folder holds other files.
+            UserError: if the folder holds other files, which are never replaced.
         """
         if self.config.save_packed is None:
             return True
-        folder = Path(self.config.save_packed)
-        if not folder.exists() or not any(folder.iterdir()):
-            return False
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"save_packed={folder} is not empty and holds no checkpoint. Give a new or an "
-                "empty folder."
-            )
+        folder = resolve_folder(self.config.save_packed)
         try:
-            return bool(read_origin(folder)["hash"] == self.hash)
-        except (UserError, KeyError):
-            return False  # the process that wrote it was killed
+            if not self.config.force and read_origin(folder).hash == self.hash:
+                return True
+        except UserError:
+            pass  # it is no finished save
+        require_own(folder, self.config.stream)
+        return False
 
     def on(self, device: str) -> "Cell":
         """The same cell on another device, which is not part of its identity."""
@@ -144,8 +139,7 @@ def resolve(config: RunConfig) -> RunConfig:
     Full precision has no bit widths and no other method.
 
     Raises:
-        UserError: if the packed checkpoint does not say how it was made, or is of another
-            version.
+        UserError: if the packed checkpoint does not say how it was made, or is of another version.
     """
     if config.model.packed is None:
         return canonical(config)
@@ -154,25 +148,39 @@ def resolve(config: RunConfig) -> RunConfig:
             "save_packed is not possible with model.packed, which is packed already. Give "
             "save_packed=null."
         )
-    folder = config.model.packed
-    try:
-        saved = read_origin(folder)["config"]
-        settled = {key: saved[key] for key in SETTLED}
-        settled["model"] = {**saved["model"], "packed": folder}
-        return canonical(
-            typed({**asdict(config), **settled, "execution": "packed", "stream": False})
-        )
-    except (KeyError, TypeError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"model.packed={folder} is not a checkpoint of this version ({reason}). Pack the model "
-            "again."
-        ) from error
+    return settle(config)
 
 
 def code_version(config: RunConfig) -> str:
     """The version of the code that a cell runs; see `qvlm.records.provenance`."""
-    return provenance.code_version(method_file(config.method))
+    packed = config.model.packed is not None  # nothing of its method runs
+    return provenance.code_version(None if packed else method_file(config.method))
+
+
+def _require_place_of_its_own(config: RunConfig) -> None:
+    """Makes sure that the packed model is not written into what the cell reads, or around it.
+
+    Raises:
+        UserError: if `save_packed` and such a folder are one, or one lies in the other.
+    """
+    if config.save_packed is None:
+        return
+    place = resolve_folder(config.save_packed)
+    others = {
+        "model.path": checkpoint_folder(config),
+        "model.vision_tower": Path(config.model.vision_tower or config.save_packed + "/tower"),
+        "data.source": Path(config.data.source),
+        "results_dir": config.runs_dir,
+    }
+    for option, folder in others.items():
+        other = resolve_folder(folder)
+        if option != "results_dir" and not other.is_dir():
+            continue
+        if place.is_relative_to(other) or other.is_relative_to(place):
+            raise UserError(
+                f"save_packed={config.save_packed} is not a folder apart from {option}, whose "
+                f"files are in {other}. Give a new or an empty folder elsewhere."
+            )
 
 
 def _hash_files(config: RunConfig) -> dict[str, str]:

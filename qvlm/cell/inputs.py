@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from qvlm.models.loaded import LoadedModel
 from qvlm.models.placement import distribute, memory_limits
 from qvlm.quantization import QuantizationConfig, QuantSpec
 from qvlm.runtime import workers
+
+MPS = "mps"  # the GPU of a Mac, which PyTorch chooses only if it is named
+MINIATURE_ANSWER = 64  # tokens
 
 
 def quantization_config(config: RunConfig) -> QuantizationConfig:
@@ -56,10 +60,27 @@ def prompting(config: RunConfig) -> Prompting:
     Raises:
         UserError: if one of the two is unknown.
     """
-    try:
-        return Prompting(config.model.prompt_format, config.model.conversation)
-    except UserError as error:
-        raise UserError(f"model: {error}") from error
+    return Prompting(config.model.prompt_format, config.model.conversation)
+
+
+def answer_length(config: RunConfig) -> int:
+    """Number of tokens after which an answer is cut off.
+
+    Unless `evaluation.max_new_tokens` says it, it is what the prompt format needs: 1,024 for the
+    formats that reason before they answer, and 64 for letters. The embedded miniatures, which
+    reason briefly, have `MINIATURE_ANSWER`.
+    """
+    if config.evaluation.max_new_tokens is not None:
+        return config.evaluation.max_new_tokens
+    if embedded(config.model.path):
+        return MINIATURE_ANSWER
+    return prompting(config).max_new_tokens
+
+
+def settle_answer_length(config: RunConfig) -> RunConfig:
+    """Puts the number of `answer_length` in the place of `evaluation.max_new_tokens=null`."""
+    longest = answer_length(config)
+    return replace(config, evaluation=replace(config.evaluation, max_new_tokens=longest))
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -77,13 +98,15 @@ def find_device(name: str) -> str:
     """Resolves "auto" for rank 0, and refuses a device that this machine does not have.
 
     Returns:
-        "cpu", "map", or "cuda" with the number of a GPU.
+        "cpu", "map", "mps", or "cuda" with the number of a GPU.
 
     Raises:
         UserError: if there is no such device, or there are more ranks than GPUs.
     """
     gpus = torch.cuda.device_count()
     present = ["cpu", *(f"cuda:{index}" for index in range(gpus)), *([MAP] if gpus else [])]
+    if torch.backends.mps.is_available():
+        present.append(MPS)
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     if name not in present and (name != "cuda" or not gpus):

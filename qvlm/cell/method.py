@@ -2,14 +2,18 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 
-from qvlm.errors import UserError
-from qvlm.methods.base import Method
+from qvlm.config.schema import RunConfig
+from qvlm.errors import RunError, UserError
+from qvlm.methods.base import Method, MethodReport
+from qvlm.packing import read_origin
+from qvlm.quantization import Walk
+from qvlm.validation import plain_parameters
 
 STREAMABLE = "rtn, awq, layerwise, qlora, zeroquant"
 
@@ -39,10 +43,19 @@ def method_file(node: Mapping[str, Any]) -> Path:
 def build_method(node: Mapping[str, Any]) -> Method:
     """Makes the method that `_target_` names, with the parameters beside it.
 
+    The class may be any class of the user's. Its parameters are plain values, of which none is
+    instantiated.
+
     Raises:
-        UserError: if a parameter is unknown, missing or refused.
+        UserError: if a parameter is unknown, missing or refused, or names a class itself.
     """
     target = method_class(node)
+    if not inspect.isclass(target) or not callable(getattr(target, "quantize", None)):
+        raise UserError(
+            f"method._target_={node['_target_']} is not a method. A method is a class with a name "
+            "and quantize(walk)."
+        )
+    plain_parameters("method", node)
     given = {key for key in node if key != "_target_"}
     parameters = inspect.signature(target).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -51,21 +64,46 @@ def build_method(node: Mapping[str, Any]) -> Method:
             accepted = f"Choose one of: {choices}." if choices else "It has no parameters."
             raise UserError(f"method.{key} is not a parameter of {target.__name__}. {accepted}")
     try:
-        method = instantiate(dict(node), _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from error
-        reason = str(cause or error).splitlines()[0]
+        method: Any = target(**{key: node[key] for key in given})
+    except UserError:
+        raise
+    except Exception as error:  # a user's class may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"method: {target.__name__} does not accept its parameters: {reason}"
         ) from error
-    if not callable(getattr(method, "quantize", None)) or not hasattr(method, "name"):
+    if not isinstance(getattr(method, "name", None), str):
         raise UserError(
-            f"method._target_={node['_target_']} is not a method. A method has a name and "
-            "quantize(walk)."
+            f"method._target_={node['_target_']} is not a method. A method is a class with a name "
+            "and quantize(walk)."
         )
-    return method
+    return cast(Method, method)
+
+
+@dataclass
+class Applied:
+    """A method that quantized a model before it was packed.
+
+    Attributes:
+        name: Name of the method in tables, as the packed checkpoint states it.
+    """
+
+    name: str
+
+    def quantize(self, walk: Walk) -> MethodReport:
+        """Refuses, since the model is quantized."""
+        raise RunError(f"{self.name} has quantized the model already.")
+
+
+def method_of(config: RunConfig) -> Method:
+    """Returns the method of a cell. That of a packed checkpoint is never built.
+
+    Raises:
+        UserError: if the method cannot be built, or the packed checkpoint cannot be read.
+    """
+    if config.model.packed is not None:
+        return Applied(read_origin(config.model.packed).method)
+    return build_method(config.method)
 
 
 def not_streamable(method: str) -> UserError:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from qvlm.cell import inputs
 from qvlm.cell.findings import Findings, Quantized, describe_run
 from qvlm.cell.identity import Cell
-from qvlm.cell.method import build_method
+from qvlm.cell.method import method_of
+from qvlm.cell.origin import describe_origin, expected_of, require_bits
 from qvlm.cell.streaming import stream_cell
 from qvlm.cell.walk import ProgressWalk
 from qvlm.evaluation import Evaluation, evaluate
@@ -37,7 +38,6 @@ from qvlm.packing import (
     measure_packed_bits,
     pack_model,
     packed_layers,
-    read_origin,
     weight_bytes,
 )
 from qvlm.quantization import (
@@ -97,7 +97,7 @@ def compute(cell: Cell, method: Method, device: str, answers: Path | None = None
         if config.packed:
             with stages.stage("pack"):
                 proof = _proof_batches(cell, loaded, found.problems)
-                found.layers = _pack(cell, loaded, expected, proof)
+                found.layers = _pack(cell, loaded, method, expected, proof, found.quantized)
         if config.execution == "exact":
             compute_in_float64(loaded.model)
         if config.evaluate:
@@ -136,7 +136,7 @@ def _compute_and_record(cell: Cell, lock: Lock) -> None:
     if damage:
         tqdm.write(f"warning: {damage}; computing it anew", file=sys.stderr)
 
-    method, device = build_method(config.method), inputs.find_device(config.device)
+    method, device = method_of(config), inputs.find_device(config.device)
     workers.run_on_all_ranks(inputs.settle, config, device)
     answers = _answers_folder(cell, device)
     if config.force:
@@ -162,27 +162,36 @@ def _compute_and_record(cell: Cell, lock: Lock) -> None:
 def _pack(
     cell: Cell,
     loaded: LoadedModel,
+    method: Method,
     expected: Sequence[str],
     proof: Sequence[Mapping[str, Tensor]],
+    quantized: Quantized,
 ) -> list[LayerBits]:
     """Packs the model and saves it, if it is not packed already, and counts its levels.
 
     Args:
         cell: Cell of the model.
         loaded: Quantized or packed model.
-        expected: Names of the layers that must be packed, unless the checkpoint names them.
+        method: Method of the cell.
+        expected: Names of the layers that must be packed, if the model is not packed already.
         proof: Batches to count the levels on.
+        quantized: What quantizing the model found out.
+
+    Raises:
+        UserError: if a checkpoint was packed before and does not have the bits that it states.
     """
     config = cell.config
     if config.packed_source is not None:
         force_kernel(loaded.model, config.kernel)
-        expected = read_origin(config.packed_source)["expected"]
+        expected = expected_of(loaded, config)
     else:
         pack_model(loaded.model, config.kernel)
         if config.save_packed is not None:
-            origin = {"config": asdict(config), "expected": list(expected), "hash": cell.hash}
+            origin = describe_origin(cell, loaded, method.name, expected, quantized)
             save_packed_model(loaded, Path(config.save_packed), origin)
     layers = measure_packed_bits(loaded.model, expected, proof)
+    if config.packed_source is not None:
+        require_bits(loaded, config, layers)
     for layer in packed_layers(loaded.model).values():
         layer.used.clear()  # only the kernels of the evaluation are recorded
     return layers

@@ -12,7 +12,7 @@ language model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from qvlm.cell import inputs
 from qvlm.cell.findings import Quantized
 from qvlm.cell.identity import Cell
 from qvlm.cell.method import not_streamable
+from qvlm.cell.origin import describe_origin, quantized_by
 from qvlm.cell.walk import ProgressWalk
-from qvlm.methods.base import Method, MethodReport
+from qvlm.methods.base import Method
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.meta import materialize
 from qvlm.models.packed import save_encoding
@@ -31,7 +32,6 @@ from qvlm.packing import PartialCheckpoint, read_origin
 from qvlm.quantization import Block, QuantizationConfig, batch_by_length, expected_layers
 from qvlm.quantization.block import advance
 from qvlm.quantization.targets import block_layers, quantizable
-from qvlm.records.record import plain
 from qvlm.runtime.stages import Stages
 
 
@@ -113,12 +113,9 @@ def stream_cell(cell: Cell, method: Method, device: str, stages: Stages) -> Quan
         RunError: if something broke on the way.
     """
     folder = Path(str(cell.config.save_packed))
-    if cell.config.force or not cell.is_saved():
+    if not cell.is_saved():
         _quantize(cell, method, device, folder, stages)
-    origin = read_origin(folder)
-    return Quantized(
-        MethodReport(**origin["report"]), origin["calibration_ids"], origin["uncalibrated"]
-    )
+    return quantized_by(read_origin(folder))
 
 
 def _quantize(cell: Cell, method: Method, device: str, folder: Path, stages: Stages) -> None:
@@ -136,12 +133,6 @@ def _quantize(cell: Cell, method: Method, device: str, folder: Path, stages: Sta
         report = method.quantize(walk)
         if walk.finished:  # what the method reported of those blocks is lost
             report = replace(report, details={**report.details, "resumed_blocks": walk.finished})
-        origin = {
-            "config": asdict(config),
-            "expected": expected,
-            "hash": cell.hash,
-            "calibration_ids": ids,
-            "uncalibrated": list(walk.uncalibrated),
-            "report": plain(asdict(report)),
-        }
+        quantized = Quantized(report, ids, list(walk.uncalibrated))
+        origin = describe_origin(cell, loaded, method.name, expected, quantized)
         stream.finish(loaded.model, partial(save_encoding, loaded, origin=origin))

@@ -9,8 +9,9 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qvlm.config.schema import RunConfig
+from qvlm.config.schema import PATHS, RunConfig
 from qvlm.errors import UserError
+from qvlm.validation import expanded_path, seed
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -30,7 +31,7 @@ def register() -> None:
 
 
 def from_hydra(composed: DictConfig) -> RunConfig:
-    """Makes the typed configuration of a composed one.
+    """Makes the typed configuration of a composed one, in which "~" is expanded in every path.
 
     Raises:
         UserError: for a key that is not in the schema, a missing one, or a value that is refused.
@@ -41,8 +42,13 @@ def from_hydra(composed: DictConfig) -> RunConfig:
     for key in sorted(OmegaConf.missing_keys(composed)):
         if not key.startswith("hydra."):
             raise UserError(f"{key} is not given. Give {key}=VALUE.")
+    for option in PATHS:
+        path = OmegaConf.select(composed, option)
+        if isinstance(path, str):
+            OmegaConf.update(composed, option, expanded_path(option, path))
     container = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(container, dict)
+    seed("seed", container["seed"])  # before the seeds that follow it by default
     return typed({str(key): value for key, value in container.items() if key != "hydra"})
 
 

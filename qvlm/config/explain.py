@@ -1,9 +1,11 @@
 """One sentence for what Hydra or OmegaConf refuses."""
 
+import shlex
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -36,10 +38,13 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
             choices = ", ".join(error.options)
             return f"{group}={option} is not a known option. Choose one of: {choices}."
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not an override. Write overrides as key=value."
+        return _not_an_override(str(error.override))
     if message.startswith("Ambiguous value for argument"):
         override = message.splitlines()[0].split("'")[1]
-        return f"{override} is not a single value. Add -m to run all of them."
+        remedy = "Add -m to run all of them"
+        if quoted := _quoted(override):
+            remedy += f", or quote a value with a comma: {quoted}"
+        return f"{override} is not a single value. {remedy}."
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         parent = cause.parent_node
         accepted = set(map(str, parent)) if isinstance(parent, DictConfig) else set()
@@ -53,12 +58,35 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     if isinstance(cause, OmegaConfBaseException):
         reason = str(cause.msg or cause).splitlines()[0]
         return f"{cause.full_key}: {reason}" if cause.full_key else reason
-    return f"{' '.join(message.split())}, in: {' '.join(overrides)}"
+    return f"{' '.join(message.split()) or 'not accepted'}, in: {' '.join(overrides)}"
+
+
+def _not_an_override(override: str) -> str:
+    """Says how to write a word that Hydra's grammar refuses."""
+    remedy = "Write overrides as key=value"
+    if quoted := _quoted(override):
+        remedy = f"Quote its value: {quoted}"
+    return f"{override!r} is not an override. {remedy}."
+
+
+def _quoted(override: str) -> str:
+    """An override for the shell, its value in quotes; "" if quotes would not make it one."""
+    key, equals, value = override.partition("=")
+    if not equals or not value.isprintable():
+        return ""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    quoted = f'{key}="{escaped}"'
+    try:
+        OverridesParser.create().parse_override(quoted)
+    except HydraException:
+        return ""
+    return shlex.quote(quoted)
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether Hydra says that the input is wrong. Some of its refusals are a plain ValueError."""
+    """Whether Hydra says that the input is wrong. Some of its refusals are errors of Python."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     origin = frames[-1].f_globals["__name__"].partition(".")[0]
     refusal = isinstance(error, HydraException | OmegaConfBaseException)
-    return refusal or (isinstance(error, ValueError) and origin == "hydra")
+    plain = isinstance(error, ValueError | TypeError | AssertionError)
+    return refusal or (plain and origin == "hydra")

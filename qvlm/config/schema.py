@@ -16,12 +16,20 @@ from omegaconf import MISSING
 
 from qvlm.bits import BitWidths
 from qvlm.errors import UserError
-from qvlm.validation import number, one_of, whole_number
+from qvlm.validation import check_name, one_of, refused, seed, whole_number
 
 DEFAULT_LAUNCHER = {"_target_": "qvlm.sweep.local.Here"}
 FULL_PRECISION_METHOD = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
 MAP = "map"  # the value of `device` that stands for all devices
 UNPARSABLE = ("wrong", "random")  # what an answer without a letter counts as
+# Options that name a folder or file of the user, whose "~" is expanded (`qvlm.config.compose`).
+PATHS = (
+    *("model.path", "model.packed", "model.vision_tower", "data.source"),
+    *("results_dir", "save_packed", "tracking.dir"),
+)
+MOST_THREADS = 1024  # PyTorch crashes where the system refuses to make more
+MOST_TOKENS = 2**16  # of an answer, which is more than any model of the paper can attend to
+TEMPERATURES = 0.001, 1000.0  # within which logits stay finite in every floating-point type
 
 
 @dataclass
@@ -125,6 +133,9 @@ class DataConfig:
     published: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        seed("data.seed", self.seed)
+
 
 @dataclass
 class CalibrationConfig:
@@ -149,6 +160,7 @@ class CalibrationConfig:
         one_of("calibration.images", self.images, ("only", "any"))
         whole_number("calibration.samples", self.samples)
         whole_number("calibration.batch_size", self.batch_size)
+        seed("calibration.seed", self.seed)
 
 
 @dataclass
@@ -157,23 +169,31 @@ class EvaluationConfig:
 
     Attributes:
         batch_size: Number of questions per batch.
-        max_new_tokens: Number of tokens after which an answer is cut off.
+        max_new_tokens: Number of tokens after which an answer is cut off. Null stands for what the
+            model's prompt format needs; see `qvlm.cell.inputs.answer_length`.
         unparsable: What an answer without a letter counts as: "wrong", or a "random" choice, the
             rule of the official script, which lifts a broken model by 20 to 50 points.
-        temperature: Sampling temperature. 0 decodes greedily.
+        temperature: Sampling temperature from 0.001 to 1000. 0 decodes greedily.
         limit: Number of questions to evaluate. Null stands for all of them.
     """
 
     batch_size: int = 128
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     unparsable: str = "wrong"
     temperature: float = 0.0
     limit: int | None = None
 
     def __post_init__(self) -> None:
         whole_number("evaluation.batch_size", self.batch_size)
-        number("evaluation.temperature", self.temperature)
-        whole_number("evaluation.max_new_tokens", self.max_new_tokens)
+        coldest, hottest = TEMPERATURES
+        if self.temperature != 0 and not coldest <= self.temperature <= hottest:
+            raise refused(
+                "evaluation.temperature",
+                self.temperature,
+                f"0 (greedy decoding) or a number from {coldest:g} to {hottest:g}",
+            )
+        if self.max_new_tokens is not None:
+            whole_number("evaluation.max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS)
         one_of("evaluation.unparsable", self.unparsable, UNPARSABLE)
         if self.limit == 0:
             raise UserError(
@@ -275,8 +295,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.method.get("_target_"), str):
             raise UserError("method._target_ is not an import path. Give package.module.Class.")
+        names = (
+            *(("model.name", self.model.name), ("data.name", self.data.name)),
+            *(("method_name", self.method_name), ("group", self.group)),
+        )
+        for option, name in names:
+            check_name(option, name)
+        seed("seed", self.seed)
         if self.threads is not None:
-            whole_number("threads", self.threads)
+            whole_number("threads", self.threads, 1, MOST_THREADS)
         one_of("execution", self.execution, ("simulated", "exact", "packed"))
         if self.max_memory and self.device != MAP:
             raise UserError("max_memory is not for one device. Give device=map, or max_memory=[].")

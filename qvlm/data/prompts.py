@@ -75,13 +75,12 @@ class Prompting:
 
     def __post_init__(self) -> None:
         for option, value, known in (
-            ("format", self.format, _FORMATS),
-            ("conversation", self.conversation, _CONVERSATIONS),
+            ("model.prompt_format", self.format, _FORMATS),
+            ("model.conversation", self.conversation, _CONVERSATIONS),
         ):
             if value not in known:
                 raise UserError(
-                    f"prompt {option} {value!r} is not known. "
-                    f"Choose one of: {', '.join(sorted(known))}."
+                    f"{option}: {value!r} is not known. Choose one of: {', '.join(sorted(known))}."
                 )
 
     @property

@@ -4,7 +4,6 @@ Rows are generated (the miniature), or read from one of the formats in `qvlm.dat
 the source, the columns are `FEATURES`, and rows are checked before they are used.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -18,6 +17,7 @@ from qvlm.data.sources import (
     OFFICIAL_SPLITS,
     Split,
     hub_split,
+    is_repository,
     official_split,
     parquet_files,
     parquet_split,
@@ -45,8 +45,6 @@ SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science
 PUBLISHED_CLASSES = {"NAT": 2252, "SOC": 889, "LAN": 1100, "IMG": 2017}
 PUBLISHED_QUESTIONS = sum(PUBLISHED_CLASSES[label] for label in SUBJECTS.values())
 MINIATURE_SIZES = {"train": 8000, "validation": 2000, "test": 4000}
-
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_scienceqa(
@@ -104,7 +102,7 @@ def _open(source: str, split: str, seed: int, state: tuple[object, ...]) -> Spli
         return saved_split(folder, split)
     if folder.is_dir():
         return parquet_split(folder, split)
-    if _REPOSITORY.fullmatch(source):
+    if is_repository(source):
         return hub_split(source, split)
     raise UserError(
         f"data.source: {source} is not a folder. Give miniature, a folder with {split}.parquet or "

@@ -22,7 +22,8 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from qvlm.data.validation import COLUMNS, require_columns, validated
 from qvlm.errors import UserError
@@ -205,6 +206,15 @@ def hub_split(repository: str, split: str) -> Split:
             "data.source=FOLDER with a copy."
         ) from error
     return table_split(data, split, name, lambda index: f"{name}, row {index}", None)
+
+
+def is_repository(source: str) -> bool:
+    """Whether a text has the form owner/name that repositories of the hub have; a path has not."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return "/" in source
 
 
 def table_split(

@@ -29,14 +29,12 @@ from qvlm.errors import UserError
 from qvlm.packing.form import Form
 from qvlm.packing.layer import PackedLinear
 from qvlm.packing.model import packed_layers
+from qvlm.records.strict import build
 
 METHOD = "qvlm_packed"
 VERSION = 2
 # Version 1 stored channels in their own order, which is the default of a form.
 READABLE = (1, 2)
-# File that says how the model was quantized. It is not part of config.json, since loading the
-# weights does not need it.
-ORIGIN = "qvlm.json"
 
 
 @register_quantization_config(METHOD)
@@ -49,6 +47,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     Raises:
         UserError: If this code does not know the version.
+        ValueError: If the fields are not those of a `Form`.
     """
 
     def __init__(
@@ -63,6 +62,16 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.layers = layers
         self.version = version
+        self.forms()  # refused as soon as the file is read
+
+    def forms(self) -> dict[str, Form]:
+        """Returns the form of each packed layer, by full name.
+
+        Raises:
+            ValueError: If the fields are not those of a `Form`.
+        """
+        plain = json.loads(json.dumps(self.layers))  # tuples become lists, as in a file
+        return build(dict[str, Form], plain, "quantization_config.layers", defaults=True)
 
 
 @register_quantizer(METHOD)
@@ -72,12 +81,16 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for name, fields in self.quantization_config.layers.items():
-            values: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
-            }
+        for name, form in self.quantization_config.forms().items():
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError as error:
+                raise ValueError(f"the model has no layer {name}") from error
+            sizes = (form.in_features, form.out_features, form.bias)
+            if not isinstance(linear, nn.Linear) or sizes != _sizes(linear):
+                raise ValueError(f"the form of {name} is not that of the model's layer")
             with torch.device("meta"):
-                model.set_submodule(name, PackedLinear(Form(**values), layer_name=name))
+                model.set_submodule(name, PackedLinear(form, layer_name=name))
 
     def is_serializable(self) -> bool:
         """Packed models can be saved again."""
@@ -89,38 +102,14 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
+def _sizes(linear: nn.Linear) -> tuple[int, int, bool]:
+    return linear.in_features, linear.out_features, linear.bias is not None
+
+
 def is_packed(config: Mapping[str, Any]) -> bool:
     """Whether the config.json of a checkpoint says that it is packed."""
-    return (config.get("quantization_config") or {}).get("quant_method") == METHOD
-
-
-def write_origin(folder: str | Path, origin: Mapping[str, Any]) -> None:
-    """Writes how a packed checkpoint was quantized.
-
-    This is written last, so a folder with the file holds a complete checkpoint.
-
-    Args:
-        folder: Folder of the checkpoint.
-        origin: What describes the cell: its configuration, hash and report, in plain values.
-    """
-    (Path(folder) / ORIGIN).write_text(json.dumps(origin, indent=2), encoding="utf-8")
-
-
-def read_origin(folder: str | Path) -> dict[str, Any]:
-    """Returns how a packed checkpoint was quantized, as `write_origin` wrote it.
-
-    Raises:
-        UserError: If the folder has no readable file of this kind.
-    """
-    try:
-        origin = json.loads((Path(folder) / ORIGIN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.packed: {folder} has no readable {ORIGIN}. Give a folder that python run.py "
-            "save_packed=FOLDER wrote."
-        ) from error
-    assert isinstance(origin, dict)
-    return origin
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD
 
 
 def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2GB") -> None:
@@ -176,7 +165,13 @@ def load_packed(kind: type[PreTrainedModel], folder: str | Path, **kwargs: Any) 
             raise UserError(
                 f"{folder} is not a packed checkpoint: its config.json does not describe one."
             )
-        model, report = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
+        if (folder / "adapter_config.json").exists():  # it would name another model's weights
+            raise UserError(
+                f"{folder} is not a packed checkpoint: it has an adapter_config.json. Remove it."
+            )
+        model, report = kind.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, **kwargs
+        )
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder} does not load: {reason}") from error
@@ -187,4 +182,8 @@ def load_packed(kind: type[PreTrainedModel], folder: str | Path, **kwargs: Any) 
             f"{folder} does not fit its config.json: {len(keys)} {problem.replace('_', ' ')}, "
             f"first {keys[0]}"
         )
+    for name, layer in packed_layers(model).items():
+        order = layer.channels().sort().values  # kernels read the input at these places
+        if not torch.equal(order, torch.arange(layer.in_features, device=order.device)):
+            raise UserError(f"{folder} does not load: the order of {name} is not a permutation")
     return model.eval()

@@ -5,6 +5,7 @@ floating-point tensors, cannot round scales, which decide about codes.
 """
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -56,6 +57,37 @@ class Form:
     constants: tuple[int, ...] = ()
     constant_block_size: int = 1
     ordered: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that do not belong together.
+
+        Kernels read memory by these sizes, and a checkpoint of unknown origin states them.
+
+        Raises:
+            ValueError: If a field is out of range, or does not follow from the others.
+        """
+        width, out, group = self.in_features, self.out_features, self.group_size
+        _require("in_features and out_features", min(width, out) > 0)
+        _require("group_size", group > 0)
+        for name in ("weight_bits", "input_bits"):
+            _require(name, 2 <= getattr(self, name) <= 8)
+        _require("inputs", self.inputs in ("token", "static"))
+        _require("input_shape", self.input_shape in ((), (width,)))
+        _require("ratio", isfinite(self.ratio) and self.ratio > 0)
+        _require("constant_block_size", self.constant_block_size > 0)
+        if self.weight == "uniform":
+            groups = -(-width // group)
+            _require("scale_shape", self.scale_shape in ((1, groups), (out, groups)))
+            return
+        _require("weight", self.weight == "normal_float")
+        blocks = -(-width * out // group)
+        nested = -(-blocks // self.constant_block_size)
+        _require("constants", self.constants in ((0, blocks), (blocks, nested)))
+
+
+def _require(field: str, fits: bool) -> None:
+    if not fits:
+        raise ValueError(f"{field} of a packed layer is out of range")
 
 
 def buffers(form: Form) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -9,7 +9,6 @@ contains the hash of the cell, so a cell never resumes what another one began.
 """
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,20 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qvlm.errors import UserError
-from qvlm.packing.checkpoint import ORIGIN, add_packed_config
+from qvlm.packing.checkpoint import add_packed_config
 from qvlm.packing.form import Form
 from qvlm.packing.layer import PackedLinear
+from qvlm.packing.saving import (
+    PROGRESS,
+    partial_folder,
+    publish,
+    require_own,
+    resolve_folder,
+    writing,
+)
 from qvlm.quantization.block import Call
 from qvlm.quantization.linear import QuantLinear
-from qvlm.records.files import PARTIAL, explained, write_file
+from qvlm.records.files import write_file
 
-PROGRESS = "progress.pt"
+# Parts of the progress, and the type of each.
+_KINDS = {"hash": str, "done": int, "calls": list, "uncalibrated": list, "forms": dict}
 
 
 class PartialCheckpoint:
@@ -51,38 +59,30 @@ class PartialCheckpoint:
         uncalibrated: Full names of the layers that were quantized without a calibration token.
 
     Raises:
-        UserError: If the folder holds anything but this cell's checkpoint, or cannot be written.
+        UserError: If the folder holds anything but a packed checkpoint, or `FOLDER.partial` holds
+            anything but what this cell began.
+        RunError: If the folder cannot be written.
     """
 
     def __init__(
         self, folder: Path, identity: str, names: Sequence[str], device: str, anew: bool = False
     ) -> None:
-        self.folder = folder
-        self.partial = folder.with_name(folder.name + PARTIAL)
+        require_own(folder, streamed=True)
+        self.folder = resolve_folder(folder)
+        self.partial = partial_folder(self.folder)
         self.names = list(names)
         self.done = 0
         self.calls: list[Call] = []
         self.uncalibrated: list[str] = []
         self._identity = identity
         self._forms: dict[str, dict[str, Any]] = {}
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / ORIGIN).is_file():
-            # `finish` would delete these files.
-            raise UserError(
-                f"save_packed: {folder} holds no packed checkpoint but other files. Give a new "
-                "folder."
-            )
-        if anew:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        try:
+        with writing(self.partial):
+            unfinished = self.partial.is_dir() and not (self.partial / PROGRESS).is_file()
+            if self.partial.exists() and (anew or unfinished):
+                shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"save_packed: {self.partial} cannot be written ({error})") from error
         if (self.partial / PROGRESS).is_file():
             self._read(device)
-        elif any(file.suffix != PARTIAL for file in self.partial.iterdir()):
-            raise UserError(
-                f"save_packed: {self.partial} holds other files. Delete it or give another folder."
-            )
         else:
             self._write_progress()
 
@@ -103,8 +103,8 @@ class PartialCheckpoint:
             uncalibrated: Full names of the layers that were quantized without a calibration token.
 
         Raises:
-            UserError: If a layer has no packed form (the message names it), or the files cannot be
-                written.
+            UserError: If a layer has no packed form. The message names it.
+            RunError: If the files cannot be written.
         """
         name = self.names[self.done]
         layers = {n: part for n, part in module.named_modules() if isinstance(part, QuantLinear)}
@@ -149,7 +149,14 @@ class PartialCheckpoint:
             model: Model whose configuration is saved.
             write_encoding: Function that writes tokenizer, image processor and `qvlm.json` to a
                 folder.
+
+        Raises:
+            RunError: If the files cannot be written. What is finished stays, and can be resumed.
         """
+        with writing(self.partial):
+            self._finish(model, write_encoding)
+
+    def _finish(self, model: PreTrainedModel, write_encoding: Callable[[Path], None]) -> None:
         shards = [self._shard(number) for number in range(len(self.names) + 1)]
         weight_map: dict[str, str] = {}
         size = 0
@@ -158,17 +165,14 @@ class PartialCheckpoint:
                 weight_map |= dict.fromkeys(opened.keys(), shard)
             size += (self.partial / shard).stat().st_size
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        write_file(self.partial / "model.safetensors.index.json", json.dumps(index, indent=2))
         add_packed_config(model, self._forms)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(self.partial)
         model.generation_config.save_pretrained(self.partial)
         write_encoding(self.partial)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.partial.rename(self.folder)
-        (self.folder / PROGRESS).unlink()
+        publish(self.partial, self.folder)
 
     def _shard(self, number: int) -> str:
         return f"model-{number + 1:05}-of-{len(self.names) + 1:05}.safetensors"
@@ -189,21 +193,51 @@ class PartialCheckpoint:
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
         """Writes a file so that it is there whole or not at all."""
-        file = self.partial / name
-        with explained(f"save_packed: {file}", UserError):
-            write_file(file, write)
+        with writing(self.partial):
+            write_file(self.partial / name, write)
 
     def _read(self, device: str) -> None:
         file = self.partial / PROGRESS
+        remedy = f"Delete {self.partial}, add force=true to begin anew, or give another folder."
         try:
             progress = torch.load(file, map_location=device, weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"save_packed: {file} is damaged. Delete {self.partial}.") from error
+            self._check(progress)
+        except Exception as error:  # damaged bytes raise anything, out of pickle and zip
+            raise UserError(f"save_packed: {file} is damaged. {remedy}") from error
         if progress["hash"] != self._identity:
             raise UserError(
                 f"save_packed: {self.partial} was begun by another cell, or by another version of "
-                "the code or the checkpoint. Delete it, add force=true to begin anew, or give "
-                "another folder."
+                f"the code or the checkpoint. {remedy}"
             )
         self.done, self.calls = progress["done"], progress["calls"]
         self.uncalibrated, self._forms = progress["uncalibrated"], progress["forms"]
+        for number in range(self.done + 1 if self.done else 0):
+            shard = self.partial / self._shard(number)
+            try:
+                with safe_open(shard, framework="pt"):  # which compares its size with its header
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"save_packed: {shard} is missing or damaged. {remedy}") from error
+
+    def _check(self, progress: Any) -> None:
+        """Makes sure that a progress has the form in which it is written.
+
+        Raises:
+            ValueError, TypeError: If it does not.
+        """
+        if not isinstance(progress, dict) or progress.keys() != _KINDS.keys():
+            raise ValueError("its keys are other ones")
+        for key, kind in _KINDS.items():
+            if type(progress[key]) is not kind:
+                raise ValueError(f"{key} is not of the kind {kind.__name__}")
+        if progress["hash"] == self._identity and not 0 <= progress["done"] <= len(self.names):
+            raise ValueError("it has more blocks than the model")
+        if not all(isinstance(name, str) for name in progress["uncalibrated"]):
+            raise ValueError("uncalibrated are not names")
+        for args, kwargs in progress["calls"]:
+            if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+                raise ValueError("calls are not arguments")
+        for name, fields in progress["forms"].items():
+            if not isinstance(name, str):
+                raise ValueError("forms have no names")
+            Form(**fields)

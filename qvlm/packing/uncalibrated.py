@@ -7,6 +7,7 @@ and for nothing else.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,33 +42,36 @@ def packed_form(
     """
     out, width = linear.weight.shape
     token = inputs.granularity == "per_token"
-    common = Form(
-        in_features=width,
-        out_features=out,
-        bias=linear.bias is not None,
-        weight="normal_float",
-        weight_bits=weight.bits,
-        group_size=BLOCK_SIZE,
-        scale_shape=(),
-        inputs="token" if token else "static",
-        input_bits=inputs.bits,
-        input_shape=() if token or inputs.granularity == "per_tensor" else (width,),
-        folds=inputs.granularity == "per_channel",
-    )
+    common: dict[str, Any] = {
+        "in_features": width,
+        "out_features": out,
+        "bias": linear.bias is not None,
+        "weight_bits": weight.bits,
+        "inputs": "token" if token else "static",
+        "input_bits": inputs.bits,
+        "input_shape": () if token or inputs.granularity == "per_tensor" else (width,),
+        "folds": inputs.granularity == "per_channel",
+    }
     if normal_float:
         blocks = -(-linear.weight.numel() // BLOCK_SIZE)
-        constants = (blocks, -(-blocks // NESTED_BLOCK_SIZE))
-        return replace(common, constants=constants, constant_block_size=NESTED_BLOCK_SIZE)
+        return Form(
+            weight="normal_float",
+            group_size=BLOCK_SIZE,
+            scale_shape=(),
+            constants=(blocks, -(-blocks // NESTED_BLOCK_SIZE)),
+            constant_block_size=NESTED_BLOCK_SIZE,
+            **common,
+        )
     check_group_size(width, weight)
     group = weight.group_size if weight.granularity == "per_group" else width
     rows = 1 if weight.granularity == "per_tensor" else out
     clusters = width if inputs.granularity != "per_channel_group" else inputs.group_size
-    return replace(
-        common,
+    return Form(
         weight="uniform",
         group_size=group,
         scale_shape=(rows, -(-width // group)),
         ordered=group < width and clusters < width and clusters % group == 0,
+        **common,
     )
 
 

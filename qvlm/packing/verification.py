@@ -65,6 +65,52 @@ def measure_packed_bits(
     return rows
 
 
+def refutation(
+    model: nn.Module, rows: Iterable[LayerBits], weights: int, activations: int
+) -> str | None:
+    """Returns why a packed model does not have the bits that it is said to have, or None.
+
+    A layer may have fewer bits, as a method may choose, but some layer must have as many. The codes
+    must also take more values than fewer bits could hold: 4-bit values that are stored in 8 bits
+    are not an 8-bit model.
+
+    Args:
+        model: Packed model.
+        rows: What `measure_packed_bits` counted in its expected layers.
+        weights, activations: Bits that the model is said to have.
+    """
+    rows, layers = list(rows), packed_layers(model)
+    if not rows:
+        return "none of its layers is expected to be packed"
+    for row in rows:
+        if row.layer not in layers:
+            return f"{row.layer} is not packed"
+    for part, found, said in (
+        ("weights", [row.w_bits for row in rows], weights),
+        ("activations", [row.a_bits for row in rows], activations),
+    ):
+        if max(found) != said:
+            return f"its {part} have {max(found)} bits, not {said}"
+    widest = [row for row in rows if row.w_bits == weights]
+    # Few weights that share a scale do not take all values; a quarter of their number they do.
+    if all(
+        row.weight_levels <= min(2 ** (weights - 1), _sharing(layers[row.layer]) // 4)
+        for row in widest
+    ):
+        most = max(row.weight_levels for row in widest)
+        return f"its weights take at most {most} values per scale, which {weights} bits do not need"
+    return None
+
+
+def _sharing(layer: PackedLinear) -> int:
+    """Returns the number of weights that share a scale, among those whose codes are counted."""
+    form = layer.form
+    if form.weight != "uniform":
+        return form.in_features
+    rows = min(form.out_features, _MAX_ROWS) if form.scale_shape[0] == 1 else 1
+    return rows * min(form.group_size, form.in_features)
+
+
 def _weight_codes(layer: PackedLinear) -> int:
     """Returns the largest number of distinct weight codes that share a scale."""
     form = layer.form

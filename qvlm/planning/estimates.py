@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig
 
+from qvlm.cell.inputs import answer_length
 from qvlm.config.schema import ModelConfig, RunConfig
 from qvlm.errors import UserError
 from qvlm.models.architectures import KNOWN, clip_tower
@@ -141,7 +142,7 @@ def _need(config: RunConfig, shape: Shape) -> Need:
     """Predicts what one question takes, in full precision unless the model is packed already."""
     packed = config.model.packed is not None
     variant = Variant(config.bits.label.lower(), "uniform") if packed else FULL
-    answer = config.evaluation.max_new_tokens
+    answer = answer_length(config)
     key = repr((config.model.dtype, answer, packed and (config.bits, config.quantizer)))
     if key not in shape.needs:
         shape.needs[key] = predict(shape.architecture, config, variant, TEXT_TOKENS, answer)

@@ -49,6 +49,7 @@ def preflight(configs: Sequence[RunConfig]) -> None:
     configs = [resolve(config) for config in configs]
     for config in configs:
         check_options(config)
+    configs = [prepare.settle_answer_length(config) for config in configs]
     print(f"Preflight of {len(configs)} cells: nothing is run, downloaded or hashed.\n")
     devices = {config.device: prepare.find_device(config.device) for config in configs}
     for device in dict.fromkeys(["cpu", *devices.values()]):
@@ -206,7 +207,7 @@ def _space(config: RunConfig, device: str) -> float:
 
 def _free(device: str) -> float:
     """Returns the free bytes of a device; "map" is all GPUs together."""
-    if device == "cpu":
+    if device in ("cpu", prepare.MPS):  # which share one memory
         return float(psutil.virtual_memory().available)
     if device == MAP:
         return sum(_free(f"cuda:{index}") for index in range(torch.cuda.device_count()))
@@ -217,7 +218,7 @@ def _device_name(device: str) -> str:
     cores = f"{psutil.cpu_count(logical=True)} cores"
     if device == MAP:
         return f"map ({torch.cuda.device_count()} GPUs)"
-    name = cores if device == "cpu" else torch.cuda.get_device_name(device)
+    name = cores if device in ("cpu", prepare.MPS) else torch.cuda.get_device_name(device)
     return f"{device} ({name})"
 
 

@@ -20,6 +20,7 @@ from qvlm.data.scienceqa import (
     OFFICIAL_SPLITS,
     PUBLISHED_QUESTIONS,
 )
+from qvlm.data.sources import is_repository
 from qvlm.errors import UserError
 from qvlm.models.checkpoints.hub import SMALL_FILES
 from qvlm.models.checkpoints.weights import INDEX_SUFFIX, STEMS
@@ -131,7 +132,7 @@ def _repository(
     estimate: float | None,
 ) -> Source:
     cache = Path(constants.HF_HUB_CACHE)
-    if place.count("/") != 1 or place.startswith(("/", ".")):
+    if not is_repository(place):
         raise UserError(
             f"{option}: {place} is not a folder. Choose a folder, or owner/name on the hub."
         )
@@ -191,7 +192,7 @@ def _complete(folder: Path, names: Iterable[str]) -> bool:
 
 
 def _cached(place: str, name: str, kind: str) -> Path | None:
-    if place.count("/") != 1 or place.startswith(("/", ".")):
+    if not is_repository(place):
         return None
     found = try_to_load_from_cache(place, name, repo_type=kind)
     return Path(found) if isinstance(found, str) else None

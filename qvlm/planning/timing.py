@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from qvlm.cell.inputs import answer_length
 from qvlm.config.schema import RunConfig
 from qvlm.planning.estimates import Shape, prompt_tokens
 from qvlm.quantization import QuantLinear, TokenQuantizer
@@ -38,7 +39,7 @@ def seconds(config: RunConfig, shape: Shape, device: str, questions: int) -> flo
     dtype, quantized = config.model.dtype, not config.full_precision
     prompt = _layer_seconds(shape, dtype, device, 1, rows, quantized) / rows
     step = _layer_seconds(shape, dtype, device, evaluation.batch_size, 1, quantized)
-    answer = evaluation.max_new_tokens * step / evaluation.batch_size
+    answer = answer_length(config) * step / evaluation.batch_size
     return questions * text.num_hidden_layers * (tokens * prompt + answer)
 
 

@@ -272,6 +272,8 @@ def _look(path: Path) -> _Sight | None:
         RunError: If something else is in its place.
     """
     try:
+        if path.exists() and not path.is_file():  # opening a named pipe would wait forever
+            raise RunError(f"lock {path} is not a file; remove it")
         with path.open(errors="replace") as file:  # on NFS only opening asks for the present time
             lines, status = file.read(4096).splitlines(), os.fstat(file.fileno())
     except (FileNotFoundError, NotADirectoryError):
@@ -301,6 +303,8 @@ def _take_over(path: Path, sight: _Sight, why: str) -> bool:
             guard.unlink(missing_ok=True)
     except Timeout:
         return False
+    except OSError as error:
+        raise RunError(f"lock {guard} cannot be written ({reason(error)}); remove it") from error
     if not unchanged:
         return False
     name = path.name.removeprefix(".").removesuffix(LOCK)

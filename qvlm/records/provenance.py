@@ -30,14 +30,18 @@ BYSTANDERS = ("config", "planning", "records", "sweep", "tables")
 NOT_DATA = (".md", ".py", ".pyc", ".pyi", ".so")
 
 
-def code_version(method_file: Path) -> str:
-    """Hashes the code that the pipeline and the method defined in `method_file` run.
+def code_version(method_file: Path | None) -> str:
+    """Hashes the code that the pipeline and a method run.
+
+    Args:
+        method_file: File that defines the method; None if no method runs.
 
     Returns:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, path in sorted(sources([PACKAGE / "cell" / "pipeline.py", method_file]).items()):
+    roots = [PACKAGE / "cell" / "pipeline.py", *([method_file] if method_file else [])]
+    for name, path in sorted(sources(roots).items()):
         content = _read(path).code if path.suffix == ".py" else _hash_bytes(path)
         digest.update(name.encode() + b"\0" + content.encode())
     return digest.hexdigest()
@@ -54,7 +58,8 @@ def sources(roots: Iterable[Path]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     waiting = [path.resolve() for path in roots]
-    tops = {_top(path) for path in waiting} | {PACKAGE.parent}
+    # The last is looked at first: a file of this package counts before one of the same name.
+    tops = [*sorted({_top(path) for path in waiting} - {PACKAGE.parent}), PACKAGE.parent]
     while waiting:
         path = waiting.pop()
         top = _top(path)

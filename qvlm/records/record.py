@@ -19,7 +19,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -40,7 +39,6 @@ from qvlm.records.files import PARTIAL, explained, write_folder
 ANSWERS = ".answers"
 ABANDONED_SECONDS = 600.0  # writing a record takes well under a second
 FORGOTTEN_SECONDS = 30 * 86_400.0  # a cell that was killed that long ago is not resumed
-LONGEST_NAME = 64  # characters of each part of a record's name
 
 _CHECKED = ("bits.json", "config.yaml", "metrics.json", "predictions.parquet")
 # What every record has, and tables rely on.
@@ -212,25 +210,6 @@ def identify(influences: Mapping[str, Any], code: str, weights: Mapping[str, str
     """
     whole = {"config": influences, "code": code, "weights": dict(weights)}
     return _checksum(json.dumps(whole, sort_keys=True, allow_nan=False).encode())
-
-
-def check_name(option: str, name: str) -> None:
-    """Makes sure that a name can be a part of a record's name.
-
-    A record therefore never lands outside the results folder, hidden, or in another folder.
-
-    Args:
-        option: Key of the configuration, for the message.
-        name: Name of a model, a method or a group.
-
-    Raises:
-        UserError: If it cannot.
-    """
-    if not re.fullmatch(rf"(?!\.)[A-Za-z0-9._-]{{1,{LONGEST_NAME}}}", name):
-        raise UserError(
-            f"{option}: {name!r} is not a name. Use letters, digits, '.', '_' and '-', not "
-            f"beginning with '.', at most {LONGEST_NAME} characters."
-        )
 
 
 def require_writable(folder: Path, option: str = "results_dir") -> None:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from qvlm.errors import UserError
 from qvlm.records.locks import Held, find_owner
 from qvlm.sweep.job import Job, Launcher, Outcome
+from qvlm.validation import plain_parameters
 
 if TYPE_CHECKING:  # importing it imports PyTorch
     from qvlm.cell.identity import Cell
@@ -35,6 +36,7 @@ def build(node: Mapping[str, Any]) -> Launcher:
             f"launcher._target_={node.get('_target_')} is not a launcher ({reason}). Give the "
             "import path of a dataclass like those of qvlm.sweep."
         ) from error
+    plain_parameters("launcher", node)
     options = {key: value for key, value in node.items() if key != "_target_"}
     typed = OmegaConf.merge(OmegaConf.create({"launcher": schema}), {"launcher": options})
     return cast(Launcher, OmegaConf.to_object(typed.launcher))

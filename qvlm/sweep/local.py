@@ -75,7 +75,8 @@ class Joblib:
         from joblib import Parallel, delayed
 
         # At least two, because joblib would run a single one in this process.
-        parallel = Parallel(n_jobs=max(self.jobs, 2), batch_size=1, return_as="generator_unordered")
+        count = max(min(self.jobs, len(jobs)), 2)
+        parallel = Parallel(n_jobs=count, batch_size=1, return_as="generator_unordered")
         work = (delayed(_run_numbered)(index, job) for index, job in list(jobs.items()))
         yield from parallel(work)
 

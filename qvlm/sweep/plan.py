@@ -84,7 +84,12 @@ def _distinct(
             composed = compose(combination)
         HydraConfig.instance().set_config(composed)
         with explained():
-            config = canonical(from_hydra(composed))
+            config = from_hydra(composed)
+        if config.model.packed is not None:
+            from qvlm.cell.settled import require_agreement
+
+            require_agreement(config, combination)
+        config = canonical(config)
         whole = asdict(config)
         if config.full_precision:
             del whole["quantizer"], whole["calibration"]

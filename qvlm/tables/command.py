@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from qvlm.command import run_command
+from qvlm.command import folder, run_command
 from qvlm.config.schema import TrackingConfig
 from qvlm.errors import UserError
 from qvlm.records import files
@@ -72,7 +72,7 @@ def table_parser(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m qvlm.tables.{name}", description=description)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=folder,
         default=Path("results"),
         help="folder for the files (default: %(default)s)",
     )
@@ -84,7 +84,7 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
     """Adds the option of tables that are made from records."""
     parser.add_argument(
         "--runs",
-        type=Path,
+        type=folder,
         default=Path("results/runs"),
         help="folder of records (default: %(default)s)",
     )

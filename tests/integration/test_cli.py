@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qvlm.cell import inputs, method, pipeline
+from qvlm.cell import checks, inputs, method, pipeline
 from qvlm.cell.identity import Cell, resolve
 from qvlm.cli import main
 from qvlm.config.schema import RunConfig
 from qvlm.errors import RunError, UserError
+from tests.helpers.configs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -179,6 +180,58 @@ def test_a_sweep_runs_each_cell_once(runs: Runs) -> None:
     assert {cell.seed for cell in runs.cells[:2]} == {0, 1}
 
 
+def test_overrides_stand_on_both_sides_of_an_option(runs: Runs) -> None:
+    assert main(["method=rtn,fp", "-m", "bits=w4a4"]) == 0
+    assert runs.names == ["mini_llava-fp-FP", "mini_llava-rtn-W4A4"]
+
+
+def test_a_reader_that_leaves_ends_a_run_in_one_sentence(
+    runs: Runs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs.fails = lambda config: BrokenPipeError(32, "Broken pipe")
+    before = os.dup(1)
+    try:
+        assert main([]) == 1
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+    err = capfd.readouterr().err
+    assert err.startswith("error: the reader of the output has gone")
+    assert err.count("\n") == 1
+
+
+def test_what_the_system_refuses_is_one_sentence(
+    runs: Runs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs.fails = lambda config: OSError(28, "No space left on device", "file")
+    assert main([]) == 1
+    assert capfd.readouterr().err == "error: file cannot be used (No space left on device)\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("a lot"), RuntimeError("x: can't allocate memory: y")],
+)
+def test_full_memory_is_one_sentence(
+    error: Exception, runs: Runs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs.fails = lambda config: error
+    assert main(["-m", "bits=w4a4"]) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("error: memory ran out.")
+    assert err.count("\n") == 1
+
+
+def test_a_home_folder_is_expanded_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    options = ["model.path", "model.vision_tower", "data.source", "results_dir", "save_packed"]
+    assert main([*(f"{option}=~/x" for option in options)]) == 0
+    (config,) = runs.cells
+    assert {config.model.path, config.model.vision_tower, config.data.source} == {"/home/ada/x"}
+    assert {config.results_dir, config.save_packed} == {"/home/ada/x"}
+    assert config.tracking.dir == "/home/ada/x/wandb"
+
+
 def test_the_experiment_is_the_table(runs: Runs) -> None:
     assert main(["-m", "experiment=table2"]) == 0
     first, rest = runs.cells[:2], runs.cells[2:]
@@ -295,6 +348,30 @@ def test_devices_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert inputs.find_device("auto") == inputs.find_device("cuda") == "cuda:0"
     assert inputs.find_device("cuda:1") == "cuda:1"
+
+
+def test_the_gpu_of_a_mac_is_for_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert inputs.find_device("mps") == "mps"
+    checks.check_options(load("device=mps", "method=fp"))
+    with pytest.raises(UserError, match="device=mps is not possible for a quantized model"):
+        checks.check_options(load("device=mps"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens"),
+    [
+        ([], 64),  # as their published numbers were made
+        (["model=llava_13b"], 1024),
+        (["model=moe_llava"], 64),
+        (["model=moe_llava", "model.prompt_format=QCM-LEPA"], 1024),
+        (["model=llava_13b", "evaluation.max_new_tokens=7"], 7),
+        (["evaluation.max_new_tokens=7"], 7),
+    ],
+)
+def test_answers_are_as_long_as_their_format_needs(overrides: list[str], tokens: int) -> None:
+    config = inputs.settle_answer_length(load(*overrides))
+    assert config.evaluation.max_new_tokens == tokens
 
 
 def test_a_mistake_is_answered_without_the_heavy_imports(elsewhere: Path) -> None:

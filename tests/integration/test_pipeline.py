@@ -164,7 +164,7 @@ def test_a_packed_cell_is_reused_as_long_as_its_checkpoint_is_there(
     for said in ("wrote", "reused"):
         run(config)
         assert said in capsys.readouterr().out
-    (tmp_path / "packed" / "qvlm.json").unlink()
+    shutil.rmtree(tmp_path / "packed")
     run(config)
     assert "wrote" in capsys.readouterr().out
     run(cell(f"model.packed={tmp_path}/packed"))
@@ -193,7 +193,7 @@ def test_a_cell_may_end_once_its_packed_model_is_written(
         (["execution=packed", "kernel=int4_weight_only", "bits=w6a6"], "takes no layer"),
         (["execution=packed", "kernel=fast"], "kernel=fast .* Choose one of: auto, "),
         (["model.packed=nowhere"], "model.packed: nowhere has no readable qvlm.json"),
-        (["save_packed=FULL"], "save_packed=.* is not empty and holds no checkpoint"),
+        (["save_packed=FULL"], "save_packed=.* is not empty and holds no packed checkpoint"),
     ],
 )
 def test_what_cannot_be_packed_is_said(

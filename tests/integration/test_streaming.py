@@ -29,11 +29,12 @@ from qvlm.config.schema import RunConfig
 from qvlm.data import miniature
 from qvlm.data.scienceqa import COLUMNS
 from qvlm.data.sources import Split
-from qvlm.errors import UserError
+from qvlm.errors import RunError, UserError
 from qvlm.methods.base import MethodReport
 from qvlm.models.packed import save_packed_model
 from qvlm.packing import PackedLinear, pack_model, read_origin
-from qvlm.packing.partial import PARTIAL, PROGRESS, PartialCheckpoint
+from qvlm.packing.partial import PartialCheckpoint
+from qvlm.packing.saving import PROGRESS
 from qvlm.quantization import (
     QuantLinear,
     QuantSpec,
@@ -43,9 +44,12 @@ from qvlm.quantization import (
 )
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuantizer
+from qvlm.records.files import PARTIAL
 from qvlm.runtime.stages import Stages
 from tests.helpers.cells import run
 from tests.helpers.configs import load
+from tests.helpers.files import small_files
+from tests.helpers.origins import make_origin
 from tests.helpers.splits import split_of
 from tests.helpers.standins import write
 
@@ -108,7 +112,7 @@ def write_in_memory(config: RunConfig, folder: Path) -> None:
     walk = Walk(loaded.model, batches, inputs.quantization_config(config))
     build_method(config.method).quantize(walk)
     pack_model(loaded.model)
-    save_packed_model(loaded, folder, {})
+    save_packed_model(loaded, folder, make_origin())
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -245,7 +249,7 @@ def test_what_is_killed_goes_on_and_ends_the_same(
         done.append(torch.load(partial / PROGRESS, weights_only=True)["done"])
         assert done[-1] > done[-2]
     assert done == [0, 1, 3, 5, 7]  # a block is lost with every kill, and no more
-    assert read_origin(folder)["report"]["details"]["resumed_blocks"] == 7
+    assert read_origin(folder).report["details"]["resumed_blocks"] == 7
     write_stream(streamed(tmp_path / "whole", *overrides))
     assert_same(folder, tmp_path / "whole")
 
@@ -271,6 +275,19 @@ def test_what_another_cell_began_is_not_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no packed checkpoint"):
         write_stream(streamed(standin.folder))
     assert (standin.folder / "tokenizer.model").is_file()
+
+
+def test_after_a_full_disk_the_same_command_goes_on(tmp_path: Path) -> None:
+    whole, config = tmp_path / "whole", streamed(tmp_path / "packed")
+    write_stream(streamed(whole))
+    largest = max(file.stat().st_size for file in whole.iterdir())
+    for limit in (100, 5000, largest - 1):
+        with small_files(limit), pytest.raises(RunError, match=r"^save_packed: .* cannot be"):
+            write_stream(config)
+        assert not (tmp_path / "packed").exists()
+    write_stream(config)
+    assert_same(tmp_path / "packed", whole)
+    assert not (tmp_path / "packed.partial").exists()
 
 
 # --- what cannot be streamed

@@ -14,7 +14,7 @@ BELOW: dict[str, set[str]] = {
     "markdown": set(),
     "validation": {"errors"},
     "bits": {"errors", "validation"},
-    "command": {"errors"},
+    "command": {"errors", "validation"},
     "config": {"bits", "errors", "validation"},
     "data": {"errors", "validation"},
     "quantization": {"bits", "errors", "validation"},

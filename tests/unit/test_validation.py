@@ -48,3 +48,37 @@ def test_what_is_in_range_is_accepted() -> None:
     validation.number("k", 0)
     validation.number("k", 1, 0, 1)
     validation.positive("k", 1e-9)
+
+
+@pytest.mark.parametrize("name", ["mini_llava", "Q-VLM.2", "a", "-", "_", "9", "x" * 64])
+def test_names_are_accepted(name: str) -> None:
+    validation.check_name("model.name", name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "",
+            ".",
+            "..",
+            ".hidden",
+            "a/b",
+            "/etc",
+            "../up",
+            "a\\b",
+            "a b",
+            "a\n",
+            "\n",
+            "a\0b",
+            "é",
+        ),
+        *("x" * 65, "a:b", "~", "$HOME", "a*", "a,b", "a=b", "\u0661"),
+    ],
+)
+def test_what_is_not_a_name_is_one_sentence(name: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^model.name: .+ is not a name\. Use letters, digits"
+    ) as no:
+        validation.check_name("model.name", name)
+    assert "\n" not in str(no.value)

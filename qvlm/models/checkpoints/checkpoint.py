@@ -84,7 +84,10 @@ def read_image_processor(folder: Path, owner: str) -> CLIPImageProcessorPil:
         )
     try:
         return CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError),
+        RecursionError,
+    ) as error:
         raise UserError(f"{owner}: {file} does not load: {first_line(error)}") from error
 
 

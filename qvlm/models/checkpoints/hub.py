@@ -5,7 +5,6 @@ the local cache alone. A mirror is a local path.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from qvlm.data.sources import is_repository
 from qvlm.errors import UserError
 from qvlm.models.checkpoints.weights import INDEX_SUFFIX, STEMS
 
 SMALL_FILES = ("*.json", "*.model", "*.tiktoken", "merges.txt")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def local_folder(source: str | Path, option: str, weights: bool = True) -> Path:
@@ -38,7 +37,7 @@ def local_folder(source: str | Path, option: str, weights: bool = True) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    if not _REPOSITORY.fullmatch(str(source)):
+    if not is_repository(str(source)):
         raise UserError(
             f"{option}: {source} is not a folder. Give a folder with a checkpoint, or owner/name "
             "on the hub."
@@ -48,7 +47,20 @@ def local_folder(source: str | Path, option: str, weights: bool = True) -> Path:
         return folder
     for index in (folder / (stem + INDEX_SUFFIX) for stem in STEMS):
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:
+                raise UserError(
+                    f"{option}: {index} is not an index of shards ({error!r}). Remove it, and give "
+                    "the command again."
+                ) from error
             return _fetch(str(source), option, shards)
     for stem in STEMS:
         if (_fetch(str(source), option, [stem]) / stem).is_file():

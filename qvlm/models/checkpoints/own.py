@@ -83,5 +83,11 @@ def read_architecture(
         raise UserError(
             f"{owner}: config.json does not describe a model: {first_line(error)}"
         ) from error
+    layer, count = architecture.vision_feature_layer, architecture.vision_config.num_hidden_layers
+    if not isinstance(layer, int) or not -count - 1 <= layer <= count:
+        raise UserError(
+            f"{owner}: config.json: vision_feature_layer={layer!r} is not a layer of its tower. "
+            f"Give a whole number from {-count - 1} to {count}."
+        )
     set_expert_capacity(architecture.text_config, expert_capacity)
     return architecture

@@ -81,7 +81,7 @@ class Weights(Mapping[str, Tensor]):
     def _read_index(self, index: Path) -> None:
         try:
             placed = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{self._owner}: {index} is not an index of shards ({error!r}). Download it again."
             ) from error

@@ -15,8 +15,11 @@ and unpacks codes in registers. In the notation of `base.py`:
 - `dequantize` writes the dequantized weight to memory, for products by other means.
 
 The machine's C compiler compiles the file when it is first needed, which takes seconds, and the
-library is kept in the user's cache folder. Without a compiler, or on another CPU, `obstacle` gives
-the reason, and other kernels serve. Left out: NormalFloat in blocks that cross rows.
+library is kept in a cache folder that only the user may write. Its name holds the hash of its
+content, and it is loaded only if it is the user's own file with that content, because loading runs
+it. Without such a folder it is compiled anew by each process. Without a compiler, or on another
+CPU, `obstacle` gives the reason, and other kernels serve. Left out: NormalFloat in blocks that
+cross rows.
 
 The environment variable `QVLM_WITHOUT=native` makes `obstacle` refuse on every machine, so that a
 developer can run, on a CPU that has these instructions, what a CPU without them runs.
@@ -27,8 +30,10 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -304,7 +309,11 @@ def _library() -> ctypes.CDLL:
     Raises:
         OSError: If there is no compiler, the compiler fails, or its output does not load.
     """
-    library = ctypes.CDLL(str(_compiled()))
+    with ExitStack() as stack:
+        folder = _cache_folder()
+        if folder is None:  # a library stays loaded when its file is deleted
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvlm-")))
+        library = ctypes.CDLL(str(_compiled(folder)))
     arguments = {
         "integer_rows": [_pointer] * 3,
         "integer_tiles": [_pointer] * 3,
@@ -314,28 +323,46 @@ def _library() -> ctypes.CDLL:
         "dequantize": [_pointer, *[_number] * 3, _pointer],
     }
     for name, types in arguments.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise OSError(f"the compiled library has no {name}")
         function.argtypes = types
         function.restype = ctypes.c_int if name.startswith("integer") else None
     return library
 
 
-def _compiled() -> Path:
+def _compiled(folder: Path) -> Path:
     """Returns the path of the library, and compiles it unless this source was compiled before.
 
+    Args:
+        folder: Folder that only the user may write.
+
     Raises:
-        OSError: If there is no compiler, or it fails.
+        OSError: If there is no compiler, or it fails, or the folder cannot be written.
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError("there is no C compiler")
     identity = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *FLAGS]).encode())
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = caches / "qvlm" / f"native-{identity.hexdigest()[:16]}.so"
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    stem = f"native-{identity.hexdigest()[:16]}"
+    for found in sorted(folder.glob(f"{stem}-*.so")):
+        if _is_intact(found):
+            return found
+        found.unlink(missing_ok=True)
+    content = _compile(compiler)
+    target = folder / f"{stem}-{_digest(content)}.so"
+    write_file(target, content)
+    target.chmod(0o600)
+    return target
+
+
+def _compile(compiler: str) -> bytes:
+    """Compiles `native.c` and returns the content of the library.
+
+    Raises:
+        OSError: If the compiler fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="qvlm-") as folder:
         made, library = Path(folder, "native.o"), Path(folder, "native.so")
         for command in (
             [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made)],
@@ -345,8 +372,52 @@ def _compiled() -> Path:
             if done.returncode:
                 message = (done.stderr.strip().splitlines() or ["it gave no reason"])[0]
                 raise OSError(f"the C compiler {compiler} fails: {message}")
-        write_file(target, library.read_bytes())
-    return target
+        return library.read_bytes()
+
+
+def _cache_folder() -> Path | None:
+    """Returns the folder that keeps libraries, or None if nothing there can be trusted.
+
+    It is a folder itself, not a link to one, belongs to the user, and nobody else may enter it.
+    """
+    home = os.environ.get("HOME") != "" and os.path.expanduser("~/.cache")
+    caches = os.environ.get("XDG_CACHE_HOME") or home or ""
+    if not os.path.isabs(caches) or not hasattr(os, "geteuid"):
+        return None
+    folder = Path(caches, "qvlm")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            return None
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            folder.chmod(0o700)  # what others put there before is not the user's, or not intact
+        with tempfile.TemporaryFile(dir=folder):  # a full or read-only disk refuses
+            pass
+    except OSError:
+        return None
+    return folder
+
+
+def _is_intact(file: Path) -> bool:
+    """Whether a library is a file of the user that nobody else could write, with its own content.
+
+    Loading a truncated library kills the process, and loading a planted one runs it.
+    """
+    try:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return False
+        content = file.read_bytes()
+    except FileNotFoundError:  # another process has just replaced it
+        return False
+    return file.stem.rpartition("-")[2] == _digest(content)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _at(weight: Weight) -> int:

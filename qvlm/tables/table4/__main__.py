@@ -3,12 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 
 from qvlm.cell.inputs import find_device
-from qvlm.command import run_command
+from qvlm.command import folder, run_command
 from qvlm.tables.command import add_runs, made_with, table_parser, write_files
 from qvlm.tables.cost import COLUMNS
 from qvlm.tables.table4.measure import measure
@@ -22,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = table_parser("table4", "Measures the time and memory of packed models.")
     add_runs(parser)
     parser.add_argument(
-        "--packed", type=Path, help="folder of packed checkpoints (default: packed beside --runs)"
+        "--packed", type=folder, help="folder of packed checkpoints (default: packed beside --runs)"
     )
     parser.add_argument("--questions", type=int, default=16, help="number asked in each repeat")
     parser.add_argument("--repeats", type=int, default=7, help="number of timed repeats")

@@ -71,7 +71,7 @@ def find_subjects(runs: Path, packed: Path, device: str) -> dict[str, list[Subje
     by_hash = {record.run["hash"]: record for record in records}
     found: dict[str, list[Subject]] = {}
     for folder in sorted(path.parent for path in packed.glob(f"*/{ORIGIN}")):
-        record = by_hash.get(read_origin(folder)["hash"])
+        record = by_hash.get(read_origin(folder).hash)
         reason = "its cell is not recorded" if record is None else fault(record, {})
         if record is None or reason:
             print(f"warning: refused {folder}: {reason}", file=sys.stderr)

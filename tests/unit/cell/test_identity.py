@@ -1,7 +1,7 @@
 """What identifies a cell, and where its record is."""
 
 import shutil
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from qvlm.cell.identity import Cell, resolve
 from qvlm.errors import UserError
 from qvlm.records import provenance
 from tests.helpers.configs import load
+from tests.helpers.origins import make_origin, write_json
 
 NOWHERE = "results_dir=nowhere"
 
@@ -74,7 +75,7 @@ def test_files_that_a_cell_reads_are_part_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{}", '{"config": {"method": 1}}', '{"config": null}'])
 def test_a_packed_checkpoint_must_say_how_it_was_made(content: str, tmp_path: Path) -> None:
     (tmp_path / "qvlm.json").write_text(content)
-    with pytest.raises(UserError, match="is not a checkpoint of this version"):
+    with pytest.raises(UserError, match=r"qvlm\.json that cannot be used: it is not of version"):
         resolve(load(f"model.packed={tmp_path}"))
 
 
@@ -84,9 +85,38 @@ def test_a_packed_model_is_not_packed_again(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_other_files_is_no_place_to_save(tmp_path: Path) -> None:
-    config: Any = load(f"save_packed={tmp_path}", f"results_dir={tmp_path}/results")
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    config: Any = load(f"save_packed={folder}", f"results_dir={tmp_path}/results")
     cell = Cell.of(config)
     assert not cell.is_saved()
-    (tmp_path / "diary.txt").write_text("dear")
+    (folder / "diary.txt").write_text("dear")
     with pytest.raises(UserError, match="new or an empty folder"):
         cell.is_saved()
+
+
+@pytest.mark.parametrize("place", ["orig", "link", "orig/below", ".", "orig/../orig", "./orig"])
+@pytest.mark.parametrize("option", ["model.path", "data.source"])
+def test_a_model_is_not_saved_into_what_it_is_made_of(
+    place: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the folder is a packed checkpoint, which another save could replace."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "orig").mkdir()
+    write_json(tmp_path / "orig", asdict(make_origin()))
+    (tmp_path / "link").symlink_to("orig")
+    words = [f"save_packed={place}", f"{option}=orig", "results_dir=/tmp/elsewhere"]
+    words += ["data=folder"] if option == "data.source" else []
+    with pytest.raises(UserError, match=f"^save_packed=.* is not a folder apart from {option}"):
+        Cell.of(load(*words))
+    assert [str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()] == [
+        "orig/qvlm.json"
+    ]
+
+
+@pytest.mark.parametrize("place", ["results", "results/runs", "results/runs/packed"])
+def test_a_model_is_not_saved_among_records(place: str, tmp_path: Path) -> None:
+    words = [f"save_packed={tmp_path}/{place}", f"results_dir={tmp_path}/results"]
+    with pytest.raises(UserError, match="is not a folder apart from results_dir"):
+        Cell.of(load(*words))
+    Cell.of(load(f"save_packed={tmp_path}/results/packed", words[1]))

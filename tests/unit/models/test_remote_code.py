@@ -21,6 +21,7 @@ from qvlm.models.packed import save_packed_model
 from qvlm.packing import pack_model
 from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
 from tests.helpers import standins
+from tests.helpers.origins import make_origin
 
 CLASSES = (
     *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
@@ -82,7 +83,7 @@ def quantized() -> LoadedModel:
 
 
 def write_packed(folder: Path) -> dict[str, Any]:
-    save_packed_model(quantized(), folder, {"hash": "0"})
+    save_packed_model(quantized(), folder, make_origin())
     return {}
 
 
@@ -134,6 +135,21 @@ def test_a_loader_that_trusts_would_run_the_code(
     with contextlib.suppress(AttributeError):  # its class is not a configuration
         AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert marker.exists()
+
+
+def test_a_packed_checkpoint_has_no_adapter_and_no_pickle(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    write_packed(folder)
+    adapter = {"base_model_name_or_path": "mini_llava", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(UserError, match="it has an adapter_config.json"):
+        load_model(folder, "m")
+    (folder / "adapter_config.json").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    load_model(folder, "m")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="does not load"):
+        load_model(folder, "m")
 
 
 def test_weights_of_another_model_that_an_adapter_names_are_not_loaded(tmp_path: Path) -> None:

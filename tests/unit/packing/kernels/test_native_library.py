@@ -4,7 +4,10 @@ Nothing here needs an instruction set: what the C products must give, the stock 
 too, and a test checks all that serve on the machine it runs on.
 """
 
-from collections.abc import Iterator
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -239,14 +242,150 @@ def test_developers_can_do_without(fresh: pytest.MonkeyPatch) -> None:
         native.obstacle()
 
 
-def test_it_is_compiled_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With a compiler that writes an empty file and counts its calls."""
-    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+@pytest.fixture
+def compiler(fresh: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A compiler that writes a text file; the file beside it counts its calls."""
+    compiler = tmp_path / "compiler"
     # The last two arguments are `-o FILE`.
-    compiler.write_text(f'#!/bin/sh\necho >> {calls}\nfor at; do :; done\n: > "$at"\n')
+    compiler.write_text(
+        f'#!/bin/sh\necho >> {compiler}.calls\nfor at; do :; done\necho x > "$at"\n'
+    )
     compiler.chmod(0o755)
     fresh.setenv("CC", str(compiler))
-    compiled = native._compiled()
-    assert native._compiled() == compiled
+    return compiler
+
+
+def count(compiler: Path) -> int:
+    """The number of times that the library was made: it is compiled and linked."""
+    return len(Path(f"{compiler}.calls").read_text().splitlines()) // 2
+
+
+def cached() -> Path:
+    folder = native._cache_folder()
+    assert folder is not None
+    return native._compiled(folder)
+
+
+def test_it_is_compiled_once_for_the_user_alone(compiler: Path, tmp_path: Path) -> None:
+    compiled = cached()
+    assert cached() == compiled
     assert list(tmp_path.glob("qvlm/*")) == [compiled]
-    assert len(calls.read_text().splitlines()) == 2  # it compiles and links
+    assert count(compiler) == 1
+    assert stat.S_IMODE(compiled.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(compiled.stat().st_mode) == 0o600
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def plant(file: Path) -> None:
+    file.write_bytes(b"another library")
+
+
+def link(file: Path) -> None:
+    content = file.with_name("elsewhere")
+    file.rename(content)
+    file.symlink_to(content)
+
+
+def open_to_all(file: Path) -> None:
+    file.chmod(0o666)
+
+
+def open_to_the_group(file: Path) -> None:
+    file.chmod(0o620)
+
+
+def give_away(file: Path) -> None:
+    os.chown(file, 65534, -1)
+
+
+FAULTS = [truncate, empty, plant, link, open_to_all, open_to_the_group]
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *([give_away] if os.geteuid() == 0 else [])])
+def test_what_is_not_intact_is_made_anew_and_not_loaded(
+    fault: Callable[[Path], None], compiler: Path
+) -> None:
+    compiled = cached()
+    content = compiled.read_bytes()
+    fault(compiled)
+    assert cached() == compiled
+    assert count(compiler) == 2
+    assert native._is_intact(compiled) and compiled.read_bytes() == content
+
+
+def test_a_planted_library_of_another_name_is_not_loaded(compiler: Path) -> None:
+    compiled = cached()
+    planted = compiled.with_name(compiled.name.replace(compiled.stem[-32:], "0" * 32))
+    planted.write_bytes(b"planted")  # it comes first in the order of names
+    assert cached() == compiled
+    assert not planted.exists()
+
+
+def test_a_folder_that_others_could_write_is_closed(compiler: Path, tmp_path: Path) -> None:
+    (tmp_path / "qvlm").mkdir()
+    (tmp_path / "qvlm").chmod(0o777)
+    assert stat.S_IMODE(cached().parent.stat().st_mode) == 0o700
+
+
+def link_to_a_folder(folder: Path) -> None:
+    folder.with_name("theirs").mkdir(mode=0o700)
+    folder.symlink_to(folder.with_name("theirs"))
+
+
+def be_a_file(folder: Path) -> None:
+    folder.write_text("")
+
+
+def dangle(folder: Path) -> None:
+    folder.symlink_to("nowhere")
+
+
+def belong_to_another(folder: Path) -> None:
+    folder.mkdir()
+    os.chown(folder, 65534, -1)
+
+
+PLACES = [link_to_a_folder, be_a_file, dangle]
+
+
+@pytest.mark.parametrize("place", [*PLACES, *([belong_to_another] if os.geteuid() == 0 else [])])
+def test_a_folder_that_cannot_be_trusted_is_not_used(
+    place: Callable[[Path], None], compiler: Path, tmp_path: Path
+) -> None:
+    place(tmp_path / "qvlm")
+    assert native._cache_folder() is None
+    assert "file too short" in (native.obstacle() or "")  # the compiler's text is no library
+    assert count(compiler) == 1
+    assert not list(tmp_path.glob("theirs/*"))
+
+
+@pytest.mark.parametrize("home", ["", "relative", "/proc/nowhere"])
+def test_no_home_is_no_traceback(home: str, fresh: pytest.MonkeyPatch, compiler: Path) -> None:
+    fresh.delenv("XDG_CACHE_HOME")
+    fresh.setenv("HOME", home)
+    assert native._cache_folder() is None
+    assert native.obstacle() is not None
+    assert count(compiler) == 1
+
+
+def test_a_library_without_the_products_is_an_obstacle(
+    fresh: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It loads, and has none of the functions."""
+    real = shutil.which("cc") or shutil.which("gcc")
+    if real is None:
+        pytest.skip("needs a C compiler")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\nfor at; do :; done\necho "int x;" | {real} -shared -fPIC -xc - -o "$at"\n'
+    )
+    compiler.chmod(0o755)
+    fresh.setenv("CC", str(compiler))
+    assert native.obstacle() == "the compiled library has no integer_rows"

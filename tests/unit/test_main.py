@@ -1,0 +1,112 @@
+"""`python -m qvlm` is the command line, and makes each page without `make`."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from qvlm import __main__ as routes
+from qvlm import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """What the routes call, instead of calling it."""
+    made: list[tuple[str, list[str]]] = []
+
+    def called(name: str, arguments: list[str]) -> int:
+        made.append((name, list(arguments)))
+        return 3 if "fails" in arguments else 0
+
+    monkeypatch.setattr(cli, "main", lambda arguments: called("run", arguments))
+    monkeypatch.setattr(
+        routes,
+        "import_module",
+        lambda name: SimpleNamespace(main=lambda arguments: called(name, arguments)),
+    )
+    return made
+
+
+def test_a_table_is_swept_and_then_made(calls: list[tuple[str, list[str]]]) -> None:
+    assert routes.main(["table2", "scale=paper", "launcher=joblib"]) == 0
+    assert calls == [
+        ("run", ["-m", "experiment=table2", "scale=paper", "launcher=joblib"]),
+        (
+            "qvlm.tables.table2",
+            [
+                "--runs=results/paper/runs",
+                "--out=results/paper",
+                "--command=python -m qvlm table2 scale=paper launcher=joblib",
+            ],
+        ),
+    ]
+
+
+def test_the_makefile_names_itself(calls: list[tuple[str, list[str]]]) -> None:
+    assert routes.main(["claims", "--command=make claims", "results_dir=mine"]) == 0
+    assert [arguments[1] for name, arguments in calls if name == "run"] == [
+        f"experiment={name}" for name in ("table2", "table1", "table5", "draws")
+    ]
+    assert calls[-1][1] == ["--runs=mine/runs", "--out=mine", "--command=make claims"]
+
+
+def test_a_failed_sweep_makes_no_page(calls: list[tuple[str, list[str]]]) -> None:
+    assert routes.main(["table4", "fails"]) == 3
+    assert len(calls) == 1
+
+
+def test_the_other_routes(calls: list[tuple[str, list[str]]]) -> None:
+    assert routes.main(["fit", "--budget", "6"]) == 0
+    assert routes.main(["table4-scale"]) == 0
+    assert routes.main(["preflight", "scale=paper"]) == 0
+    assert routes.main(["method=rtn"]) == 0
+    assert routes.main([]) == 0
+    assert calls == [
+        ("qvlm.planning.footprint", ["--budget", "6"]),
+        ("qvlm.tables.table4_scale.__main__", []),
+        ("run", ["-m", "experiment=table2", "scale=paper", "preflight=true"]),
+        ("run", ["method=rtn"]),
+        ("run", []),
+    ]
+
+
+def test_an_unknown_option_is_refused_before_the_sweep(
+    calls: list[tuple[str, list[str]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert routes.main(["table1", "--nope"]) == 2
+    assert capfd.readouterr().err.startswith("error: --nope is not an option of table1.")
+    assert routes.main(["table1", "--help"]) == 0
+    assert "python -m qvlm table2" in capfd.readouterr().out
+    assert calls == []
+
+
+def test_the_makefile_calls_every_route() -> None:
+    targets = (ROOT / "Makefile").read_text()
+    for name in (*routes.PAGES, "preflight"):
+        _, found, target = targets.partition(f"\n{name}: install")
+        assert found, name
+        recipe = target.partition("\n\n")[0]
+        assert "$(call route,$@" in recipe or "python -m qvlm $@" in recipe, name
+
+
+def test_every_page_is_a_command() -> None:
+    for module in routes.PAGES.values():
+        assert callable(routes.import_module(module).main)
+
+
+@pytest.mark.parametrize(
+    "words", [["run.py", "--help"], ["-m", "qvlm", "--help"], ["-m", "qvlm", "fit", "--help"]]
+)
+def test_a_reader_that_leaves_is_no_traceback(words: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # as `| head -0` does
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait() in (0, 1)
