@@ -81,7 +81,7 @@ table4-scale: install  ## measures time and memory of the true architectures, ra
 	$(BIN)/python -m qvlm $@ --command='make $@'
 
 gpu: install  ## measures packed models, kernels and methods on a GPU; goes on where it stopped
-	$(BIN)/python -m qvlm.tables.gpu --command 'make $@'
+	$(BIN)/python -m qvlm $@ --command='make $@'
 
 fit: install  ## what each model takes at each bit width, and whether it fits BUDGET (GiB)
 	@$(BIN)/python -m qvlm $@ --budget $(BUDGET)

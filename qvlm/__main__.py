@@ -29,6 +29,7 @@ PAGES = {
     **{name: f"qvlm.tables.{name}" for name in ("table1", "table2", "table5", "claims")},
     "table4": "qvlm.tables.table4.__main__",
     "table4-scale": "qvlm.tables.table4_scale.__main__",
+    "gpu": "qvlm.tables.gpu.__main__",
     "fit": "qvlm.planning.footprint",
 }
 COMMAND = "--command="  # the command that a page names, if it is not the route
