@@ -39,7 +39,7 @@ NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WI
 route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 claims \
+.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
 	figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
@@ -80,6 +80,9 @@ table4: install  ## measures packed models: seconds, memory, accuracy
 table4-scale: install  ## measures time and memory of the true architectures, random weights
 	$(BIN)/python -m qvlm $@ --command='make $@'
 
+gpu: install  ## measures packed models, kernels and methods on a GPU; goes on where it stopped
+	$(BIN)/python -m qvlm.tables.gpu --command 'make $@'
+
 fit: install  ## what each model takes at each bit width, and whether it fits BUDGET (GiB)
 	@$(BIN)/python -m qvlm $@ --budget $(BUDGET)
 
@@ -95,8 +98,8 @@ figure2: install  ## draws what a joint search gains against the dependency of l
 test: install  ## runs the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-fast: install  ## runs the unit tests, which start no process
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit
+test-fast: install  ## runs the unit tests but those marked slow, which take seconds each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit -m "not slow"
 
 test-narrow: install  ## runs the tests that depend on the CPU's instructions as if it had no AVX-512
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m instruction_set

@@ -4,9 +4,9 @@ Start with `layer.py` (one packed linear) and `form.py` (what it stores, in the 
 `formats.py` and `absmax.py`). `kernels/` holds the products that a layer chooses from. `model.py`
 packs a whole model, `verification.py` proves its bits, `checkpoint.py` saves and loads it, and
 `origin.py` says how it was made. `saving.py` says where a checkpoint is written, `partial.py`
-writes one block by block, and `uncalibrated.py` packs without calibration for measurements. Files
-here may import `quantization`, `errors`, `validation`, and the files of `records` that write and
-read.
+writes one block by block, and `uncalibrated.py` packs without calibration for measurements.
+`decoder/` decodes a packed LLaMA on a GPU in CUDA graphs. Files here may import `quantization`,
+`errors`, `validation`, and the files of `records` that write and read.
 """
 
 from qvlm.packing.checkpoint import is_packed, load_packed, save_packed

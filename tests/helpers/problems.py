@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qvlm.data.prompts import IMAGE_TOKEN, LETTERS, Prompting
+from qvlm.data.prompts import IMAGE_TOKEN, Prompting
+from qvlm.data.prompts import OFFICIAL_LETTERS as LETTERS
 from qvlm.models import Llava, LlavaArchitecture, LoadedModel
 
 SUBJECTS = ("natural science", "social science", "language science")

@@ -128,7 +128,7 @@ def test_the_family_covers_the_schema() -> None:
     assert {*FREE, *PATH_OPTIONS, *NAME_OPTIONS} <= set(kinds)
 
 
-@pytest.mark.parametrize("override", bad_values())
+@pytest.mark.parametrize("override", [*bad_values()])
 def test_a_bad_value_is_refused(override: str, capfd: pytest.CaptureFixture[str]) -> None:
     option = override.partition("=")[0]
     said = refused(capfd, ["execution=packed", override])  # without it no kernel is accepted

@@ -36,9 +36,9 @@ SCENES = {
 }
 # Moments of each signal. SIGSTOP is followed by SIGCONT.
 MOMENTS = {
-    "sweep": {signal.SIGTERM: 4, signal.SIGINT: 4, signal.SIGSTOP: 4},
-    "stream": {signal.SIGKILL: 2, signal.SIGTERM: 2, signal.SIGINT: 2, signal.SIGSTOP: 2},
-    "save": {signal.SIGKILL: 2, signal.SIGTERM: 2, signal.SIGINT: 2, signal.SIGSTOP: 2},
+    "sweep": {signal.SIGTERM: 3, signal.SIGINT: 3, signal.SIGSTOP: 3},
+    "stream": {signal.SIGKILL: 3, signal.SIGTERM: 2, signal.SIGINT: 2, signal.SIGSTOP: 2},
+    "save": {signal.SIGKILL: 3, signal.SIGTERM: 2, signal.SIGINT: 2, signal.SIGSTOP: 2},
 }
 Results = Mapping[str, object]
 

@@ -1,10 +1,10 @@
 """Kernels: the products that packed layers compute with, one file each.
 
 Start with `base.py`, which says what a kernel is. To add one, write its file and put the object
-into `KERNELS` here; nothing else lists kernels. `native_library.py` with `native.c`, and
-`triton_kernels.py`, hold the compiled code of two kernels. `float_weight.py` and `rounding.py` hold
-what kernels share, and `bounds.py` derives their error bounds. Kernels import `formats` and
-`absmax` of packing. They are called by the layer and never import it.
+into `KERNELS` here; nothing else lists kernels. `native_library.py` with `native.c`, and the files
+that begin with `triton_`, hold the compiled code of two kernels. `float_weight.py` and
+`rounding.py` hold what kernels share, and `bounds.py` derives their error bounds. Kernels import
+`formats` and `absmax` of packing. They are called by the layer and never import it.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ simulated one. Kernels that sum integers round less often:
   the sum, two factors and the addition, and in float64 the output alone.
 - `native` adds exact sums of runs, or of 16 lanes of runs, as `int_mm` does. Where it dequantizes
   the weight it rounds as the simulation does, or, for an input in bf16, as `bf16`.
-- `triton` sums t v over a tile, or over a unit of codes, exactly: such a sum is at most 2^24, which
-  float32 holds. Each sum is multiplied by s and added, fused or not and in any order, which are at
-  most K roundings of both; then d and the bias are rounded once each.
+- `triton` sums t v over a tile, a unit of codes, or a chunk exactly: such a sum is at most 2^24,
+  which float32 holds. Each sum is multiplied by s and added, fused or not and in any order, which
+  are at most K roundings of both; then d and the bias are rounded once each. NormalFloat rounds as
+  `bf16` where a stock product multiplies, which is for more than a few rows.
 
 What a kernel rounds beyond that, to bf16, is its `extra_error`.
 """

@@ -23,7 +23,8 @@ of one weight group that differ in scale (unless it is folded), groups that begi
 splitting long sums among programs.
 
 Under Triton's interpreter (TRITON_INTERPRET=1) the same code runs on a CPU. It was tested that way,
-and by compiling it for compute capability 8.0 and 9.0. It has not been run or timed on a GPU yet.
+and by compiling it for compute capability 8.0 and 9.0. The faster products of `triton_products.py`,
+which ran on an H100 (results/gpu.md), serve most layers. Those of this file have not run on a GPU.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -148,11 +149,11 @@ def linear(
     return y
 
 
-def _jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-@_jit
+@jit
 def _input_steps(
     x_at,
     scale_at,
@@ -184,7 +185,7 @@ def _input_steps(
     return ((steps + 12582912.0) - 12582912.0).to(tl.int32), zero.to(tl.int32)
 
 
-@_jit
+@jit
 def _weight_codes(
     codes_at,
     row,
@@ -209,7 +210,7 @@ def _weight_codes(
     return code & (2**BITS - 1)
 
 
-@_jit
+@jit
 def _product(
     x_at,
     scale_at,

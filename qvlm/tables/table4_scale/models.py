@@ -43,16 +43,22 @@ def shortened(built: LlavaArchitecture, decoder: int, vision: int) -> LlavaArchi
     return built
 
 
-def place(built: LlavaArchitecture, change: Callable[[str, nn.Module], None], device: str) -> Llava:
-    """Makes a model with random weights in bf16, one block at a time.
+def place(
+    built: LlavaArchitecture,
+    change: Callable[[str, nn.Module], None],
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Llava:
+    """Makes a model with random weights, one block at a time.
 
     Args:
         built: Architecture of the model.
         change: Function that gets the kind of a block and the block, and quantizes it in place.
         device: Device of the weights.
+        dtype: Floating-point type of the weights.
     """
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         model = Llava(shortened(built, 0, 0)).to(device).eval()
     finally:
@@ -61,7 +67,7 @@ def place(built: LlavaArchitecture, change: Callable[[str, nn.Module], None], de
         count = getattr(built, part).num_hidden_layers
         getattr(model.config, part).num_hidden_layers = count
     made: dict[str, nn.Module] = {}
-    for name, (kind, block) in block_layers(meta_model(built, torch.bfloat16), True).items():
+    for name, (kind, block) in block_layers(meta_model(built, dtype), True).items():
         shape = str(block)
         if shape in made:
             block = copy.deepcopy(made[shape])

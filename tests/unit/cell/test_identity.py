@@ -13,6 +13,8 @@ from qvlm.records import provenance
 from tests.helpers.configs import load
 from tests.helpers.origins import make_origin, write_json
 
+pytestmark = pytest.mark.slow
+
 NOWHERE = "results_dir=nowhere"
 
 

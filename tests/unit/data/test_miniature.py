@@ -12,6 +12,8 @@ from qvlm.data.miniature import language, natural, social
 from qvlm.data.miniature.draw import COLORS
 from qvlm.data.miniature.skill import pick_others
 
+pytestmark = pytest.mark.slow
+
 SCHEMA = {
     *("image", "question", "choices", "answer", "hint", "task", "grade", "subject", "topic"),
     *("category", "skill", "lecture", "solution"),

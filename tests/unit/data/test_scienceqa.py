@@ -416,9 +416,9 @@ def test_class_sizes_are_checked_where_the_whole_published_split_is_used(
     config = compose(*options)
     if checked:
         with pytest.raises(UserError, match="has 60 questions"):
-            prepare.load_questions(config)
+            prepare.load_problems(config)
     else:
-        assert len(prepare.load_questions(config)) == 60
+        assert len(prepare.load_problems(config)) == 60
 
 
 def test_contact_sheet_has_a_row_per_skill() -> None:

@@ -29,7 +29,7 @@ from tests.helpers.checkpoints import PROBLEM, change, read, refused
 from tests.helpers.configs import load
 from tests.helpers.standins import PHI_ADDED, PHI_END, QWEN_END, StandIn, byte_ranks, merge, write
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 Tensors = dict[str, Tensor]
 LAYERS, HEADS = 4, 4

@@ -22,7 +22,7 @@ from qvlm.packing.uncalibrated import put_empty_layers
 from qvlm.planning.footprint import configuration
 from tests.helpers.layers import logits, rounded
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from qvlm.planning import footprint, measured
 from qvlm.planning.footprint import FULL, GIB, VARIANTS, LiveBytes, Variant
 from qvlm.quantization import Walk
 
+pytestmark = pytest.mark.slow
+
 MINIATURES = ("mini_llava", "mini_moe_llava")
 
 

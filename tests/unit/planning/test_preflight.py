@@ -27,6 +27,8 @@ from tests.helpers.configs import load
 from tests.helpers.records import PREDICTIONS, RUN
 from tests.helpers.standins import write
 
+pytestmark = pytest.mark.slow
+
 PAPER = ["-m", "experiment=table2", "scale=paper", "preflight=true"]
 
 

@@ -20,7 +20,7 @@ from qvlm.tables.table4_scale.models import OURS, PEER, changer, place, shapes_o
 from qvlm.tables.table4_scale.page import targets
 from qvlm.tables.table4_scale.search import estimate_search
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

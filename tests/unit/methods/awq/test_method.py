@@ -36,7 +36,7 @@ from tests.helpers.toy import (
     toy_llava,
 )
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 FAMILIES = ("llama", "routed", "mixtral", "moe_stablelm")
 DECODER = "model.language_model.layers"

@@ -25,7 +25,7 @@ from qvlm.quantization import (
 from tests.helpers.memory import LiveBytes
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 GRID = (1.0, 0.97)
 SHORT: dict[str, Any] = {"percentiles": GRID, "search_tokens": 1, "mining_tokens": 64}

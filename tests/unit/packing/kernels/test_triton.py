@@ -4,8 +4,6 @@ Triton must be imported with its interpreter switched on, so those checks run in
 """
 
 import importlib.util
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -18,23 +16,16 @@ from qvlm.errors import UserError
 from qvlm.packing.formats import unit
 from qvlm.packing.kernels import triton as wrapper
 from qvlm.packing.layer import PackedLinear
+from tests.helpers.interpreter import HAS_TRITON, helper, interpreted, needs_triton
 from tests.helpers.layers import quantized
 
-pytestmark = pytest.mark.instruction_set
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 
 @needs_triton
-def test_kernels_compute_the_reference_under_the_interpreter() -> None:
-    checks = Path(__file__).parents[3] / "helpers" / "triton_interpreted.py"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(checks)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize("checks", ["triton_interpreted.py", "triton_chunks.py"])
+def test_kernels_compute_the_reference_under_the_interpreter(checks: str) -> None:
+    done = interpreted("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", helper(checks))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
@@ -59,10 +50,6 @@ def test_kernels_compile_for_gpus(
 ) -> None:
     """Checks PTX code, without a GPU: int8 tensor cores, exact division, outputs rounded once."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from qvlm.packing.kernels import triton_kernels
 
     per_unit, unit_bytes = unit(bits)
@@ -78,14 +65,59 @@ def test_kernels_compile_for_gpus(
     kernel = triton_kernels._product
     for block_rows in (rows, 1):
         fixed = constants | {"BLOCK_ROWS": block_rows}
-        signature = {
-            argument: pointers.get(argument, "*fp32" if argument.endswith("_at") else "i32")
-            for argument in kernel.arg_names
-        } | dict.fromkeys(fixed, "constexpr")
-        source = ASTSource(kernel, signature, fixed)
-        code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        code = compiled(kernel, fixed, pointers, capability)
         assert "div.rn.f32" in code and "cvt.rn.bf16" in code
         assert (".s32.s8.s8" in code) == (block_rows > 1)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90][: None if HAS_TRITON else 1])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("inputs", ["static", "token"])
+def test_products_of_chunks_compile_for_gpus(
+    capability: int, bits: int, inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks PTX code, without a GPU: dp4a, tensor cores, and launches that wait for each other."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from qvlm.packing.kernels import triton_inputs, triton_products
+
+    overlap = capability >= 90
+    token = inputs == "token"
+    shared: dict[str, object] = {"CHUNK": 64, "INPUT_BITS": bits, "TOKEN": token, "FOLDS": False}
+    shared["OVERLAP"] = overlap
+    tile = {"CLUSTERS": not token, "BIAS": True, "BITS": bits, "BLOCK_OUT": 32, "EMULATE": False}
+    source = {"ORDERED": not token, "PLANES": 8 // bits, "BLOCK": 4, "SOURCE": 0 if token else 2}
+    source |= {"ADD": not token, "WHOLE": 256}
+    bytes_ = {"codes_at": "*u8", "weight_zero_at": "*u8", "offset_at": "*i32", "y_at": "*bf16"}
+    words = bytes_ | {"codes_at": "*i32", "q_at": "*i32"}
+    inputs_of = {"x_at": "*bf16", "other_at": "*bf16", "weight_at": "*bf16", "added_at": "*bf16"}
+    inputs_of |= {"order_at": "*i32", "q_at": "*i8", "epsilon": "fp32"}
+    few, many = triton_products._few_rows, triton_products._many_rows
+    for kernel, constants, pointers, instruction in (
+        (few, shared | tile | {"BLOCK_CHUNKS": 4}, words, "dp4a"),
+        (many, shared | tile | {"BLOCK_ROWS": 16}, bytes_ | {"q_at": "*i8"}, ".s32.s8.s8"),
+        (triton_inputs._quantize, shared | source, inputs_of, "div.rn.f32"),
+    ):
+        code = compiled(kernel, constants, pointers, capability)
+        assert instruction in code
+        assert ("griddepcontrol" in code) == overlap
+
+
+def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], capability: int) -> str:
+    """Compiles a kernel for a GPU and returns its PTX code.
+
+    Arguments whose type is not given are float32 tensors, or integers.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {
+        argument: types.get(argument, "*fp32" if argument.endswith("_at") else "i32")
+        for argument in kernel.arg_names
+    } | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constants)
+    return str(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"])
 
 
 @needs_triton
@@ -122,7 +154,7 @@ def test_layers_that_triton_cannot_take_say_why(monkeypatch: pytest.MonkeyPatch)
     served, _ = quantized((16, 64), inputs="per_token")
     assert PackedLinear.from_quantized(served, "triton").choose(1) == "triton"
     for refused, reason in (
-        (quantized((16, 64), weight="normal_float"), "not uniform"),
+        (quantized((16, 64), weight="normal_float"), "neither uniform nor NormalFloat"),
         (quantized((16, 66), group_size=3), "inside a byte"),
     ):
         with pytest.raises(UserError, match=reason):
