@@ -190,7 +190,7 @@ def test_a_cell_may_end_once_its_packed_model_is_written(
         (["execution=fast"], "execution=fast .* simulated, exact, packed"),
         (["execution=exact", "save_packed=FULL"], "execution=exact is not for packed"),
         (["execution=exact", "model.packed=nowhere"], "execution=exact is not for packed"),
-        (["execution=packed", "kernel=int4_weight_only", "bits=w6a6"], "takes no layer"),
+        (["execution=packed", "kernel=int4_weight_only", "bits=w6a6"], "serves no layer"),
         (["execution=packed", "kernel=fast"], "kernel=fast .* Choose one of: auto, "),
         (["model.packed=nowhere"], "model.packed: nowhere has no readable qvlm.json"),
         (["save_packed=FULL"], "save_packed=.* is not empty and holds no packed checkpoint"),
