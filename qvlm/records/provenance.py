@@ -23,8 +23,9 @@ from qvlm.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
-# Folders that change no number. What a configuration says is hashed by its values.
-BYSTANDERS = ("config", "planning", "records", "sweep", "tables")
+# Folders that change no number, and the package's own file, which holds its version. What a
+# configuration says is hashed by its values.
+BYSTANDERS = ("__init__.py", "config", "planning", "records", "sweep", "tables")
 
 # Files beside a module that no module loads.
 NOT_DATA = (".md", ".py", ".pyc", ".pyi", ".so")
