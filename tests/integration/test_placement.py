@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from qvlm.cell import checks
 from qvlm.cell import inputs as prepare
 from qvlm.cell.checks import check_options
 from qvlm.errors import UserError
@@ -75,7 +76,8 @@ def test_a_cell_with_hooks_everywhere_is_the_same_cell(
     """The map of a machine whose only card is its main memory."""
     options = [f"method={method}", f"save_packed={tmp_path}/packed"]
     alone = Record.load(run(cell(*options)))
-    monkeypatch.setattr(prepare, "find_device", lambda name: name)
+    for module in (prepare, checks):
+        monkeypatch.setattr(module, "find_device", lambda name: name)
     dispatched = []
 
     def observed(model: Any, places: Any, **options: Any) -> None:
@@ -107,9 +109,9 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["device=map"], "device: 'map' is not here; accepted are auto, cpu"),
-        (["max_memory=[1GiB]"], "max_memory: it limits device=map"),
-        (["device=map", "stream=true", "save_packed=x"], "stream with device=auto"),
+        (["device=map"], "device=map is not on this machine. Choose one of: auto, cpu"),
+        (["max_memory=[1GiB]"], "max_memory is not for one device. Give device=map"),
+        (["device=map", "stream=true", "save_packed=x"], "Stream with device=auto"),
     ],
 )
 def test_a_map_needs_a_card(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Table 4 of toys: every packed checkpoint is traced to its record, timed and weighed."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -31,13 +32,16 @@ def test_the_table(
     run(cell("bits=w4a4", "execution=exact"))
     for bits in ("w8a8", "w4a4"):
         run(cell(f"bits={bits}", f"save_packed={results}/packed/toy-rtn-{bits}"))
-    stray = results / "packed" / "stray"
-    stray.mkdir()
-    (stray / "qvlm.json").write_text('{"hash": "unknown"}')
+    origin = json.loads((results / "packed" / "toy-rtn-w4a4" / "qvlm.json").read_text())
+    for name, content in (("stray", origin | {"hash": "0" * len(origin["hash"])}), ("odd", [5])):
+        (results / "packed" / name).mkdir()
+        (results / "packed" / name / "qvlm.json").write_text(json.dumps(content))
 
     runs = ["--runs", str(results / "runs"), "--out", str(results)]
     assert main([*runs, "--repeats", "2", "--questions", "2"]) == 0
-    assert "stray: its cell is not recorded" in capsys.readouterr().err
+    warnings = capsys.readouterr().err
+    assert "stray: its cell is not recorded" in warnings
+    assert "warning: refused" in warnings and "odd" in warnings
     frame = pd.read_csv(results / "table4.csv")
     assert tuple(frame.columns) == COLUMNS
     assert list(frame["bits"]) == ["FP", "W8A8", "W4A4"]

@@ -103,7 +103,7 @@ def test_what_one_process_cannot_do_is_said_once(options: list[str]) -> None:
     assert launched.returncode != 0
     said = [line for line in launched.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, launched.stderr
-    assert "the image of row 0 does not decode" in said[0]
+    assert "data/test.parquet, row 0, column 'image': it does not decode" in said[0]
     assert "exitcode  : 2" in launched.stderr
     assert find_records("results/runs") == []
 
@@ -125,10 +125,10 @@ def test_alone_everything_is_here() -> None:
 @pytest.mark.parametrize(
     ("device", "cards", "words"),
     [
-        ("auto", 2, "3 processes need a card each, and 2 are here"),
-        ("cuda:1", 3, "'cuda:1' is for one process; accepted with 3 are auto, cuda"),
-        ("map", 3, "'map' is for one process"),
-        ("cuda", 0, "'cuda' is not here; accepted are auto, cpu"),
+        ("auto", 2, "3 processes need a GPU each, and this machine has 2"),
+        ("cuda:1", 3, "device=cuda:1 is not for 3 processes. Choose one of: auto, cuda"),
+        ("map", 3, "device=map is not for 3 processes"),
+        ("cuda", 0, "device=cuda is not on this machine. Choose one of: auto, cpu"),
     ],
 )
 def test_each_process_has_a_card(monkeypatch: Any, device: str, cards: int, words: str) -> None:
@@ -151,4 +151,4 @@ def test_a_launcher_inside_a_launch_is_refused(
     monkeypatch.setattr(workers, "init", lambda: True)
     monkeypatch.setattr(workers, "shutdown", lambda: None)
     assert main(["-m", "method=fp,rtn", "launcher=joblib"]) == 2
-    assert "launcher: its processes would not be those of accelerate" in capfd.readouterr().err
+    assert "launcher is not possible under accelerate launch" in capfd.readouterr().err

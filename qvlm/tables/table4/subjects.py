@@ -71,9 +71,8 @@ def find_subjects(runs: Path, packed: Path, device: str) -> dict[str, list[Subje
     by_hash = {record.run["hash"]: record for record in records}
     found: dict[str, list[Subject]] = {}
     for folder in sorted(path.parent for path in packed.glob(f"*/{ORIGIN}")):
-        record = by_hash.get(read_origin(folder).hash)
-        reason = "its cell is not recorded" if record is None else fault(record, {})
-        if record is None or reason:
+        record, reason = _proven(folder, by_hash)
+        if record is None:
             print(f"warning: refused {folder}: {reason}", file=sys.stderr)
             continue
         found.setdefault(record.model, []).append(Subject(record, str(folder), device))
@@ -97,6 +96,18 @@ def find_subjects(runs: Path, packed: Path, device: str) -> dict[str, list[Subje
         subjects.sort(key=lambda s: (bits_order(s.record.bit_widths), s.record.method))
         subjects.insert(0, Subject(full, full.config["model"]["path"], device))
     return found
+
+
+def _proven(folder: Path, by_hash: Mapping[str, Record]) -> tuple[Record | None, str | None]:
+    """Returns the record of a checkpoint's cell, or None and the reason why there is none."""
+    try:
+        record = by_hash.get(read_origin(folder).hash)
+    except UserError as error:
+        return None, str(error)
+    if record is None:
+        return None, "its cell is not recorded"
+    reason = fault(record, {})
+    return (None, reason) if reason else (record, None)
 
 
 def _cells(records: Sequence[Record], name: str) -> dict[tuple[str, ...], Record]:

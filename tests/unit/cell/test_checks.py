@@ -16,7 +16,7 @@ from tests.helpers.configs import load
         ("+method.step=1", "method.step is not a parameter of RTN. It has no parameters."),
         ("method._target_=no.such.Method", "method._target_=no.such.Method is not importable"),
         ("method._target_=pathlib.Path", "method._target_=pathlib.Path is not a method."),
-        ("model.prompt_format=none", "model: "),
+        ("model.prompt_format=none", "model.prompt_format: "),
         ("quantizer.weight.granularity=rows", "quantizer, weight: "),
         ("results_dir=/proc/nowhere", "/proc/nowhere"),
     ],
