@@ -11,3 +11,8 @@ class UserError(Exception):
 
 class RunError(Exception):
     """Something broke during a run. Names the layer, record or file. Exit code 1."""
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

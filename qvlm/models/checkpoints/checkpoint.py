@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPImageProcessorPil
 
-from qvlm.errors import UserError
+from qvlm.errors import UserError, first_line
 from qvlm.models.checkpoints.tensors import Tensors
 from qvlm.models.checkpoints.tokenizer import TextEncoding
 from qvlm.models.llava import Llava, LlavaArchitecture
@@ -89,8 +89,3 @@ def read_image_processor(folder: Path, owner: str) -> CLIPImageProcessorPil:
         RecursionError,
     ) as error:
         raise UserError(f"{owner}: {file} does not load: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's text, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

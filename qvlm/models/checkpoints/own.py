@@ -12,11 +12,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from qvlm.data.prompts import IMAGE_TOKEN
-from qvlm.errors import UserError
+from qvlm.errors import UserError, first_line
 from qvlm.models.checkpoints.checkpoint import (
     Checkpoint,
     build_model,
-    first_line,
     read_image_processor,
 )
 from qvlm.models.checkpoints.families import OWN_NAMES

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qvlm.errors import UserError
+from qvlm.errors import UserError, first_line
 from qvlm.models.checkpoints.families import Renamings, rename, split
 from qvlm.models.checkpoints.weights import Weights
 from qvlm.models.llava import Llava, LlavaArchitecture
@@ -66,8 +66,8 @@ def find_tensors(
     Raises:
         UserError: If a tensor is missing, unexpected or of another shape.
     """
-    with torch.device("meta"):
-        empty = Llava(architecture)
+    held = sum(len(weights) for weights, _ in sources.values())
+    empty = _empty_model(architecture, held, owner)
     parameters = empty.state_dict()
     if architecture.tie_word_embeddings:
         del parameters["lm_head.weight"]
@@ -97,6 +97,34 @@ def find_tensors(
             "complete copy of the checkpoint."
         )
     return Tensors(found)
+
+
+def _empty_model(architecture: LlavaArchitecture, held: int, owner: str) -> Llava:
+    """Builds a model on the meta device.
+
+    Args:
+        architecture: Configuration of the model.
+        held: Number of tensors that the weights have.
+        owner: Name of the checkpoint in messages.
+
+    Raises:
+        UserError: If no model can be built from the configuration, or it has more layers than the
+            weights have tensors. Building a layer takes time and memory even on the meta device.
+    """
+    try:
+        layers = (
+            architecture.text_config.num_hidden_layers
+            + architecture.vision_config.num_hidden_layers
+        )
+        if layers > held:
+            raise ValueError(f"it names {layers} layers, but the weights have {held} tensors")
+        with torch.device("meta"):
+            return Llava(architecture)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(
+            f"{owner}: config.json does not describe the model of these weights: {first_line(e)}. "
+            "Give the config.json that belongs to them."
+        ) from e
 
 
 def has_tower(weights: Weights, renamings: Renamings) -> bool:

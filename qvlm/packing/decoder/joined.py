@@ -117,11 +117,12 @@ def quantizes_alike(layer: PackedLinear, other: PackedLinear) -> bool:
     That is the case if both weights are uniform with scales of their own for each output, and
     inputs are quantized alike.
     """
-    form, other_form = (
-        replace(each.form, out_features=0, scale_shape=each.form.scale_shape[1:])
-        for each in (layer, other)
-    )
-    if form != other_form or form.weight != "uniform" or layer.form.scale_shape[0] == 1:
+    form, shape = layer.form, other.form.scale_shape
+    if form.weight != "uniform" or form.scale_shape[0] == 1 or shape[:1] == (1,):
+        return False
+    if replace(other.form, out_features=form.out_features, scale_shape=form.scale_shape) != form:
+        return False
+    if shape[1:] != form.scale_shape[1:]:
         return False
     names = _INPUT_BUFFERS & {*layer._buffers}
     return all(torch.equal(getattr(layer, name), getattr(other, name)) for name in names)
