@@ -103,8 +103,10 @@ def scale_runs(layer: PackedLinear) -> list[ScaleRun]:
     """Returns the scale runs of a layer's stored channels, which are found once and then kept."""
     runs: list[ScaleRun] | None = layer.derived.get("scale_runs")
     if runs is None:
-        group_size = layer.form.group_size
-        runs = find_scale_runs(layer.in_features, group_size, layer.channel_scales())
+        # Without numbers, channels of a weight group that share a scale form a run each.
+        meta_groups = layer.codes.is_meta and layer.input_sharing() == "group"
+        scales = None if meta_groups else layer.channel_scales()
+        runs = find_scale_runs(layer.in_features, layer.form.group_size, scales)
         layer.derived["scale_runs"] = runs
     return runs
 
