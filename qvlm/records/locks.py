@@ -32,6 +32,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -272,7 +273,8 @@ def _look(path: Path) -> _Sight | None:
         RunError: If something else is in its place.
     """
     try:
-        if path.exists() and not path.is_file():  # opening a named pipe would wait forever
+        # Asked once, because the lock may go at any moment. Opening a pipe would wait forever.
+        if not stat.S_ISREG(path.stat().st_mode):
             raise RunError(f"lock {path} is not a file; remove it")
         with path.open(errors="replace") as file:  # on NFS only opening asks for the present time
             lines, status = file.read(4096).splitlines(), os.fstat(file.fileno())
