@@ -11,6 +11,8 @@ from hydra.types import RunMode
 from qvlm.config.compose import CONF, from_hydra
 from tests.helpers.configs import composed, load
 
+pytestmark = pytest.mark.slow
+
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
     for folder in CONF.iterdir()

@@ -25,6 +25,8 @@ from qvlm.data.scienceqa import (
 from qvlm.errors import UserError
 from tests.helpers.configs import load as compose
 
+pytestmark = pytest.mark.slow
+
 
 def folder_with(path: Path, problems: list[dict[str, Any]], features: datasets.Features) -> Path:
     path.mkdir(parents=True, exist_ok=True)

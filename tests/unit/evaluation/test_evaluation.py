@@ -26,6 +26,8 @@ from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.models import LoadedModel
 from tests.helpers.problems import make_dataset, make_model, make_problems
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:

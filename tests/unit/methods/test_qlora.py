@@ -18,7 +18,7 @@ from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 from qvlm.quantization.verification import check_bits, expected_layers, measure_bits
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 
 def config(bits: int, language: str = "per_channel_group") -> QuantizationConfig:

@@ -17,6 +17,8 @@ from qvlm.models import LoadedModel, MoeStableLmConfig, load_model
 from qvlm.models.load import MINIATURES
 from qvlm.models.mixture import MixtureOfExperts, within_capacity
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("mini_llava", "mini_moe_llava")
 
 

@@ -33,6 +33,8 @@ from tests.helpers.checkpoints import PLAIN, PROBLEM, STABLELM, change, read, re
 from tests.helpers.configs import load as compose
 from tests.helpers.standins import StandIn, write
 
+pytestmark = pytest.mark.slow
+
 # --- what loads
 
 

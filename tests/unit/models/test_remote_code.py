@@ -23,6 +23,8 @@ from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
 from tests.helpers import standins
 from tests.helpers.origins import make_origin
 
+pytestmark = pytest.mark.slow
+
 CLASSES = (
     *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
     *("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor"),

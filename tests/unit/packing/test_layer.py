@@ -20,7 +20,7 @@ from qvlm.quantization.quantizer import TokenQuantizer
 from qvlm.quantization.spec import ACTIVATION_GRANULARITIES
 from tests.helpers.layers import WEIGHTS, check, in_float64, quantized
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 
 @settings(deadline=None, max_examples=80)

@@ -11,6 +11,8 @@ import pytest
 from qvlm.errors import UserError
 from qvlm.records import provenance
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -32,6 +32,8 @@ from qvlm.records.record import (
 )
 from tests.helpers.records import FILES, PREDICTIONS, RUN, write
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_record_reads_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "mini-rtn-w4a4-abc"

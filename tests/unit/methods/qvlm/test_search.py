@@ -32,7 +32,7 @@ from qvlm.quantization import (
 from qvlm.quantization.ranges import RangeEstimator
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 VISION = "model.vision_tower.encoder.layers.0"
 DECODER = "model.language_model.layers.0"

@@ -30,7 +30,7 @@ from qvlm.quantization import (
 from qvlm.validation import shown
 from tests.helpers.toy import IMAGE_TOKEN, IMAGE_TOKENS, toy_batch, toy_batches, toy_llava
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 TOWER = "model.vision_tower.encoder.layers"
 PROJECTOR = "model.multi_modal_projector"

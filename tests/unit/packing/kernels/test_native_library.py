@@ -23,7 +23,7 @@ from qvlm.packing.kernels import native_library as native
 from qvlm.packing.layer import PackedLinear
 from tests.helpers.layers import quantized
 
-pytestmark = pytest.mark.instruction_set
+pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
 
 def packed_layer(form: Form, codes: Tensor, **numbers: Tensor) -> PackedLinear:
