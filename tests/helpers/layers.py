@@ -31,7 +31,7 @@ def quantized(
     """A quantized linear of [out, in] and what its input was calibrated with, [64, in].
 
     Args:
-        group_size: of weights and of clusters.
+        group_size: Number of weights in a group and of channels in a cluster.
         ordered: groups of weights follow clusters of inputs.
     """
     torch.manual_seed(seed)

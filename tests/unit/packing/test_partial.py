@@ -15,7 +15,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.packing.partial import PartialCheckpoint
 from qvlm.packing.saving import PROGRESS, UNFINISHED
 from tests.helpers.files import small_files
-from tests.unit.packing.test_saving import content
+from tests.helpers.folders import content
 
 NAMES = ["first", "second"]
 

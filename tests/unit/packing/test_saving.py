@@ -14,6 +14,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.packing import saving, write_origin
 from qvlm.packing.saving import PROGRESS, UNFINISHED, require_own, save_folder
 from tests.helpers.files import small_files
+from tests.helpers.folders import content
 from tests.helpers.origins import make_origin, write_json
 
 
@@ -26,10 +27,6 @@ def fill(folder: Path) -> None:
     )
     names = ["config.json", "model.safetensors", "tokenizer.json"]
     write_origin(folder, make_origin(files=names))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 @pytest.mark.parametrize("place", ["new", "below/a/b", "empty", "linked", "below/../new"])
