@@ -17,7 +17,14 @@ from safetensors import SafetensorError
 
 from qvlm.errors import RunError, UserError
 from qvlm.packing.origin import ORIGIN, read_origin
-from qvlm.records.files import PARTIAL, reason, sync, temporary_name, write_file
+from qvlm.records.files import (
+    PARTIAL,
+    reason,
+    sync,
+    temporaries,
+    temporary_name,
+    write_file,
+)
 
 # Marks of an unfinished save: of one from memory, and of a stream, which can be resumed.
 UNFINISHED = "unfinished"
@@ -126,6 +133,8 @@ def save_folder(folder: Path, fill: Callable[[Path], object]) -> None:
 def publish(partial: Path, folder: Path) -> None:
     """Renames a complete folder to its name, and deletes the save that it replaces.
 
+    A save that a process replaced and was killed before it could delete it is deleted as well.
+
     Args:
         partial: Folder with a mark and the files of the checkpoint.
         folder: Resolved path of the checkpoint.
@@ -148,7 +157,9 @@ def publish(partial: Path, folder: Path) -> None:
     sync(folder.parent)
     for mark in (UNFINISHED, PROGRESS):
         (folder / mark).unlink(missing_ok=True)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for leftover in temporaries(folder):
+        if leftover == replaced or (leftover / ORIGIN).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ and leftovers of killed processes can be found.
 """
 
 import errno
+import glob
 import os
 import shutil
 import stat
@@ -112,8 +113,20 @@ def reason(error: OSError) -> str:
 
 
 def temporary_name(path: Path) -> Path:
-    """Returns an unused hidden name beside `path`. It is short, whatever the name of `path`."""
-    return path.with_name(f".{path.name[:64]}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    """Returns an unused hidden name beside `path`. It is short, whatever the name of `path`.
+
+    It holds the end of a long name, where records have their hash.
+    """
+    return path.with_name(f".{path.name[-48:]}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def temporaries(path: Path) -> list[Path]:
+    """Returns what processes that were killed while they wrote `path` have left beside it.
+
+    Only who holds the lock of `path` may remove them: they may be of a process that still writes.
+    """
+    pattern = f".{glob.escape(path.name[-48:])}.{'[0-9a-f]' * 8}{PARTIAL}"
+    return sorted(path.parent.glob(pattern))
 
 
 def sync(path: Path) -> None:

@@ -34,7 +34,7 @@ from pyarrow import ArrowException
 
 from qvlm.bits import BitWidths
 from qvlm.errors import RunError, UserError
-from qvlm.records.files import PARTIAL, explained, write_folder
+from qvlm.records.files import PARTIAL, explained, temporaries, write_folder
 
 ANSWERS = ".answers"
 ABANDONED_SECONDS = 600.0  # writing a record takes well under a second
@@ -250,6 +250,9 @@ def write_record(
 ) -> Record:
     """Writes a record as a whole and replaces one of the same name.
 
+    What a process that was killed while it wrote this record has left is removed: whoever writes a
+    record holds its lock.
+
     Args:
         path: Folder of the record.
         config, run, metrics, predictions, layers: Parts of the record; see `Record`.
@@ -258,6 +261,8 @@ def write_record(
         RunError: If it cannot be written. Then the record that was there before is unchanged.
     """
     remove_leftovers(path.parent)
+    for leftover in temporaries(path):
+        shutil.rmtree(leftover, ignore_errors=True)
 
     def fill(folder: Path) -> None:
         predictions.to_parquet(folder / "predictions.parquet")

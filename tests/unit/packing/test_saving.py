@@ -2,7 +2,10 @@
 
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,8 @@ from qvlm.packing.saving import PROGRESS, UNFINISHED, require_own, save_folder
 from tests.helpers.files import small_files
 from tests.helpers.folders import content
 from tests.helpers.origins import make_origin, write_json
+
+ROOT = Path(__file__).parents[3]
 
 
 def fill(folder: Path) -> None:
@@ -209,6 +214,32 @@ def test_the_save_before_comes_back_if_the_new_one_cannot_take_its_name(
     with pytest.raises(RunError, match="No space left"):
         save_folder(folder, fill)
     assert content(tmp_path) == before
+
+
+def test_a_save_that_was_killed_while_it_replaced_another_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    script = f"""
+import os, signal
+from pathlib import Path
+from qvlm.packing.saving import save_folder
+from tests.unit.packing.test_saving import fill
+folder, rename = Path({str(folder)!r}), Path.rename
+save_folder(folder, fill)
+def once(self, target):
+    if self.name == "packed.partial":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+Path.rename = once
+save_folder(folder, fill)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    other = tmp_path / ".packed.0123abcd.partial"  # not of ours
+    other.mkdir()
+    (before,) = {path.name for path in tmp_path.iterdir()} - {"packed.partial", other.name}
+    assert before.startswith(".packed.")
+    save_folder(folder, fill)
+    assert sorted(os.listdir(tmp_path)) == [other.name, "packed"]
 
 
 def test_other_exceptions_pass_and_leave_nothing(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from qvlm.errors import RunError, UserError
 from qvlm.records import environment
+from qvlm.records.files import temporary_name
 from qvlm.records.record import (
     ABANDONED_SECONDS,
     FORGOTTEN_SECONDS,
@@ -113,10 +114,19 @@ records.write(Path({str(tmp_path)!r}) / "cell")
     assert find_records(tmp_path) == []
 
     remove_leftovers(tmp_path)  # it may be another run that is just writing
+    write(tmp_path / "ell")
+    assert leftover.exists()
+    write(tmp_path / "cell")  # no other run writes this record
+    assert sorted(os.listdir(tmp_path)) == ["cell", "ell"]
+
+
+def test_leftovers_of_other_cells_are_removed_once_they_are_old(tmp_path: Path) -> None:
+    leftover = temporary_name(tmp_path / "other")
+    leftover.mkdir()
+    write(tmp_path / "cell")
     assert leftover.exists()
     old = time.time() - ABANDONED_SECONDS - 1
     os.utime(leftover, (old, old))
-    assert find_records(tmp_path) == []
     write(tmp_path / "cell")
     assert os.listdir(tmp_path) == ["cell"]
 
