@@ -51,6 +51,13 @@ class Kernel(ABC):
         """
         return self.obstacle(layer) is None
 
+    def is_exact(self, layer: PackedLinear, dtype: torch.dtype) -> bool:
+        """Whether the output of a layer that this kernel serves is its exact sum, rounded once.
+
+        Such kernels give the same answers, and `kernel=auto` takes the fastest of them.
+        """
+        return False
+
     @abstractmethod
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         """Multiplies an input with the weight, transposed, and leaves the bias out.

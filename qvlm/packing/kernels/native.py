@@ -44,6 +44,9 @@ class _Native(Kernel):
             return False
         return layer.has_integer_product() or rows <= FLOAT_ROWS
 
+    def is_exact(self, layer: PackedLinear, dtype: torch.dtype) -> bool:
+        return dtype != torch.bfloat16 and layer.has_integer_product()
+
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         layer.use_layout(None)
         if layer.has_integer_product():

@@ -13,6 +13,7 @@
 #endif
 
 enum {
+    STRIPE = 3, /* with 4, the 16 registers do not suffice */
     PANEL = 16,
     FLIP = 0,
 #ifdef DOT

@@ -6,7 +6,8 @@
 #include "native_types.h"
 
 enum {
-    PANEL = 64,     /* outputs of a tile whose sums are kept in registers */
+    STRIPE = 4,     /* input rows that are multiplied with a tile at once */
+    PANEL = 64,     /* outputs of a tile whose sums are kept in registers with those of a stripe */
     HAS_WORDS = 0,  /* whether 8-bit codes are multiplied as 16-bit numbers */
     HAS_PIECES = 0, /* whether sums of `dot` must be settled, see `span` */
     FLIP = 0,       /* 128 if products take 8-bit codes as signed numbers, else 0 */

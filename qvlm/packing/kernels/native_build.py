@@ -57,6 +57,13 @@ def supported() -> list[str]:
     return [name for name in INSTRUCTION_SETS if cpu.supports(name.encode())]
 
 
+@cache
+def version() -> str:
+    """Returns a hash of the C sources."""
+    files = sorted([*FOLDER.glob("*.c"), *FOLDER.glob("*.h")])
+    return _digest(b"".join(file.read_bytes() for file in files))[:16]
+
+
 def left_out() -> list[str]:
     """Returns what `QVLM_WITHOUT` names.
 

@@ -102,7 +102,7 @@ void float_rows(const Weight *w, int64_t m, const float *x, float *y) {
             const float *in = x + row * w->width;
             float *out = y + row * w->rows;
 #define PRODUCT(count) float_row(w, &by, levels, n, in, out, count)
-            SPECIALIZED(least(m - row, ROWS), PRODUCT)
+            SPECIALIZED(least(m - row, ROWS), ROWS, PRODUCT)
 #undef PRODUCT
         }
     }
@@ -172,7 +172,7 @@ int rounded_rows(const Weight *w, int64_t m, const uint16_t *x, float *y) {
         for (int64_t r = n; r < least(n + OUTPUTS, w->rows); r++)
             for (int64_t row = 0; row < m; row += ROWS) {
 #define PRODUCT(count) paired_block(w, levels, r, row, in, y, 1, count)
-                SPECIALIZED(least(m - row, ROWS), PRODUCT)
+                SPECIALIZED(least(m - row, ROWS), ROWS, PRODUCT)
 #undef PRODUCT
             }
     }

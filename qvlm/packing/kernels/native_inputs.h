@@ -47,7 +47,8 @@ static void quantize(const Input *in, int64_t row, int from_middle, int16_t *t) 
         vf steps = nearest(load_input(in, row, k) / s);
         steps = smaller(larger(steps, 0 - z), top - z);
         if (from_middle) steps += z - middle;
-        lane_shorts narrow = __builtin_convertvector(steps, lane_shorts);
+        vi whole = __builtin_convertvector(steps, vi);
+        lane_shorts narrow = __builtin_convertvector(whole, lane_shorts);
         memcpy(t + k, &narrow, count == LANES ? sizeof narrow : count * sizeof(int16_t));
     }
 }

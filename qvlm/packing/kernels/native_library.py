@@ -26,7 +26,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qvlm.errors import RunError, UserError
+from qvlm.errors import RunError
 from qvlm.packing.kernels import native_build
 
 # Rows up to which the weight is read once per ROWS rows (see native.c) and not unpacked into tiles.

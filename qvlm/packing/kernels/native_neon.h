@@ -7,7 +7,8 @@
 #include "native_types.h"
 
 enum {
-    PANEL = 16,
+    STRIPE = 4,     /* input rows that are multiplied with a tile at once */
+    PANEL = 16,     /* outputs of a tile whose sums are kept in registers with those of a stripe */
     HAS_WORDS = 0,
     HAS_PIECES = 0,
 #ifdef __ARM_FEATURE_MATMUL_INT8

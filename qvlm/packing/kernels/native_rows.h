@@ -156,7 +156,7 @@ INLINE void integer_outputs(const Weight *w, const Unpacker *by, int64_t n, cons
     for (int64_t r = n; r < least(n + OUTPUTS, w->rows); r++)
         for (int64_t row = 0; row < s->rows; row += ROWS) {
 #define PRODUCT(count) integer_block(w, by, r, s, row, y, mode, split, fine, 1, count)
-            SPECIALIZED(least(s->rows - row, ROWS), PRODUCT)
+            SPECIALIZED(least(s->rows - row, ROWS), ROWS, PRODUCT)
 #undef PRODUCT
         }
 }

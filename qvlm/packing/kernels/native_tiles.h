@@ -13,43 +13,53 @@ typedef struct {
     int shifted;          /* whether there are offsets */
 } __attribute__((aligned(64))) Tile;
 
+/* Unpacks `width` channels of a weight row from `start` on, as they lie in lanes, and zeros after
+   them up to a whole chunk of channels. */
+INLINE void load_row(uint8_t *codes, const Weight *w, const Unpacker *by, int64_t n, int64_t start,
+                     int64_t width, const int words) {
+    const uint8_t *row = w->codes + n * w->row_bytes;
+    for (int64_t k = 0; k < width; k += CHUNK) {
+        vi q[2] = {unpack(row + (start + k) * w->bits / 8, width - k, by)};
+        if (FLIP && w->bits == 8) q[0] ^= all_ints((int32_t)0x80808080);
+        if (words) unpack_words(q[0], q);
+        memcpy(codes + (words ? 2 * k : k), q, words ? sizeof q : sizeof q[0]);
+    }
+    memset(codes + (words ? 2 * width : width), 0, 16);
+}
+
 /* Unpacks `width` channels from `start` on, which share scale g, of TILE outputs from n on. */
-static void load_tile(Tile *c, const Weight *w, const Unpacker *by, int64_t n, int64_t g,
+INLINE void load_tile(Tile *c, const Weight *w, const Unpacker *by, int64_t n, int64_t g,
                       int64_t start, int64_t width, const int16_t *offset, const int words) {
     int64_t outputs = least(w->rows - n, TILE);
-    uint8_t codes[MAX_RUN + CHUNK];
-    const uint8_t flip = w->bits == 8 ? FLIP : 0;
+    uint8_t codes[4][(MAX_RUN + CHUNK) * (words ? 2 : 1)] __attribute__((aligned(64)));
+    const int32_t flip = w->bits == 8 ? FLIP : 0;
     c->shifted = offset != NULL;
-    for (int64_t r = 0; r < TILE; r++) {
-        c->scale[r] = c->fine_scale[r] = c->zero[r] = c->offset[r] = 0;
-        if (r >= outputs) {
-            for (int64_t k = 0; k < width; k += words ? 2 : 4) c->lanes[k / (words ? 2 : 4)][r] = 0;
-            continue;
-        }
-        float scale = w->scale[(n + r) * w->stride + g], factor = w->factor ? w->factor[g] : 1;
-        c->scale[r] = scale * factor;
-        c->fine_scale[r] = (double)scale * factor;
-        int32_t zero = w->zero[(n + r) * w->stride + g];
-        c->zero[r] = zero - flip;
-        const uint8_t *row = w->codes + (n + r) * w->row_bytes;
-        for (int64_t k = 0; k < width; k += CHUNK) {
-            vi q = unpack(row + (start + k) * w->bits / 8, width - k, by);
-            memcpy(codes + k, &q, sizeof q);
-        }
-        memset(codes + width, 0, 4);
-        if (offset) {
-            int32_t sum = 0;
-            for (int64_t k = 0; k < width; k++) sum += offset[start + k] * (codes[k] - zero);
-            c->offset[r] = sum;
-        }
-        for (int64_t k = 0; k < width; k += words ? 2 : 4)
-            if (words) {
-                c->lanes[k / 2][r] = codes[k] | codes[k + 1] << 16;
-            } else {
-                uint32_t four;
-                memcpy(&four, codes + k, sizeof four);
-                c->lanes[k / 4][r] = (int32_t)(flip ? four ^ 0x80808080u : four);
+    for (int64_t r = 0; r < TILE; r += 4) {
+        for (int64_t i = 0; i < 4; i++) {
+            int64_t scale_at = (n + r + i) * w->stride + g;
+            if (r + i >= outputs) {
+                c->scale[r + i] = c->fine_scale[r + i] = c->zero[r + i] = c->offset[r + i] = 0;
+                memset(codes[i], 0, sizeof codes[i]);
+                continue;
             }
+            float scale = w->scale[scale_at], factor = w->factor ? w->factor[g] : 1;
+            int32_t zero = w->zero[scale_at] - flip, sum = 0;
+            c->scale[r + i] = scale * factor;
+            c->fine_scale[r + i] = (double)scale * factor;
+            c->zero[r + i] = zero;
+            load_row(codes[i], w, by, n + r + i, start, width, words);
+            for (int64_t k = 0; offset && k < width; k++)
+                sum += offset[start + k] * ((FLIP ? (int8_t)codes[i][k] : codes[i][k]) - zero);
+            c->offset[r + i] = sum;
+        }
+        for (int64_t k = 0; k * (words ? 2 : 4) < width; k += 4) {
+            i4 v[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) memcpy(v + i, codes[i] + 4 * k, sizeof v[i]);
+            transpose(v);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) memcpy(c->lanes[k + i] + r, v + i, sizeof v[i]);
+        }
     }
 }
 
@@ -206,8 +216,12 @@ int integer_tiles(const Weight *w, const Input *in, void *y) {
                     memset(tile, 0, rows * TILE * size);
                     for (int64_t i = 0; i < s.count; i++) {
                         const ScaleRun *run = s.runs + i;
-                        load_tile(c, w, &by, n, run->group, run->start, run->width,
-                                  shift.offset, words);
+                        if (words)
+                            load_tile(c, w, &by, n, run->group, run->start, run->width, NULL,
+                                      HAS_WORDS);
+                        else
+                            load_tile(c, w, &by, n, run->group, run->start, run->width,
+                                      shift.offset, 0);
                         for (int64_t row = top; row < top + rows; row += STRIPE) {
                             const int8_t *t = s.steps + run->at * m + row * run->stride;
                             const int32_t *sum = s.sums + i * m + row;
@@ -223,7 +237,7 @@ int integer_tiles(const Weight *w, const Input *in, void *y) {
         STRIPES(0, 1, count); \
     else \
         STRIPES(0, 0, count)
-                            SPECIALIZED(least(top + rows - row, STRIPE), PRODUCT)
+                            SPECIALIZED(least(top + rows - row, STRIPE), STRIPE, PRODUCT)
 #undef PRODUCT
                         }
                     }

@@ -9,13 +9,14 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Calls f with a constant count from 1 to 4, so that its accumulators are kept in registers. */
-#define SPECIALIZED(count, f) \
+/* Calls f with a constant count from 1 to `most`, which is 3 or 4, so that its accumulators are kept
+   in registers. */
+#define SPECIALIZED(count, most, f) \
     switch (count) { \
     case 1: f(1); break; \
     case 2: f(2); break; \
     case 3: f(3); break; \
-    default: f(4); break; \
+    default: f(most); break; \
     }
 
 typedef int32_t vi __attribute__((vector_size(4 * LANES), may_alias));
@@ -38,7 +39,6 @@ enum {
     ROWS = 4,            /* input rows that share a pass over the weight */
     OUTPUTS = 4,         /* weight rows that share a pass over one input row */
     TILE = 64,           /* outputs of a tile, whose weight is unpacked once for many input rows */
-    STRIPE = 4,          /* input rows that are multiplied with a tile at once */
     BAND = 768,          /* input rows whose outputs of a tile are kept together */
 };
 /* Multiplications below which a second thread costs more time than it saves. */
@@ -99,6 +99,24 @@ INLINE vi widen(vi bytes, int i) {
     lane_bytes part;
     memcpy(&part, (const char *)&bytes + i * LANES, sizeof part);
     return __builtin_convertvector(part, vi);
+}
+
+/* Transposes four vectors of four lanes. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef SHUFFLE
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i4){__VA_ARGS__})
+#endif
+INLINE void transpose(i4 v[4]) {
+    i4 a = SHUFFLE(v[0], v[1], 0, 4, 1, 5), b = SHUFFLE(v[0], v[1], 2, 6, 3, 7);
+    i4 c = SHUFFLE(v[2], v[3], 0, 4, 1, 5), d = SHUFFLE(v[2], v[3], 2, 6, 3, 7);
+    v[0] = SHUFFLE(a, c, 0, 1, 4, 5);
+    v[1] = SHUFFLE(a, c, 2, 3, 6, 7);
+    v[2] = SHUFFLE(b, d, 0, 1, 4, 5);
+    v[3] = SHUFFLE(b, d, 2, 3, 6, 7);
 }
 
 /* The nearest bf16 number, halves to even. */
