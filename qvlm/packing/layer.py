@@ -6,7 +6,8 @@ sums are rounded, by at most `kernels.bounds.accumulation_bound`. In a model in 
 `native` and `int_mm` round each output once, as `QuantLinear.compute_in_float64` does.
 
 A kernel is chosen from device, number of rows and bit widths (`choose`), and among those that give
-the same answers by what they take (`kernels.measured`), unless `kernel` forces one. The counter `used` says which kernels ran. See `kernels` for the products.
+the same answers by what they take (`kernels.measured`), unless `kernel` forces one. The counter
+`used` says which kernels ran. See `kernels` for the products.
 
 Left out: gradients, and a floating-point copy of the whole weight.
 """

@@ -1,8 +1,8 @@
 """What `kernel=auto` takes: the fastest of the products that give the same answers, as measured.
 
-`preferred` says from device, rows and bit widths which kernel serves a layer. On a CPU, kernels that
-sum integers exactly give the same answers, so of these the fastest is taken. At a layer's first
-input of some number of rows, each of them is timed on this machine, and so is the product of
+`preferred` says from device, rows and bit widths which kernel serves a layer. On a CPU, kernels
+that sum integers exactly give the same answers, so of these the fastest is taken. At a layer's
+first input of some number of rows, each of them is timed on this machine, and so is the product of
 floating-point numbers of the same size. That one rounds differently and is never taken instead. But
 where it is faster, the user is warned once with the factor, and the record says so.
 
@@ -141,8 +141,8 @@ def _warn(kernel: str, layer: PackedLinear, rows: int, seconds: float, of_float:
         "Packed products are slower than floating point on this machine: "
         f"{layer.layer_name or 'a linear'} takes {1e3 * seconds:.3g} ms instead of "
         f"{1e3 * of_float:.3g} ms for rows={rows}, "
-        f"{seconds / of_float:.1f} times as long, with the kernel {kernel}.{reason} The record lists "
-        "other layers.",
+        f"{seconds / of_float:.1f} times as long, with the kernel {kernel}.{reason} "
+        "The record lists other layers.",
         stacklevel=2,
     )
 
