@@ -75,7 +75,7 @@ class ModelConfig:
         if self.image_fit is not None:
             one_of("model.image_fit", self.image_fit, ("crop", "pad"))
         one_of("model.expert_capacity", self.expert_capacity, ("checkpoint", "unlimited"))
-        one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        one_of("model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16"))
         whole_number("model.weight_group_size", self.weight_group_size)
 
 

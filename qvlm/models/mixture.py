@@ -105,10 +105,13 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mixes the chosen experts' outputs; [..., hidden_size] in and out."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        # As in DeepSpeed the router works in its own precision, float32 whatever the model's.
+        # As in DeepSpeed the router works in its own precision: float32, or wider if the model is.
         logits = self.router(tokens.to(self.router.weight.dtype))
-        gates = logits.float().softmax(dim=-1)  # [tokens, experts]
-        weights, chosen = gates.topk(self.top_k, dim=-1)  # [tokens, top_k]
+        gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+        # Of equal gates, that of the expert with the lower number comes first on any machine.
+        weights, chosen = (
+            ranked[:, : self.top_k] for ranked in gates.sort(-1, descending=True, stable=True)
+        )  # [tokens, top_k]
         served = torch.ones_like(chosen, dtype=torch.bool)
         if self.capacity_factor is not None and not self.training:
             served = within_capacity(

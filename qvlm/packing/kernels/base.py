@@ -51,6 +51,13 @@ class Kernel(ABC):
         """
         return self.obstacle(layer) is None
 
+    def sums_in_float64(self, layer: PackedLinear) -> bool:
+        """Whether outputs for an input in float64 are sums in float64 of unrounded products.
+
+        In a model in float64 only such kernels run, so that all give the same answers.
+        """
+        return False
+
     @abstractmethod
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         """Multiplies an input with the weight, transposed, and leaves the bias out.

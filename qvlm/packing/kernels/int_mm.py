@@ -58,6 +58,9 @@ class _IntMM(Kernel):
             return f"a sum over its {layer.in_features} inputs could overflow int32"
         return None
 
+    def sums_in_float64(self, layer: PackedLinear) -> bool:
+        return True
+
     def is_preferred(self, layer: PackedLinear, rows: int, dtype: torch.dtype) -> bool:
         if self.obstacle(layer) is not None:
             return False

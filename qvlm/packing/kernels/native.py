@@ -39,6 +39,9 @@ class _Native(Kernel):
             return f"its blocks of {form.group_size} weights cross rows"
         return library.obstacle()
 
+    def sums_in_float64(self, layer: PackedLinear) -> bool:
+        return layer.has_integer_product()
+
     def is_preferred(self, layer: PackedLinear, rows: int, dtype: torch.dtype) -> bool:
         if self.obstacle(layer) is not None:
             return False
