@@ -73,8 +73,8 @@ class Quantizer(nn.Module, ABC):
 
         The result is float64 if `x` is, and otherwise float32.
         """
-        values = self.dequantize(self.quantize(x.detach()), wide(x).dtype)
-        return with_gradient_of(x, values)
+        values = self.dequantize(self.quantize(x.detach()))
+        return with_gradient_of(x, values.to(wide(x).dtype))
 
 
 def affine_grid(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor
 def rounded_steps(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """Computes clamp(round(x / scale), lowest, highest): whole steps from zero, in float32.
 
-    `x` is rounded to float32 before the division (see `precision.py`). minimum and maximum in place are several times faster on a CPU than clamp with tensor ends.
+    `x` is rounded to float32 before the division (see `precision.py`). minimum and maximum in place
+    are several times faster on a CPU than clamp with tensor ends.
     """
     steps = (x.float() / scale).round_()
     torch.maximum(steps, lowest, out=steps)
