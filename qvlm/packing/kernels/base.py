@@ -30,9 +30,12 @@ class Kernel(ABC):
 
     Attributes:
         name: Value of the option `kernel` that forces this kernel, and its name in records.
+        can_sum_in_float64: Whether it sums unrounded products in float64 for inputs in float64. In
+            a model in float64 only such kernels run, so that all of them give the same answers.
     """
 
     name: ClassVar[str]
+    can_sum_in_float64: ClassVar[bool] = False
 
     @abstractmethod
     def obstacle(self, layer: PackedLinear) -> str | None:
@@ -52,11 +55,8 @@ class Kernel(ABC):
         return self.obstacle(layer) is None
 
     def sums_in_float64(self, layer: PackedLinear) -> bool:
-        """Whether outputs for an input in float64 are sums in float64 of unrounded products.
-
-        In a model in float64 only such kernels run, so that all give the same answers.
-        """
-        return False
+        """Whether it does so for this layer; see `can_sum_in_float64`."""
+        return self.can_sum_in_float64
 
     @abstractmethod
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class ScaleRun:
 
 class _IntMM(Kernel):
     name = "int_mm"
+    can_sum_in_float64 = True
 
     def obstacle(self, layer: PackedLinear) -> str | None:
         if layer.form.weight != "uniform":
@@ -57,9 +58,6 @@ class _IntMM(Kernel):
         if layer.in_features > MAX_WIDTH:
             return f"a sum over its {layer.in_features} inputs could overflow int32"
         return None
-
-    def sums_in_float64(self, layer: PackedLinear) -> bool:
-        return True
 
     def is_preferred(self, layer: PackedLinear, rows: int, dtype: torch.dtype) -> bool:
         if self.obstacle(layer) is not None:

@@ -28,6 +28,7 @@ FLOAT_ROWS = 32
 
 class _Native(Kernel):
     name = "native"
+    can_sum_in_float64 = True
 
     def obstacle(self, layer: PackedLinear) -> str | None:
         form = layer.form

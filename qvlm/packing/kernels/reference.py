@@ -30,17 +30,15 @@ class Reference(Kernel):
     """
 
     name = "reference"
+    can_sum_in_float64 = True
     dtype: ClassVar[torch.dtype] = torch.float32
 
     def obstacle(self, layer: PackedLinear) -> str | None:
         return None
 
-    def sums_in_float64(self, layer: PackedLinear) -> bool:
-        return self.dtype == torch.float32
-
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         steps, scale, _ = layer.stored_steps(x)
-        in_float64 = x.dtype == torch.float64 and self.sums_in_float64(layer)
+        in_float64 = x.dtype == torch.float64 and self.can_sum_in_float64
         dtype = torch.float64 if in_float64 else self.dtype
         x_hat = (steps.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype)
         parts = pieces(layer.out_features, layer.in_features)
