@@ -247,7 +247,8 @@ class RunConfig:
         seed: Seed of every random number generator.
         execution: "simulated" multiplies dequantized numbers in the model's floating-point type,
             which is float64 for the embedded models. "exact" does so in float64 during the
-            evaluation of any other model, so that only outputs are rounded. "packed" keeps codes and multiplies them with the kernels of `qvlm.packing`.
+            evaluation of any other model, so that only outputs are rounded. "packed" keeps codes
+            and multiplies them with the kernels of `qvlm.packing`.
         kernel: Kernel of packed execution, one of `qvlm.packing.KERNELS`. With "auto" each layer
             chooses its own.
         save_packed: Folder to write the packed model to. Execution is then packed.
