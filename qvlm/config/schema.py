@@ -175,6 +175,10 @@ class EvaluationConfig:
             rule of the official script, which lifts a broken model by 20 to 50 points.
         temperature: Sampling temperature from 0.001 to 1000. 0 decodes greedily.
         limit: Number of questions to evaluate. Null stands for all of them.
+        kl_problems: Number of questions, the first ones, on whose expected answers a quantized
+            model is compared with full precision, token by token. 0 compares none. Null stands for
+            1,024 with an embedded miniature and 128 with any other model, which takes a few percent
+            of the evaluation's time; see `qvlm.cell.inputs.compared_problems`.
     """
 
     batch_size: int = 128
@@ -182,9 +186,12 @@ class EvaluationConfig:
     unparsable: str = "wrong"
     temperature: float = 0.0
     limit: int | None = None
+    kl_problems: int | None = None
 
     def __post_init__(self) -> None:
         whole_number("evaluation.batch_size", self.batch_size)
+        if self.kl_problems is not None:
+            whole_number("evaluation.kl_problems", self.kl_problems, 0)
         coldest, hottest = TEMPERATURES
         if self.temperature != 0 and not coldest <= self.temperature <= hottest:
             raise refused(
