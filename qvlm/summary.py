@@ -129,7 +129,8 @@ def _comparison(records: Sequence[Record], faults: Mapping[str, str]) -> Table:
         faults: Reason why tables refuse a record, by the name of each that they refuse.
     """
     options = _varying(records)
-    table = _table("method", "bits", *options, left=2 + len(options))
+    named = [name.replace(".", ".\n") for name in options]
+    table = _table("method", "bits", *named, left=2 + len(options))
     for column in ("accuracy, %", "against FP, points", "time, s"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("bits proven", justify="right")
