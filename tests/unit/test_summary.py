@@ -140,7 +140,7 @@ def test_options_that_differ_have_columns(tmp_path: Path) -> None:
     text = plain(summary.sweep_summary(records), 110)
     names = ["method.", "bits", "calibration.", "max_depth", "samples", "quantizer.", "_target_"]
     assert [name in text for name in names] == [True] * 5 + [False] * 2
-    assert [row(text, "Q-VLM", "W4A4", depth)[3] for depth in "12"] == ["3", "8"]
+    assert [row(text, "Q-VLM", "W4A4", samples)[3] for samples in "38"] == ["1", "2"]
     assert row(text, "RTN", "W4A4")[2] == "3"  # RTN has no max_depth
 
 
