@@ -96,7 +96,7 @@ def cell_summary(record: Record, described: bool = True) -> RenderableType:
     facts.add_row("unparsable", f"{number(rows['Avg']['unparsable'])} %")
     facts.add_row("bits", _proof(record))
     facts.add_row("seconds", _stages(record))
-    facts.add_row("record", Text(str(record.path)))
+    facts.add_row("record", Text(str(record.path), overflow="fold"))
     return Group(Text(), *lines, table, facts)
 
 
