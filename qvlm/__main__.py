@@ -16,7 +16,6 @@ from pathlib import Path
 from qvlm import cli
 from qvlm.command import program
 from qvlm.routes import ROUTES, Route
-from qvlm.validation import expanded_path
 
 COMMAND = "--command="  # the command that a page names, if it is not the route
 
@@ -78,15 +77,10 @@ def _page(route: Route) -> Callable[[Sequence[str]], int]:
 
 def _results_folder(overrides: Sequence[str]) -> Path:
     """The folder that the sweeps of these overrides write to."""
-    from hydra import compose, initialize_config_dir
-
-    from qvlm.config.compose import CONF, register
+    from qvlm.config.compose import compose
 
     place = [word for word in overrides if word.partition("=")[0] in ("scale", "results_dir")]
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", place, return_hydra_config=False)
-    return Path(expanded_path("results_dir", config.results_dir))
+    return Path(compose(place).results_dir)
 
 
 if __name__ == "__main__":
