@@ -33,7 +33,7 @@ from qvlm.cell.pipeline import PROOF_PROBLEMS
 from qvlm.cell.walk import ProgressWalk
 from qvlm.config.compose import CONF, compose
 from qvlm.config.schema import RunConfig
-from qvlm.data.validation import COLUMNS, validated
+from qvlm.data.sources import table_split
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation import Evaluation
 from qvlm.evaluation import evaluate as evaluate_model
@@ -173,9 +173,7 @@ def quantize(
     """
     if not model.bits.is_full_precision:
         raise UserError(f"{model.loaded.name} is quantized already. Load it again.")
-    config = resolve(
-        compose([*model.overrides, f"method={method}", f"bits={bits}", *overrides])
-    )
+    config = resolve(compose([*model.overrides, f"method={method}", f"bits={bits}", *overrides]))
     if config.full_precision:
         return MethodReport()
     if config.model != model.config.model:
@@ -244,7 +242,8 @@ def evaluate(
         limited = replace(options, limit=options.limit if limit is None else limit)
         problems = inputs.load_problems(replace(model.config, evaluation=limited))
     else:
-        problems = _checked(data if limit is None else data.take(limit))
+        rows = table_split(data, "data", "data", lambda row: f"data, row {row}", None)
+        problems = rows.take(range(len(data) if limit is None else limit))
     return evaluate_model(
         model.loaded,
         problems,
@@ -277,21 +276,6 @@ def save(model: Model, folder: str | Path) -> None:
     cell = Cell.of(config)
     origin = describe_origin(cell, model.loaded, model.method, model.expected, model.quantized)
     save_packed_model(model.loaded, Path(folder), origin)
-
-
-def _checked(data: datasets.Dataset) -> datasets.Dataset:
-    """Checks and completes rows of a data set that the caller made."""
-    if missing := sorted(set(COLUMNS) - set(data.column_names)):
-        raise UserError(
-            f"data: column {missing[0]!r} is missing. A problem has the columns "
-            f"{', '.join(COLUMNS)}."
-        )
-    undecoded = data.select_columns(list(COLUMNS)).cast_column("image", datasets.Image(decode=False))
-    rows = [
-        {**row, "question_id": f"data-{index}", "official_id": None}
-        for index, row in enumerate(undecoded)
-    ]
-    return validated(rows, lambda position: f"data, row {position}", None)
 
 
 def _quoted(path: str | Path) -> str:

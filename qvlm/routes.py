@@ -18,15 +18,24 @@ class Route:
         module: Module whose `main(arguments)` returns the exit code. Not for `overrides`.
         experiments: Names of the experiments whose cells the page needs. They run first.
         overrides: Words of the command line that the command stands for, instead of a module.
+        closing: Text that is printed after such a run.
     """
 
     does: str
     module: str = ""
     experiments: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
+    closing: str = ""
 
 
 ROUTES = {
+    "demo": Route(
+        "a first look, in less than a minute; the same as no words at all",
+        overrides=("-m", "experiment=demo"),
+        closing="\nThis was a demonstration: a model of two million weights, 1,000 generated "
+        "questions, and methods\nthat search nothing. `table2` measures all methods on 4,000 "
+        "questions, and --help shows the rest.",
+    ),
     "table1": Route("makes Table 1: the parts of Q-VLM", "qvlm.tables.table1", ("table1",)),
     "table2": Route("makes Table 2: models, methods, bits", "qvlm.tables.table2", ("table2",)),
     "table4": Route(

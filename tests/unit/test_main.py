@@ -75,7 +75,7 @@ def test_the_other_routes(calls: list[tuple[str, list[str]]]) -> None:
         ("qvlm.tables.table4_scale.__main__", []),
         ("run", ["-m", "experiment=table2", "preflight=true", "scale=paper"]),
         ("run", ["method=rtn"]),
-        ("run", []),
+        ("run", ["-m", "experiment=demo"]),
     ]
 
 
