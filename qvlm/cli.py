@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from qvlm.command import INTERRUPTED, discard_output, is_expected, sentence
+from qvlm.command import INTERRUPTED, discard_output, is_expected, program, sentence
 from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.explain import explained
 from qvlm.config.schema import PATHS, RunConfig
@@ -206,7 +206,7 @@ def _run_one(config: RunConfig, wait: bool) -> Path:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message}; see python run.py --help")
+    raise UserError(f"{message}; see {program()} --help")
 
 
 @contextmanager

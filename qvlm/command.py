@@ -15,6 +15,14 @@ from qvlm.validation import expanded_path
 INTERRUPTED = 130
 
 
+def program() -> str:
+    """Returns how this process was started, for messages: "qvlm", "python -m qvlm" or a script."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return f"python -m {started.parent.name}"
+    return started.name if started.suffix != ".py" else f"python {started.name}"
+
+
 def run_command(
     parser: ArgumentParser, work: Callable[[Namespace], None], arguments: Sequence[str] | None
 ) -> int:

@@ -9,15 +9,19 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from qvlm.command import program
 from qvlm.config.schema import PATHS, RunConfig
 from qvlm.errors import UserError
+from qvlm.routes import listing
 from qvlm.validation import expanded_path, seed
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def register() -> None:
-    """Makes the schema known to Hydra, and the sweeper and launcher of `hydra_plugins`."""
+    """Makes the schema known to Hydra, the plugins of `hydra_plugins`, and what help texts name."""
+    OmegaConf.register_new_resolver("qvlm.program", program, replace=True)
+    OmegaConf.register_new_resolver("qvlm.commands", listing, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=_schema())
     sweeper = {

@@ -15,7 +15,8 @@ BELOW: dict[str, set[str]] = {
     "validation": {"errors"},
     "bits": {"errors", "validation"},
     "command": {"errors", "validation"},
-    "config": {"bits", "errors", "validation"},
+    "routes": {"command"},
+    "config": {"bits", "command", "errors", "routes", "validation"},
     "data": {"errors", "validation"},
     "quantization": {"bits", "errors", "validation"},
     "records": {"bits", "config", "data", "errors", "validation"},
@@ -25,7 +26,7 @@ BELOW: dict[str, set[str]] = {
     "methods": {"errors", "quantization", "validation"},
     "evaluation": {"config", "data", "errors", "models", "records", "runtime", "validation"},
 }
-BELOW["cell"] = {*BELOW} - {"command", "markdown"}
+BELOW["cell"] = {*BELOW} - {"command", "markdown", "routes"}
 BELOW["planning"] = {*BELOW}
 BELOW["tables"] = {*BELOW}
 BELOW["sweep"] = {"bits", "cell", "config", "errors", "planning", "records", "validation"}
