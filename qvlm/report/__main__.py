@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qvlm.command import folder, run_command
+from qvlm.command import folder, program, run_command
 from qvlm.errors import UserError
 from qvlm.records.files import explained, write_file
 from qvlm.records.record import find_records
@@ -46,7 +46,7 @@ def write(results: Path, made_with: str, private: bool = False) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m qvlm report", description="Writes a page that shows what the records say."
+        prog=f"{program()} report", description="Writes a page that shows what the records say."
     )
     parser.add_argument(
         "--results",

@@ -56,7 +56,7 @@ def _blocks(details: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def short_name(layer: str) -> str:
-    """Returns a name of a layer that fits an axis: "V2" of the tower, "L5", "P" for the projector."""
+    """Returns a name that fits an axis: "V2" in the vision tower, "L5", "P" for the projector."""
     number = next((word for word in layer.split(".") if word.isdecimal()), "")
     if number:
         return ("V" if "vision" in layer else "L") + number

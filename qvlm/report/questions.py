@@ -30,8 +30,8 @@ SMALL_BYTES = 8192  # a PNG of up to this size is embedded as it is
 
 RULE = (
     "Of each skill the first questions of the split, as many of each as make {least} together. "
-    "Then for each method and bit width the first {per_method} questions that full precision answers "
-    "correctly and the method does not. No question is chosen by hand."
+    "Then for each method and bit width the first {per_method} questions that full precision "
+    "answers correctly and the method does not. No question is chosen by hand."
 )
 
 
@@ -126,8 +126,14 @@ def asked(content: Content, private: bool = False) -> list[Asked]:
             continue
         problems = load_scienceqa(source, split, limit, seed)
         by_id = {str(problem): row for row, problem in enumerate(problems["question_id"])}
+        answers = {n: _answers(r, n) for r in records for n in [content.numbers[r.name]]}
+        classes = _classes(records[0].predictions)
         questions = [
-            _question(problems[by_id[name]], name, records, content)
+            _question(
+                problems[by_id[name]],
+                classes[name],
+                {number: own[name] for number, own in answers.items() if name in own},
+            )
             for name in choose(records)
             if name in by_id
         ]
@@ -189,24 +195,37 @@ def _right(record: Record) -> set[str]:
     return set(map(str, frame["question_id"][frame["correct"].astype(bool)]))
 
 
+def _answers(record: Record, number: int) -> dict[str, Answer]:
+    """Returns the answers of a record by the name of the question."""
+    columns = (
+        record.predictions[name] for name in ("question_id", "prediction", "correct", "text")
+    )
+    return {
+        str(name): Answer(
+            number,
+            "-" if pd.isna(choice) else LETTERS[int(choice)],
+            bool(correct),
+            str(text).strip(),
+        )
+        for name, choice, correct, text in zip(*columns, strict=True)
+    }
+
+
+def _classes(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """Returns the classes that each question belongs to, by the name of the question."""
+    members = {name: of(frame).tolist() for name, of in CLASSES.items() if name != "Avg"}
+    return {
+        str(question): [name for name, member in members.items() if member[row]]
+        for row, question in enumerate(frame["question_id"])
+    }
+
+
 def _question(
-    problem: Mapping[str, Any], name: str, records: Sequence[Record], content: Content
+    problem: Mapping[str, Any], classes: Sequence[str], answers: Mapping[int, Answer]
 ) -> Question:
     image, size = _embedded(problem["image"])
-    answers: dict[int, Answer] = {}
-    row = pd.DataFrame()
-    for record in records:
-        frame = record.predictions
-        row = frame[frame["question_id"].astype(str) == name]
-        if len(row) != 1:
-            continue
-        said = row.iloc[0]
-        letter = "-" if pd.isna(said["prediction"]) else LETTERS[int(said["prediction"])]
-        number = content.numbers[record.name]
-        answers[number] = Answer(number, letter, bool(said["correct"]), str(said["text"]).strip())
-    classes = [c for c, of in CLASSES.items() if c != "Avg" and len(row) and bool(of(row).iloc[0])]
     return Question(
-        name,
+        str(problem["question_id"]),
         classes,
         problem["skill"],
         problem["hint"].strip(),

@@ -29,8 +29,9 @@ BELOW: dict[str, set[str]] = {
 BELOW["cell"] = {*BELOW} - {"command", "markdown", "routes"}
 BELOW["planning"] = {*BELOW}
 BELOW["tables"] = {*BELOW}
+BELOW["report"] = {*BELOW}
 BELOW["sweep"] = {"bits", "cell", "config", "errors", "planning", "records", "validation"}
-BELOW["cli"] = {*BELOW} - {"tables"}
+BELOW["cli"] = {*BELOW} - {"report", "tables"}
 
 
 def imported(file: Path) -> Iterator[str]:
