@@ -40,9 +40,7 @@ for (const table of all("table.sortable")) {
 // The card: shown while a number is pointed at or has the focus; a press keeps it.
 const card = document.getElementById("card");
 let kept = null;
-let shownFor = null;
 function show(source, keep) {
-  shownFor = source;
   const parts = [];
   if (source.dataset.about) {
     const line = document.createElement("p");
@@ -69,10 +67,10 @@ function show(source, keep) {
   if (keep) card.focus();
 }
 function hide(back) {
-  card.hidden = true;
   const source = kept;
-  kept = shownFor = null;
-  if (back && source) source.focus();
+  if (back && source) source.focus(); // while it is kept, so that the focus does not show it again
+  card.hidden = true;
+  kept = null;
 }
 const sourceOf = (event) => (event.target.closest ? event.target.closest("[data-run]") : null);
 document.addEventListener("pointerover", (event) => {
