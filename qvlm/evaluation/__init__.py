@@ -6,6 +6,7 @@ names, `answers.py` keeps answers on disk so that an interrupted evaluation can 
 `metrics.py` has accuracies, intervals and paired tests. Nothing here knows of quantization.
 """
 
+from qvlm.evaluation.adapter import Watch
 from qvlm.evaluation.evaluator import Evaluation, evaluate
 from qvlm.evaluation.metrics import (
     CLASSES,
@@ -24,6 +25,7 @@ __all__ = [
     "Evaluation",
     "McNemar",
     "PairedDifference",
+    "Watch",
     "class_metrics",
     "evaluate",
     "holm",
