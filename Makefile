@@ -42,7 +42,7 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
-	figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+	report figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -99,6 +99,9 @@ claims: install  ## which claims of the paper hold, over questions and over cali
 
 verify-portable: install  ## computes whole cells under other instruction sets and threads, and compares (hours)
 	$(BIN)/python -m qvlm $@
+
+report: install  ## makes results/report/index.html of all records, to open in a browser
+	$(BIN)/python -m qvlm $@ --command='make $@'$(if $(OPTION), --results=results/$(SCALE))
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

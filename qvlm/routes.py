@@ -52,6 +52,7 @@ ROUTES = {
         "qvlm.tables.claims",
         ("table2", "table1", "table5", "draws"),
     ),
+    "report": Route("makes a page of all records, to look at in a browser", "qvlm.report.__main__"),
     "gpu": Route("measures packed models on a GPU", "qvlm.tables.gpu.__main__"),
     "fit": Route("says which models fit a memory budget", "qvlm.planning.footprint"),
     "verify-portable": Route(

@@ -26,7 +26,7 @@ from torch import nn
 
 from qvlm.config.schema import UNPARSABLE
 from qvlm.errors import RunError, UserError
-from qvlm.evaluation.adapter import InMemoryModel
+from qvlm.evaluation.adapter import InMemoryModel, Watch
 from qvlm.evaluation.answers import KeptAnswers
 from qvlm.evaluation.divergence import Divergence
 from qvlm.evaluation.metrics import class_metrics
@@ -87,6 +87,7 @@ def evaluate(
     temperature: float = 0.0,
     answers: Path | None = None,
     observe: Callable[[nn.Module], Any] | None = None,
+    watch: Watch | None = None,
 ) -> Evaluation:
     """Asks every question, on all ranks, and scores the answers.
 
@@ -106,6 +107,7 @@ def evaluate(
         answers: Folder that keeps the answers while the evaluation runs. Answers that it already
             holds, of the same model and options, are reused.
         observe: Function that is called with each rank's model after the last question.
+        watch: Function that is called after each batch of rank 0; see `Watch`.
 
     Raises:
         UserError: If an option is outside its range, there are no questions, or an image does not
@@ -130,7 +132,7 @@ def evaluate(
         tasks["tasks"][_TASK].set_config(
             "generation_kwargs", {"max_gen_toks": max_new_tokens, **sampling}, update=True
         )
-        model = InMemoryModel(loaded, batch_size, seed, kept, progress, observe)
+        model = InMemoryModel(loaded, batch_size, seed, kept, progress, observe, watch)
         results = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)
     predictions = pd.DataFrame(results["results"][_TASK]["predictions,none"])
     predictions["prediction"] = predictions["prediction"].astype("Int64")

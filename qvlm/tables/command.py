@@ -59,7 +59,7 @@ def run(table: Table, arguments: Sequence[str] | None = None) -> int:
             newest = max(selection.shown, key=lambda record: record.run["finished"]).config
             tracking = TrackingConfig(**newest["tracking"])
             mode = options.tracking or tracking.mode
-            log_table(csv, page, replace(tracking, mode=mode), newest["group"])
+            log_table(csv, page, replace(tracking, mode=mode), newest["group"], selection.shown)
 
     return run_command(parser, work, arguments)
 
