@@ -18,6 +18,7 @@ TORCH_INDEX ?=
 SCALE ?= miniature
 LAUNCHER ?= here
 BUDGET ?= 6
+RERUN ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -40,7 +41,7 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
-	figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+	verify figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -91,6 +92,9 @@ preflight: install  ## says what Table 2 would read, need and take; try SCALE=pa
 
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
 	$(call route,$@,$(WHERE))
+
+verify: install  ## recomputes every committed page from its answers; RERUN=2 runs two cells anew
+	$(BIN)/python -m qvlm $@ --rerun $(RERUN)
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

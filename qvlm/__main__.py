@@ -4,6 +4,7 @@
     python -m qvlm table2 scale=paper launcher=slurm  runs what is missing, then makes the page
     python -m qvlm preflight scale=paper              what Table 2 would read, need and take
     python -m qvlm fit --budget 6                     which models fit 6 GiB
+    python -m qvlm verify                             recomputes the committed pages
 
 The Makefile calls the same routes, so that a system without `make` needs none.
 """
@@ -31,6 +32,7 @@ PAGES = {
     "table4-scale": "qvlm.tables.table4_scale.__main__",
     "gpu": "qvlm.tables.gpu.__main__",
     "fit": "qvlm.planning.footprint",
+    "verify": "qvlm.tables.verify",
 }
 COMMAND = "--command="  # the command that a page names, if it is not the route
 
