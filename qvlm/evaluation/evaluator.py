@@ -44,8 +44,9 @@ class Evaluation:
         metrics: `classes` (see `class_metrics`), `unparsable_rule`, and `cut`, the share of answers
             in percent that reached the limit of new tokens.
         predictions: One row per question in the data set's order, with the columns `question_id`,
-            `subject`, `grade`, `skill`, `has_image`, `has_text`, `n_choices`, `answer`,
-            `prediction` (missing if unparsable), `correct`, `text`, `cut`.
+            `official_id` (missing where the source has none), `subject`, `grade`, `skill`,
+            `has_image`, `has_text`, `n_choices`, `answer`, `prediction` (missing if unparsable),
+            `correct`, `text`, `cut`.
         resumed: Number of answers that an earlier evaluation had kept.
         shares: Number of questions that each rank answered.
         observed: Return value of `observe` on each rank.
