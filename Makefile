@@ -41,7 +41,7 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
-	verify figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+	verify audit figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -95,6 +95,9 @@ claims: install  ## which claims of the paper hold, over questions and over cali
 
 verify: install  ## recomputes every committed page from its answers; RERUN=2 runs two cells anew
 	$(BIN)/python -m qvlm $@ --rerun $(RERUN)
+
+audit: install  ## checks the paper's printed numbers against each other and published answers
+	$(BIN)/python -m qvlm $@ --command='make $@'
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

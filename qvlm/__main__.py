@@ -5,6 +5,8 @@
     python -m qvlm preflight scale=paper              what Table 2 would read, need and take
     python -m qvlm fit --budget 6                     which models fit 6 GiB
     python -m qvlm verify                             recomputes the committed pages
+    python -m qvlm diff RUN RUN                       why two runs differ
+    python -m qvlm gate RUN                           compares a run with published answers
 
 The Makefile calls the same routes, so that a system without `make` needs none.
 """
@@ -33,6 +35,9 @@ PAGES = {
     "gpu": "qvlm.tables.gpu.__main__",
     "fit": "qvlm.planning.footprint",
     "verify": "qvlm.tables.verify",
+    "audit": "qvlm.tables.audit",
+    "gate": "qvlm.tables.gate",
+    "diff": "qvlm.tables.diff",
 }
 COMMAND = "--command="  # the command that a page names, if it is not the route
 
