@@ -19,6 +19,7 @@ TORCH_INDEX ?=
 SCALE ?= miniature
 LAUNCHER ?= auto
 BUDGET ?= 6
+RERUN ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -42,7 +43,7 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
-	report figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+	report verify audit figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -102,6 +103,12 @@ verify-portable: install  ## computes whole cells under other instruction sets a
 
 report: install  ## makes results/report/index.html of all records, to open in a browser
 	$(BIN)/python -m qvlm $@ --command='make $@'$(if $(OPTION), --results=results/$(SCALE))
+
+verify: install  ## recomputes every committed page from its answers; RERUN=2 runs two cells anew
+	$(BIN)/python -m qvlm $@ --rerun $(RERUN)
+
+audit: install  ## checks the paper's printed numbers against each other and published answers
+	$(BIN)/python -m qvlm $@ --command='make $@'
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

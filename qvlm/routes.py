@@ -55,6 +55,10 @@ ROUTES = {
     "report": Route("makes a page of all records, to look at in a browser", "qvlm.report.__main__"),
     "gpu": Route("measures packed models on a GPU", "qvlm.tables.gpu.__main__"),
     "fit": Route("says which models fit a memory budget", "qvlm.planning.footprint"),
+    "verify": Route("recomputes the committed pages", "qvlm.tables.verify"),
+    "audit": Route("checks the paper's numbers against each other", "qvlm.tables.audit"),
+    "diff": Route("says why two runs differ", "qvlm.tables.diff"),
+    "gate": Route("compares a run with the checkpoint's published answers", "qvlm.tables.gate"),
     "verify-portable": Route(
         "computes cells as other machines would and compares them", "qvlm.tables.portable.__main__"
     ),

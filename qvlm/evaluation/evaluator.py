@@ -46,10 +46,11 @@ class Evaluation:
             in percent that reached the limit of new tokens. With a divergence also `kl`, its
             `summary`.
         predictions: One row per question in the data set's order, with the columns `question_id`,
-            `subject`, `grade`, `skill`, `has_image`, `has_text`, `n_choices`, `answer`,
-            `prediction` (missing if unparsable), `correct`, `text`, `cut`. With a divergence also
-            `kl`, nats over all tokens of the expected answer, and `answer_tokens`, their number;
-            both are missing for a question that it was not measured on.
+            `official_id` (missing where the source has none), `subject`, `grade`, `skill`,
+            `has_image`, `has_text`, `n_choices`, `answer`, `prediction` (missing if unparsable),
+            `correct`, `text`, `cut`. With a divergence also `kl`, nats over all tokens of the
+            expected answer, and `answer_tokens`, their number; both are missing for a question that
+            it was not measured on.
         resumed: Number of answers that an earlier evaluation had kept.
         shares: Number of questions that each rank answered.
         observed: Return value of `observe` on each rank.
