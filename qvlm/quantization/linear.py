@@ -11,6 +11,9 @@ of it. It is therefore folded into the weight before the weight is quantized:
 The layer quantizes W' and multiplies it with q - z. So the simulation computes exactly what
 integers compute: q W' minus the constant z W', which an integer layer stores as a bias.
 
+A layer may transform its input by a Hadamard matrix H before it quantizes it (`hadamard`). Its
+weight has then absorbed the inverse: W x = (W H^T)(H x), and W H^T takes the place of W above.
+
 float32 rounds every value and every partial sum, and one such rounding can move an input of the
 next layer to the neighboring code. After `compute_in_float64` a layer accumulates in float64 and
 rounds its output once, which is what a product that sums integers exactly must yield too.
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvlm.errors import RunError
+from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 
 
@@ -41,6 +45,7 @@ class QuantLinear(nn.Module):
         exact: Whether the weight is float64 and the product is computed in float64.
         float_weight: Float weight [out, in] before quantization, or None.
         layer_name: Full name in the model, for errors and records.
+        hadamard: Whether the input is transformed before it is quantized (see the module).
     """
 
     weight: Tensor | None
@@ -53,6 +58,7 @@ class QuantLinear(nn.Module):
         weight_quantizer: Quantizer,
         input_quantizer: Quantizer,
         layer_name: str = "",
+        hadamard: bool = False,
     ) -> None:
         """Takes a weight [out, in] that `weight_quantizer` has quantized and dequantized."""
         super().__init__()
@@ -60,6 +66,7 @@ class QuantLinear(nn.Module):
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.layer_name = layer_name
+        self.hadamard = hadamard
         self.float_weight: nn.Parameter | None = None
         self.exact = False
         self.register_buffer("weight", weight.detach().float())
@@ -73,19 +80,26 @@ class QuantLinear(nn.Module):
         input_quantizer: Quantizer,
         keep_float: bool = False,
         layer_name: str = "",
+        hadamard: bool = False,
     ) -> "QuantLinear":
         """Quantizes a linear.
 
         Args:
             linear: Float linear, which is not changed.
-            weight_quantizer: Quantizer of `folded_weight(linear.weight, input_quantizer)`.
+            weight_quantizer: Quantizer of `folded_weight(linear.weight, input_quantizer, hadamard)`.
             input_quantizer: Quantizer of the layer's input.
             keep_float: Whether the float weight and the bias stay trainable.
             layer_name: Full name in the model.
+            hadamard: Whether the input is transformed before it is quantized.
         """
-        weight = folded_weight(linear.weight, input_quantizer)
+        weight = folded_weight(linear.weight, input_quantizer, hadamard)
         layer = cls(
-            weight_quantizer(weight), linear.bias, weight_quantizer, input_quantizer, layer_name
+            weight_quantizer(weight),
+            linear.bias,
+            weight_quantizer,
+            input_quantizer,
+            layer_name,
+            hadamard,
         )
         if keep_float:
             layer.float_weight = nn.Parameter(weight.clone())
@@ -102,7 +116,8 @@ class QuantLinear(nn.Module):
         """
         if not all_finite(x):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
-        return F.linear(self._quantized_input(x), self.quantized_weight(), self.bias).to(x.dtype)
+        quantized = self._quantized_input(hadamard_transform(x) if self.hadamard else x)
+        return F.linear(quantized, self.quantized_weight(), self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The dequantized weight [out, in]; differentiable while the float weight is kept."""
@@ -168,9 +183,16 @@ def compute_in_float64(model: nn.Module) -> None:
             part.compute_in_float64()
 
 
-def folded_weight(weight: Tensor, input_quantizer: Quantizer) -> Tensor:
-    """The float weight [out, in] to quantize: W, or W diag(s) if the input quantizer folds."""
-    weight = weight.detach().float()
+def folded_weight(weight: Tensor, input_quantizer: Quantizer, hadamard: bool = False) -> Tensor:
+    """The float weight [out, in] to quantize: W, or W diag(s) if the input quantizer folds.
+
+    Args:
+        weight: Weight W [out, in].
+        input_quantizer: Quantizer of the layer's input.
+        hadamard: Whether the layer transforms its input, so that W H^T takes the place of W.
+    """
+    weight = weight.detach()
+    weight = (hadamard_transform(weight.double()) if hadamard else weight).float()
     folding = _folding(input_quantizer)
     return weight * folding.scale if folding else weight
 
