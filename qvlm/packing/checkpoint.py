@@ -105,9 +105,7 @@ class PackedQuantizer(HfQuantizer):
 def _fits(form: Form, linear: nn.Linear) -> bool:
     """Whether a packed layer can replace a linear; a method may have given it a bias."""
     sizes = form.in_features, form.out_features
-    return sizes == (linear.in_features, linear.out_features) and (
-        form.bias or linear.bias is None
-    )
+    return sizes == (linear.in_features, linear.out_features) and (form.bias or linear.bias is None)
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:

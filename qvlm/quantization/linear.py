@@ -86,7 +86,7 @@ class QuantLinear(nn.Module):
 
         Args:
             linear: Float linear, which is not changed.
-            weight_quantizer: Quantizer of `folded_weight(linear.weight, input_quantizer, hadamard)`.
+            weight_quantizer: Quantizer of `folded_weight(linear.weight, ...)`.
             input_quantizer: Quantizer of the layer's input.
             keep_float: Whether the float weight and the bias stay trainable.
             layer_name: Full name in the model.

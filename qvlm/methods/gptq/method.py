@@ -10,8 +10,8 @@ them, and inputs are quantized as in every other method.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -35,14 +35,9 @@ STAGES = (
 )
 
 
-def never(name: str) -> bool:
-    """Says of no linear that it transforms its input."""
-    return False
-
-
-@dataclass
+@dataclass(frozen=True)
 class Rounding:
-    """Rounds the linears of a block with compensation.
+    """How linears are rounded with compensation.
 
     Args:
         damping: See `compensated_rounding`.
@@ -50,10 +45,6 @@ class Rounding:
         sequential: Whether the linears of a block are rounded in the order of the data.
         max_tokens: Approximate number of calibration tokens per linear.
         min_tokens: Number of tokens below which a linear (an expert) is rounded to nearest.
-
-    Attributes:
-        entries: What the report says about each linear so far.
-        nearest: Full names of the linears with too few tokens so far.
 
     Raises:
         UserError: If an option has a value that is not accepted; the message names both.
@@ -64,8 +55,6 @@ class Rounding:
     sequential: bool = True
     max_tokens: int = 4096
     min_tokens: int = 32
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    nearest: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         validation.positive("method.damping", self.damping)
@@ -74,26 +63,46 @@ class Rounding:
         validation.whole_number("method.max_tokens", self.max_tokens)
         validation.whole_number("method.min_tokens", self.min_tokens)
 
+
+class Compensated:
+    """Rounds the linears of one block after the other, and notes what it did.
+
+    Args:
+        rounding: How linears are rounded.
+
+    Attributes:
+        layers: For each linear so far its name, the number of its tokens, and its error as a share
+            of that of rounding to nearest.
+        nearest: Full names of the linears that had too few tokens and were rounded to nearest.
+    """
+
+    def __init__(self, rounding: Rounding) -> None:
+        self.rounding = rounding
+        self.layers: list[dict[str, Any]] = []
+        self.nearest: list[str] = []
+
     def quantize(
         self,
         block: Block,
-        hadamard: Callable[[str], bool] = never,
+        hadamard: Collection[str] = (),
         weights: Sequence[Tensor] | None = None,
     ) -> None:
         """Replaces the linears of a block.
 
         Args:
             block: Block of a walk.
-            hadamard: Whether a linear, given its name in the block, transforms its input.
+            hadamard: Names of the linears that transform their input.
             weights: Weight of each token of each call of the block; None weighs all alike.
         """
-        for names in stages(list(block.linears)) if self.sequential else [list(block.linears)]:
-            for name, samples in collect(block, names, self.max_tokens, weights).items():
-                block.replace(name, self._linear(block, name, samples, hadamard(name)))
+        names = list(block.linears)
+        for stage in stages(names) if self.rounding.sequential else [names]:
+            found = collect(block, stage, self.rounding.max_tokens, weights)
+            for name, samples in found.items():
+                block.replace(name, self._linear(block, name, samples, name in hadamard))
 
     def _linear(self, block: Block, name: str, samples: Samples, hadamard: bool) -> QuantLinear:
         linear, layer = block.linears[name], block.layer_name(name)
-        if len(samples.tokens) < self.min_tokens:
+        if len(samples.tokens) < self.rounding.min_tokens:
             self.nearest.append(layer)
             return block.quantize_linear(name, samples.tokens, hadamard=hadamard)
         if hadamard:
@@ -102,27 +111,15 @@ class Rounding:
         weight = folded_weight(linear.weight, inputs, hadamard)
         quantizer = weight_quantizer(weight, block.spec(name)[0], inputs=inputs)
         gram = samples.gram(inputs)
-        rounded = compensated_rounding(
-            weight, gram, quantizer, self.damping, self.activation_order
+        options = self.rounding.damping, self.rounding.activation_order
+        rounded = compensated_rounding(weight, gram, quantizer, *options)
+        error, nearest = (
+            float(objective(weight, candidate, gram).sum())
+            for candidate in (rounded, quantizer(weight))
         )
-        nearest = float(objective(weight, quantizer(weight), gram).sum())
-        error = float(objective(weight, rounded, gram).sum())
         share = error / nearest if nearest > 0 else 1.0
-        self.entries.append({"layer": layer, "tokens": len(samples.tokens), "error": share})
+        self.layers.append({"layer": layer, "tokens": len(samples.tokens), "error": share})
         return QuantLinear(rounded, linear.bias, quantizer, inputs, layer, hadamard)
-
-    def details(self, walk: Walk) -> dict[str, Any]:
-        """The details of a report.
-
-        Returns:
-            For each linear the number of its tokens and its error as a share of that of rounding to
-            nearest; the linears with too few tokens; the linears without any.
-        """
-        return {
-            "layers": self.entries,
-            "rounded_to_nearest": self.nearest,
-            "uncalibrated": list(walk.uncalibrated),
-        }
 
 
 def stages(names: Sequence[str]) -> list[list[str]]:
@@ -152,13 +149,21 @@ class GPTQ:
         max_tokens: int = 4096,
         min_tokens: int = 32,
     ) -> None:
-        self.options = damping, activation_order, sequential, max_tokens, min_tokens
-        Rounding(*self.options)
+        self.rounding = Rounding(damping, activation_order, sequential, max_tokens, min_tokens)
 
     def quantize(self, walk: Walk) -> MethodReport:
-        """Replaces every linear, block after block; there is no search."""
+        """Replaces every linear, block after block; there is no search.
+
+        Returns:
+            A report whose details state what `Compensated` noted, and the layers that saw no token.
+        """
         begun = time.perf_counter()
-        rounding = Rounding(*self.options)
+        done = Compensated(self.rounding)
         for block in walk.blocks():
-            rounding.quantize(block)
-        return MethodReport(time.perf_counter() - begun, details=rounding.details(walk))
+            done.quantize(block)
+        details = {
+            "layers": done.layers,
+            "rounded_to_nearest": done.nearest,
+            "uncalibrated": list(walk.uncalibrated),
+        }
+        return MethodReport(time.perf_counter() - begun, details=details)

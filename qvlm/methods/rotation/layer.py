@@ -7,8 +7,8 @@ attention mixes positions and leaves the channels of a head alone. Query heads t
 key-value head share its rotation, since all heads have the same matrix.
 
 A layer that computes something else afterwards is refused: it is run before and after on the first
-calibration batch. So a norm of another kind (one plus its weight, or behind attention) is not
-rotated wrongly.
+calibration batch, and what it adds to the stream is compared. So a norm of another kind (one plus
+its weight, or behind attention) is not rotated wrongly.
 """
 
 import torch
@@ -51,9 +51,8 @@ def rotate_layer(
         _rotate_stream(layer, rotation, name)
     if heads:
         _rotate_heads(layer, name)
-    for before, after in zip(expected, run_calls(layer, calls[:1]), strict=True):
-        error = (after - before).norm(dim=-1) / before.norm(dim=-1)
-        if float((error < _ALIKE).double().mean()) < _MOST:
+    for call, before in zip(calls[:1], expected, strict=True):
+        if not _agree(run_calls(layer, [call])[0], before, _hidden_states(call)):
             raise _unknown(name, layer, "it computes something else afterwards")
 
 
@@ -64,6 +63,14 @@ def _rotated_outputs(
     if rotation is None:
         return run_calls(layer, calls)
     return [rotation(run_calls(layer, [_undone(call, rotation)])[0]) for call in calls]
+
+
+def _agree(output: Tensor, expected: Tensor, hidden: Tensor) -> bool:
+    """Whether a layer adds the same to nearly every token; all are [batch, tokens, width]."""
+    added = (expected.double() - hidden.double()).norm(dim=-1)
+    error = (output.double() - expected.double()).norm(dim=-1)
+    rounding = torch.finfo(hidden.dtype).eps * expected.double().norm(dim=-1)
+    return float((error <= _ALIKE * added + 8 * rounding).double().mean()) >= _MOST
 
 
 def _rotate_stream(layer: nn.Module, rotation: StreamRotation, name: str) -> None:
@@ -120,13 +127,21 @@ def _by_head(x: Tensor, width: int) -> Tensor:
 def _undone(call: Call, rotation: StreamRotation) -> Call:
     """A call with the hidden states that it had without the rotation; the rest is copied."""
     args, kwargs = call
-    if args:
-        return (rotation.undo(args[0]).to(args[0]), *args[1:]), kwargs
-    hidden = kwargs["hidden_states"]
-    return args, {**kwargs, "hidden_states": rotation.undo(hidden).to(hidden)}
+    hidden = _hidden_states(call)
+    undone = rotation.undo(hidden).to(hidden)
+    return ((undone, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": undone})
+
+
+def _hidden_states(call: Call) -> Tensor:
+    """The hidden states [batch, tokens, width] of a call."""
+    args, kwargs = call
+    hidden = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 def _unknown(name: str, layer: nn.Module, why: str) -> UserError:
     return UserError(
-        f"{name} ({type(layer).__name__}) cannot be rotated: {why}. Choose a method without rotation"
+        f"{name} ({type(layer).__name__}) cannot be rotated: {why}. Choose a method without "
+        "rotation"
     )

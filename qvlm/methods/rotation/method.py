@@ -18,12 +18,13 @@ whose gain no linear absorbs, so that its residual stream cannot be rotated for 
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from qvlm import validation
 from qvlm.methods.base import MethodReport
-from qvlm.methods.gptq.method import Rounding
+from qvlm.methods.gptq.method import Compensated, Rounding
 from qvlm.methods.rotation.layer import rotate_layer
 from qvlm.methods.rotation.stream import StreamRotation, rotate_ends
 from qvlm.quantization.block import Block
@@ -59,24 +60,29 @@ class Rotations:
         validation.seed("method.seed", seed)
         self.stream, self.heads, self.vision, self.seed = stream, heads, vision, seed
         self.online = frozenset(online)
-        self._rotation: StreamRotation | None = None
 
-    def begin(self, walk: Walk) -> None:
+    def begin(self, walk: Walk) -> StreamRotation | None:
         """Rotates what lies around the decoder layers, before the walk begins."""
-        if self.stream:
-            self._rotation = rotate_ends(walk.model, self.seed)
+        return rotate_ends(walk.model, self.seed) if self.stream else None
 
-    def rotate(self, block: Block) -> None:
-        """Rotates a block's float linears, if the block is a decoder layer."""
-        if block.kind == "language" and (self._rotation is not None or self.heads):
-            rotate_layer(block.module, self._rotation, self.heads, block.inputs, block.name)
+    def rotate(self, block: Block, rotation: StreamRotation | None) -> None:
+        """Rotates a block's float linears, if the block is a decoder layer.
 
-    def transforms(self, block: Block, name: str) -> bool:
-        """Whether a linear of a block transforms its input when the model runs."""
+        Args:
+            block: Block of a walk, which is changed in place.
+            rotation: What `begin` returned.
+        """
+        if block.kind == "language" and (rotation is not None or self.heads):
+            rotate_layer(block.module, rotation, self.heads, block.inputs, block.name)
+
+    def transforming(self, block: Block) -> frozenset[str]:
+        """Names of the linears of a block that transform their input when the model runs."""
         if block.kind == "vision":
-            return self.vision
-        last = name.rpartition(".")[2]
-        return block.kind == "language" and _NAMES.get(last, last) in self.online
+            return frozenset(block.linears if self.vision else ())
+        if block.kind != "language":
+            return frozenset()
+        last = {name: name.rpartition(".")[2] for name in block.linears}
+        return frozenset(n for n, end in last.items() if _NAMES.get(end, end) in self.online)
 
 
 class QuaRot:
@@ -106,39 +112,46 @@ class QuaRot:
         min_tokens: int = 32,
     ) -> None:
         validation.one_of("method.rounding", rounding, ROUNDINGS)
-        self.compensates = rounding == "gptq"
-        self.rotations = stream, heads, online, vision, seed
-        self.rounding = damping, activation_order, sequential, max_tokens, min_tokens
-        Rotations(*self.rotations), Rounding(*self.rounding)
-        self.name = "QuaRot" if self.compensates else "QuaRot (RTN)"
+        self.rotations = Rotations(stream, heads, online, vision, seed)
+        compensating = Rounding(damping, activation_order, sequential, max_tokens, min_tokens)
+        self.rounding = compensating if rounding == "gptq" else None
+        self.name = "QuaRot" if rounding == "gptq" else "QuaRot (RTN)"
 
     def quantize(self, walk: Walk) -> MethodReport:
         """Rotates the language model, then replaces every linear, block after block."""
         begun = time.perf_counter()
-        return self.quantize_weighted(walk, None, begun)
+        details = rotate_and_round(walk, self.rotations, self.rounding)
+        return MethodReport(time.perf_counter() - begun, details=details)
 
-    def quantize_weighted(
-        self, walk: Walk, weights: Sequence[Tensor] | None, begun: float
-    ) -> MethodReport:
-        """Quantizes as `quantize` does, with a weight for each token of each calibration batch.
 
-        Args:
-            walk: Walk over the model.
-            weights: Weight of each token of each batch, [tokens]; None weighs all alike.
-            begun: Time at which the method began, by `time.perf_counter`.
-        """
-        rotations, rounding = Rotations(*self.rotations), Rounding(*self.rounding)
-        rotations.begin(walk)
-        for block in walk.blocks():
-            rotations.rotate(block)
+def rotate_and_round(
+    walk: Walk,
+    rotations: Rotations,
+    rounding: Rounding | None,
+    weights: Sequence[Tensor] | None = None,
+) -> dict[str, Any]:
+    """Rotates a model and replaces its linears, block after block.
 
-            def transforms(name: str, block: Block = block) -> bool:
-                return rotations.transforms(block, name)
+    Args:
+        walk: Walk over the model.
+        rotations: What is rotated.
+        rounding: How weights are rounded with compensation; None rounds to nearest.
+        weights: Weight of each token of each calibration batch, [tokens], which counts in the
+            decoder layers; None weighs all alike.
 
-            if self.compensates:
-                rounding.quantize(block, transforms, weights if block.kind == "language" else None)
-                continue
-            for name, samples in block.linear_inputs().items():
-                layer = block.quantize_linear(name, samples, hadamard=transforms(name))
-                block.replace(name, layer)
-        return MethodReport(time.perf_counter() - begun, details=rounding.details(walk))
+    Returns:
+        The details of a report.
+    """
+    done = None if rounding is None else Compensated(rounding)
+    rotation = rotations.begin(walk)
+    for block in walk.blocks():
+        rotations.rotate(block, rotation)
+        transforms = rotations.transforming(block)
+        if done is not None:
+            done.quantize(block, transforms, weights if block.kind == "language" else None)
+            continue
+        for name, samples in block.linear_inputs().items():
+            layer = block.quantize_linear(name, samples, hadamard=name in transforms)
+            block.replace(name, layer)
+    found = {} if done is None else {"layers": done.layers, "rounded_to_nearest": done.nearest}
+    return {**found, "uncalibrated": list(walk.uncalibrated)}

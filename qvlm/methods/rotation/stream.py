@@ -70,7 +70,7 @@ def rotate_reader(linear: nn.Module, norm: nn.Module, rotation: StreamRotation) 
     weight = linear.weight
     assert isinstance(weight, Tensor)
     gain, shift = _gain_and_shift(norm)
-    if shift is not None and bool(shift.any()):
+    if shift is not None:
         if not isinstance(linear, nn.Linear):
             raise UserError(
                 f"{type(linear).__name__} reads a norm with a shift and has no bias to take it. "
@@ -84,7 +84,7 @@ def rotate_reader(linear: nn.Module, norm: nn.Module, rotation: StreamRotation) 
 
 @torch.no_grad()
 def rotate_writer(linear: nn.Module, rotation: StreamRotation) -> None:
-    """Makes a linear write to a rotated stream: weight [width, in] and bias are changed in place."""
+    """Makes a linear with a weight [width, in] write to a rotated stream, in place."""
     weight, bias = linear.weight, getattr(linear, "bias", None)
     assert isinstance(weight, Tensor)
     weight.copy_(rotation(weight.T).T)
@@ -130,8 +130,9 @@ def rotate_ends(model: nn.Module, seed: int = 0) -> StreamRotation:
             config.tie_word_embeddings = False
     rotate_reader(head, norm, rotation)
     make_plain(norm)
-    if head.bias is not None:
-        model.config.head_bias = True
+    # A checkpoint of the rotated model has to say which modules have a bias now.
+    model.config.head_bias = head.bias is not None
+    model.config.get_text_config().router_bias = getattr(norm, "bias", None) is not None
     embedding.weight.copy_(rotation(embedding.weight))
     for part, module in model.named_modules():
         if part.rpartition(".")[2] == "multi_modal_projector":
@@ -147,7 +148,7 @@ def _gain_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _last_norm(language_model: nn.Module) -> nn.Module:
-    """The norm behind the last decoder layer: the only direct child with a weight of one dimension."""
+    """The norm behind the last decoder layer: the only direct child with a weight vector."""
     norms = [
         child
         for child in language_model.children()

@@ -35,7 +35,6 @@ class Joined:
         packed: PackedLinear | None = None,
     ) -> None:
         self.run, self.sizes, self.packed = run, list(sizes), packed
-        quantizes = packed is not None and not packed.form.hadamard
         transforms = packed is not None and packed.form.hadamard
         self.grid = None if packed is None or transforms else static_grid(packed)
 
