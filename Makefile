@@ -8,7 +8,8 @@
 # `make lock` renews all pins but PyTorch's; TORCH=VERSION renews that one too, and KEEP=1 keeps every
 # version that still fits pyproject.toml.
 #
-# LAUNCHER=joblib runs several cells at a time, LAUNCHER=slurm or ray each as a job; further options
+# Cells of the miniatures run one per core. LAUNCHER=here runs one after the other, LAUNCHER=joblib
+# several at a time, and LAUNCHER=slurm or ray each as a job; further options
 # of a launcher may follow: LAUNCHER='joblib launcher.jobs=4'.
 #
 # SCALE=paper makes a table of the paper's own checkpoints on ScienceQA: see docs/paper-scale.md.
@@ -16,7 +17,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 SCALE ?= miniature
-LAUNCHER ?= here
+LAUNCHER ?= auto
 BUDGET ?= 6
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,7 +31,7 @@ STAMP := $(VENV)/installed
 
 # Any other scale than the default is an option, and has results of its own (conf/scale).
 OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
-WHERE := $(if $(filter-out here,$(LAUNCHER)), launcher=$(LAUNCHER))
+WHERE := $(if $(filter-out auto,$(LAUNCHER)), launcher=$(LAUNCHER))
 
 # Has a CPU with AVX-512 compute as one with AVX2 only; another CPU ignores it.
 NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WITHOUT=native

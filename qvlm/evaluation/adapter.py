@@ -23,6 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.answers import Answer, KeptAnswers
+from qvlm.evaluation.decoding import decode
 from qvlm.models.loaded import LoadedModel
 from qvlm.runtime.workers import WorkQueue, is_rank_zero, run_on_all_ranks
 
@@ -141,19 +142,20 @@ class InMemoryModel(LM):
             [request.args[0] for request in requests], [_decode(request) for request in requests]
         )
         options: dict[str, Any] = {
-            **inputs,
-            "max_new_tokens": settings["max_gen_toks"],
             "do_sample": settings["do_sample"],
-            "eos_token_id": self.loaded.tokenizer.eos_token_id,
             "pad_token_id": self.loaded.tokenizer.pad_token_id,
-            "logits_processor": LogitsProcessorList([_RefuseNonFinite(self.loaded.name, names)]),
         }
         if settings["do_sample"]:  # samples from the whole distribution, without top-k or top-p
             torch.manual_seed(self.seed + start)
             options |= {"temperature": settings["temperature"], "top_k": 0, "top_p": 1.0}
-        model: Any = self.loaded.model  # the types of `generate` do not admit our subclass
-        generated = model.generate(**options)[:, inputs["input_ids"].shape[1] :]
-        ended = (generated == self.loaded.tokenizer.eos_token_id).any(1)
+
+        def options_of(rows: list[int]) -> dict[str, Any]:
+            check = _RefuseNonFinite(self.loaded.name, [names[row] for row in rows])
+            return {**options, "logits_processor": LogitsProcessorList([check])}
+
+        eos = self.loaded.tokenizer.eos_token_id
+        generated = decode(self.loaded.model, inputs, settings["max_gen_toks"], eos, options_of)
+        ended = (generated == eos).any(1)
         cut = (~ended).tolist() if generated.shape[1] == settings["max_gen_toks"] else []
         texts = self.loaded.decode(generated)
         return [Answer(*pair) for pair in zip(texts, cut or [False] * len(texts), strict=True)]

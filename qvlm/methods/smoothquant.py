@@ -26,6 +26,7 @@ from qvlm.methods.base import MethodReport
 from qvlm.methods.objective import mean_squared_error
 from qvlm.quantization.block import Block
 from qvlm.quantization.calibration import Walk
+from qvlm.quantization.precision import settled
 
 # The released code's lower bound of maxima, so that a silent channel gets no extreme scale.
 _LEAST = 1e-5
@@ -58,11 +59,11 @@ class SmoothQuant:
             A report. For each block its details state alpha (None for no scaling), the mean squared
             error of the block's quantized output, and the linears that are not rescaled.
         """
-        begun = time.perf_counter()
+        begun = time.process_time()
         blocks = [self.quantize_block(block) for block in walk.blocks()]
         details = {"blocks": blocks, "uncalibrated": list(walk.uncalibrated)}
         candidates = sum(entry.pop("candidates") for entry in blocks)
-        return MethodReport(time.perf_counter() - begun, candidates, details)
+        return MethodReport(time.process_time() - begun, candidates, details)
 
     def quantize_block(self, block: Block) -> dict[str, Any]:
         """Replaces the linears of a block and returns the block's entry in the report."""
@@ -112,7 +113,7 @@ class SmoothQuant:
 def smoothing_scale(
     block: Block, rescaling: Rescaling, samples: Mapping[str, Tensor], alpha: float
 ) -> Tensor:
-    """Computes s of eq. 4 for the channels of a rescaling, [rescaling.width].
+    """Computes s of eq. 4 for the channels of a rescaling, [rescaling.width] float32.
 
     Args:
         block: Block whose linears are in floating point.
@@ -122,9 +123,9 @@ def smoothing_scale(
     """
     seen = torch.cat([samples[name] for name in rescaling.readers])
     weights = torch.cat([block.linears[name].weight for name in rescaling.readers])
-    inputs = seen.abs().amax(0).float().clamp_min(_LEAST)
-    columns = weights.abs().amax(0).float().clamp_min(_LEAST)
-    return (inputs.pow(alpha) / columns.pow(1 - alpha)).clamp_min(_LEAST)
+    inputs = settled(seen.abs().amax(0)).double().clamp_min(_LEAST)
+    columns = settled(weights.abs().amax(0)).double().clamp_min(_LEAST)
+    return settled((inputs.pow(alpha) / columns.pow(1 - alpha)).clamp_min(_LEAST))
 
 
 def _replace(block: Block, samples: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:

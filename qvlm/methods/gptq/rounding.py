@@ -19,6 +19,7 @@ therefore worse than RTN on the objective.
 import torch
 from torch import Tensor
 
+from qvlm.quantization.precision import settled
 from qvlm.quantization.quantizer import UniformQuantizer
 
 # Columns whose errors are applied to the columns after them together (lazy batch updates).
@@ -43,7 +44,7 @@ def compensated_rounding(
         activation_order: Whether columns are rounded in falling order of G's diagonal.
 
     Returns:
-        Weight on the grid of the quantizer, [out, in] float32.
+        Weight on the grid of the quantizer, [out, in] in the type of `weight`.
     """
     nearest = quantizer(weight)
     gram, weight = gram.double(), weight.double()
@@ -54,7 +55,7 @@ def compensated_rounding(
     bounds = -zero_point, 2**quantizer.bits - 1 - zero_point
     order = torch.arange(len(energy), device=gram.device)
     if activation_order:
-        order = torch.argsort(energy.float(), descending=True, stable=True)
+        order = torch.argsort(settled(energy), descending=True, stable=True)
     damped = gram + torch.eye(len(energy)).to(gram) * damping * energy.mean()
     steps = _compensate(
         weight[:, order],
@@ -63,15 +64,15 @@ def compensated_rounding(
         _inverse_factor(damped[order][:, order]),
     )
     rounded = torch.empty_like(nearest)
-    rounded[:, order] = steps.float() * scale[:, order].float()
+    rounded[:, order] = steps.to(nearest.dtype) * scale[:, order].to(nearest.dtype)
     better = objective(weight, rounded, gram) <= objective(weight, nearest, gram)
     return torch.where(better[:, None], rounded, nearest)
 
 
 def objective(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
-    """Computes the squared output error of each row, [out] float64."""
+    """Computes the squared output error of each row, [out] float32."""
     error = rounded.double() - weight.double()
-    return ((error @ gram.double()) * error).sum(1)
+    return settled(((error @ gram.double()) * error).sum(1))
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
@@ -100,8 +101,8 @@ def _compensate(
         end = min(start + _BATCH, width)
         errors = torch.empty_like(weight[:, start:end])
         for column in range(start, end):
-            # float32 decides which step is nearest, as in the quantizer.
-            nearest = (weight[:, column] / scale[:, column]).float().round().double()
+            # float32 decides which step is nearest, so that all machines agree.
+            nearest = settled(weight[:, column] / scale[:, column]).round().double()
             nearest = nearest.maximum(bounds[0][:, column]).minimum(bounds[1][:, column])
             steps[:, column] = nearest
             error = weight[:, column] - nearest * scale[:, column]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qvlm.quantization.block import Block, run_calls
 from qvlm.quantization.hooks import hooked
+from qvlm.quantization.precision import settled
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 from qvlm.quantization.sampling import evenly_spaced
 
@@ -58,7 +59,7 @@ def collect(
         weights: Weight of each token of each call, [tokens]. None weighs all alike.
 
     Returns:
-        Samples of each linear, in the order of `names`.
+        Samples of each linear, in the order of `names`; see `Block.linear_inputs` for their type.
     """
     share = -(-max_tokens // max(1, len(block.inputs)))
     kept: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in names}
@@ -82,7 +83,7 @@ def collect(
             weight = None
             if of_call is not None:
                 weight = _weights_of(name, len(tokens), around, of_call)[rows]
-            kept[name].append((tokens[rows], weight))
+            kept[name].append((settled(tokens[rows]).to(tokens.dtype), weight))
 
         return hook
 

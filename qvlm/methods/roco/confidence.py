@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from qvlm.quantization.precision import settled
+
 
 @torch.no_grad()
 def confidence(
@@ -41,5 +43,5 @@ def confidence(
         sure = (chosen - logits.double().logsumexp(-1)).exp()
         if image is not None:
             sure = sure.masked_fill(following == image, 0)
-        weights.append(nn.functional.pad(sure, (0, 1)).flatten() + floor)
+        weights.append(settled(nn.functional.pad(sure, (0, 1)).flatten()).double() + floor)
     return weights

@@ -70,9 +70,9 @@ class RoCo:
 
     def quantize(self, walk: Walk) -> MethodReport:
         """Rotates the language model, then replaces every linear, block after block."""
-        begun = time.perf_counter()
+        begun = time.process_time()
         weights = None
         if self.floor is not None:
             weights = confidence(walk.model, walk.batches, self.floor)
         details = rotate_and_round(walk, self.rotations, self.rounding, weights)
-        return MethodReport(time.perf_counter() - begun, details=details)
+        return MethodReport(time.process_time() - begun, details=details)

@@ -20,7 +20,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from qvlm import validation
 from qvlm.methods.base import MethodReport
@@ -29,6 +30,7 @@ from qvlm.methods.rotation.layer import rotate_layer
 from qvlm.methods.rotation.stream import StreamRotation, rotate_ends
 from qvlm.quantization.block import Block
 from qvlm.quantization.calibration import Walk
+from qvlm.quantization.precision import settled
 
 ROUNDINGS = ("gptq", "nearest")
 ONLINE = ("o_proj", "down_proj")
@@ -63,7 +65,11 @@ class Rotations:
 
     def begin(self, walk: Walk) -> StreamRotation | None:
         """Rotates what lies around the decoder layers, before the walk begins."""
-        return rotate_ends(walk.model, self.seed) if self.stream else None
+        if not self.stream:
+            return None
+        rotation = rotate_ends(walk.model, self.seed)
+        _settle(walk.model)
+        return rotation
 
     def rotate(self, block: Block, rotation: StreamRotation | None) -> None:
         """Rotates a block's float linears, if the block is a decoder layer.
@@ -74,6 +80,7 @@ class Rotations:
         """
         if block.kind == "language" and (rotation is not None or self.heads):
             rotate_layer(block.module, rotation, self.heads, block.inputs, block.name)
+            _settle(block.module)
 
     def transforming(self, block: Block) -> frozenset[str]:
         """Names of the linears of a block that transform their input when the model runs."""
@@ -83,6 +90,14 @@ class Rotations:
             return frozenset()
         last = {name: name.rpartition(".")[2] for name in block.linears}
         return frozenset(n for n, end in last.items() if _NAMES.get(end, end) in self.online)
+
+
+@torch.no_grad()
+def _settle(module: nn.Module) -> None:
+    """Rounds parameters in float64 to float32, in which they are saved (see `precision`)."""
+    for parameter in module.parameters():
+        if parameter.dtype == torch.float64 and not parameter.is_meta:
+            parameter.copy_(settled(parameter))
 
 
 class QuaRot:
@@ -119,9 +134,9 @@ class QuaRot:
 
     def quantize(self, walk: Walk) -> MethodReport:
         """Rotates the language model, then replaces every linear, block after block."""
-        begun = time.perf_counter()
+        begun = time.process_time()
         details = rotate_and_round(walk, self.rotations, self.rounding)
-        return MethodReport(time.perf_counter() - begun, details=details)
+        return MethodReport(time.process_time() - begun, details=details)
 
 
 def rotate_and_round(
