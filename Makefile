@@ -40,7 +40,7 @@ NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WI
 route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
+.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 ablation gpu claims \
 	figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
@@ -89,6 +89,9 @@ fit: install  ## what each model takes at each bit width, and whether it fits BU
 
 preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
 	$(BIN)/python -m qvlm $@$(OPTION)
+
+ablation: install  ## regenerates the ablation of RoCo: its parts, each added to the others
+	$(call route,$@,$(WHERE))
 
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
 	$(call route,$@,$(WHERE))

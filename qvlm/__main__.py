@@ -22,11 +22,14 @@ SWEEPS = {
     "table2": ("table2",),
     "table5": ("table5",),
     "table4": ("table4", "table4_exact"),
+    "ablation": ("ablation",),
     "claims": ("table2", "table1", "table5", "draws"),
 }
 # Modules of the pages. Those without a sweep measure or compute by themselves.
 PAGES = {
-    **{name: f"qvlm.tables.{name}" for name in ("table1", "table2", "table5", "claims")},
+    **{
+        name: f"qvlm.tables.{name}" for name in ("table1", "table2", "table5", "ablation", "claims")
+    },
     "table4": "qvlm.tables.table4.__main__",
     "table4-scale": "qvlm.tables.table4_scale.__main__",
     "gpu": "qvlm.tables.gpu.__main__",

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from qvlm import validation
+from qvlm.methods.activations import activations, titled
 from qvlm.methods.base import MethodReport
 from qvlm.methods.gptq.rounding import compensated_rounding, objective
 from qvlm.methods.gptq.samples import Samples, collect
@@ -134,12 +135,12 @@ class GPTQ:
 
     Args:
         damping, activation_order, sequential, max_tokens, min_tokens: See `Rounding`.
+        per_token: Whether the language model's activations have a scale per token, which is made
+            when the token arrives, instead of the granularity of the cell's quantizer.
 
     Raises:
         UserError: If an option has a value that is not accepted; the message names both.
     """
-
-    name = "GPTQ"
 
     def __init__(
         self,
@@ -148,7 +149,11 @@ class GPTQ:
         sequential: bool = True,
         max_tokens: int = 4096,
         min_tokens: int = 32,
+        per_token: bool = False,
     ) -> None:
+        validation.switch("method.per_token", per_token)
+        self.per_token = per_token
+        self.name = titled("GPTQ", per_token)
         self.rounding = Rounding(damping, activation_order, sequential, max_tokens, min_tokens)
 
     def quantize(self, walk: Walk) -> MethodReport:
@@ -159,8 +164,9 @@ class GPTQ:
         """
         begun = time.process_time()
         done = Compensated(self.rounding)
-        for block in walk.blocks():
-            done.quantize(block)
+        with activations(walk, self.per_token):
+            for block in walk.blocks():
+                done.quantize(block)
         details = {
             "layers": done.layers,
             "rounded_to_nearest": done.nearest,

@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 
 from qvlm import validation
+from qvlm.methods.activations import activations, titled
 from qvlm.methods.base import MethodReport
 from qvlm.methods.gptq.method import Rounding
 from qvlm.methods.roco.confidence import confidence
@@ -37,6 +38,8 @@ class RoCo:
             is certain. None weighs all tokens alike.
         stream, heads, online, vision, seed: See `rotation.method.Rotations`.
         damping, activation_order, sequential, max_tokens, min_tokens: See `gptq.method.Rounding`.
+        per_token: Whether the language model's activations have a scale per token, which is made
+            when the token arrives, instead of the granularity of the cell's quantizer.
 
     Attributes:
         one_pass: Whether the method takes one block after the other and never the whole model.
@@ -44,8 +47,6 @@ class RoCo:
     Raises:
         UserError: If an option has a value that is not accepted; the message names both.
     """
-
-    name = "RoCo"
 
     def __init__(
         self,
@@ -60,10 +61,14 @@ class RoCo:
         sequential: bool = True,
         max_tokens: int = 4096,
         min_tokens: int = 32,
+        per_token: bool = False,
     ) -> None:
+        validation.switch("method.per_token", per_token)
+        self.per_token = per_token
         if floor is not None:
             validation.positive("method.floor", floor)
         self.floor = floor
+        self.name = titled("RoCo", per_token)
         self.rotations = Rotations(stream, heads, online, vision, seed)
         self.rounding = Rounding(damping, activation_order, sequential, max_tokens, min_tokens)
         self.one_pass = floor is None
@@ -74,5 +79,6 @@ class RoCo:
         weights = None
         if self.floor is not None:
             weights = confidence(walk.model, walk.batches, self.floor)
-        details = rotate_and_round(walk, self.rotations, self.rounding, weights)
+        with activations(walk, self.per_token):
+            details = rotate_and_round(walk, self.rotations, self.rounding, weights)
         return MethodReport(time.process_time() - begun, details=details)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm import validation
+from qvlm.methods.activations import activations, titled
 from qvlm.methods.base import MethodReport
 from qvlm.methods.gptq.method import Compensated, Rounding
 from qvlm.methods.rotation.layer import rotate_layer
@@ -107,6 +108,8 @@ class QuaRot:
         rounding: "gptq" (with compensation) or "nearest".
         stream, heads, online, vision, seed: See `Rotations`.
         damping, activation_order, sequential, max_tokens, min_tokens: See `gptq.method.Rounding`.
+        per_token: Whether the language model's activations have a scale per token, which is made
+            when the token arrives, instead of the granularity of the cell's quantizer.
 
     Raises:
         UserError: If an option has a value that is not accepted; the message names both.
@@ -125,17 +128,21 @@ class QuaRot:
         sequential: bool = True,
         max_tokens: int = 4096,
         min_tokens: int = 32,
+        per_token: bool = False,
     ) -> None:
+        validation.switch("method.per_token", per_token)
+        self.per_token = per_token
         validation.one_of("method.rounding", rounding, ROUNDINGS)
         self.rotations = Rotations(stream, heads, online, vision, seed)
         compensating = Rounding(damping, activation_order, sequential, max_tokens, min_tokens)
         self.rounding = compensating if rounding == "gptq" else None
-        self.name = "QuaRot" if rounding == "gptq" else "QuaRot (RTN)"
+        self.name = titled("QuaRot" if rounding == "gptq" else "QuaRot (RTN)", per_token)
 
     def quantize(self, walk: Walk) -> MethodReport:
         """Rotates the language model, then replaces every linear, block after block."""
         begun = time.process_time()
-        details = rotate_and_round(walk, self.rotations, self.rounding)
+        with activations(walk, self.per_token):
+            details = rotate_and_round(walk, self.rotations, self.rounding)
         return MethodReport(time.process_time() - begun, details=details)
 
 
