@@ -41,7 +41,7 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 ablation gpu claims \
-	figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+	verify-portable figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -95,6 +95,9 @@ ablation: install  ## regenerates the ablation of RoCo: its parts, each added to
 
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
 	$(call route,$@,$(WHERE))
+
+verify-portable: install  ## computes whole cells under other instruction sets and threads, and compares (hours)
+	$(BIN)/python -m qvlm $@
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

@@ -34,6 +34,7 @@ PAGES = {
     "table4-scale": "qvlm.tables.table4_scale.__main__",
     "gpu": "qvlm.tables.gpu.__main__",
     "fit": "qvlm.planning.footprint",
+    "verify-portable": "qvlm.tables.portable.__main__",
 }
 COMMAND = "--command="  # the command that a page names, if it is not the route
 

@@ -29,10 +29,10 @@ def check_options(config: RunConfig) -> None:
     if config.stream and not getattr(method, "one_pass", True):
         raise not_streamable(method.name)
     one_of("kernel", config.kernel, kernels.names())
-    one_of("data.split", config.data.split, MINIATURE_SIZES)
-    one_of("calibration.split", config.calibration.split, MINIATURE_SIZES)
     if config.packed and config.model.dtype == "float64":
         _check_kernel_of_float64(config.kernel)
+    one_of("data.split", config.data.split, MINIATURE_SIZES)
+    one_of("calibration.split", config.calibration.split, MINIATURE_SIZES)
     prompting(config)
     if find_device(config.device) == MPS and not config.full_precision:
         raise UserError(
