@@ -3,7 +3,8 @@
 It computes the function of the `QuantLinear` that it was made of. The integers are equal: the codes
 of the weight (`weight_codes`) and the steps of an input (`input_steps`). Outputs differ only in how
 sums are rounded, by at most `kernels.bounds.accumulation_bound`. In a model in float32, the kernels
-`native` and `int_mm` round each output once, as `QuantLinear.compute_in_float64` does.
+`native` and `int_mm` round each output once, as `QuantLinear.compute_in_float64` does. In a model
+in float64, every kernel that runs sums in float64, as the simulation does.
 
 A kernel is chosen from device, number of rows and bit widths (`choose`), and among those that give
 the same answers by what they take (`kernels.measured`), unless `kernel` forces one. The counter
@@ -23,8 +24,17 @@ from qvlm.errors import RunError, UserError
 from qvlm.packing.absmax import dequantize_absmax
 from qvlm.packing.form import Form, buffers, pack_numbers
 from qvlm.packing.formats import pack, unpack
-from qvlm.packing.kernels import AUTO, Kernel, chosen, kernel_named, preferred, serving
+from qvlm.packing.kernels import (
+    AUTO,
+    Kernel,
+    chosen,
+    fits_dtype,
+    kernel_named,
+    preferred,
+    serving,
+)
 from qvlm.packing.kernels.reference import float_weight
+from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import (
@@ -42,7 +52,8 @@ class PackedLinear(nn.Module):
     """y = x_hat W_hat^T + b, from packed codes.
 
     Methods take and return channels in their own order, which is that of the input. Those whose
-    names say `stored` use the order of the codes; kernels compute with these.
+    names say `stored` use the order of the codes; kernels compute with these, on an input that is
+    already transformed if the form says `hadamard`.
 
     Args:
         form: Sizes and kinds of the layer. The buffers are empty until numbers are loaded into
@@ -131,21 +142,25 @@ class PackedLinear(nn.Module):
         Args:
             rows: Number of rows of the input.
             dtype: Type of the input. Kernels that round operands to bf16 are chosen only for
-                models in bf16, which round them too.
+                models in bf16, which round them too. In a model in float64, a kernel that was asked
+                for and does not sum in float64 leaves the layer to another.
         """
-        if self.kernel != AUTO:
-            return self.kernel
-        return preferred(self, rows, dtype).name
+        return self._forced(dtype) or preferred(self, rows, dtype).name
 
     def _choose(self, rows: int, dtype: torch.dtype) -> str:
         """Returns the name of the kernel for an input that is there, measured where that helps."""
-        if self.kernel != AUTO:
-            return self.kernel
+        if forced := self._forced(dtype):
+            return forced
         asked = (rows, dtype, torch.get_num_threads())
         if asked not in self.choices:
             kernel, seconds = chosen(self, rows, dtype)
             self.choices[asked] = (kernel.name, seconds)
         return self.choices[asked][0]
+
+    def _forced(self, dtype: torch.dtype) -> str | None:
+        """The kernel that was asked for, if it serves inputs of this type."""
+        asked = self.kernel
+        return asked if asked != AUTO and fits_dtype(kernel_named(asked), self, dtype) else None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +176,7 @@ class PackedLinear(nn.Module):
         kernel = self._choose(len(rows), x.dtype)
         self.used[kernel] += 1
         bias = None if self.bias is None else self.bias.view(torch.float32)
-        y = kernel_named(kernel).linear(self, rows, bias)
+        y = kernel_named(kernel).linear(self, self.transformed(rows), bias)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def working_bytes(self, rows: int) -> int:
@@ -191,12 +206,16 @@ class PackedLinear(nn.Module):
             Steps q - z, [rows, in] float32; scale and zero point z in float32, which broadcast to
             the steps. The scale is one where it is folded into the weight.
         """
-        steps, scale, zero_point = self.stored_steps(x)
+        steps, scale, zero_point = self.stored_steps(self.transformed(x))
         return (
             self._in_own_order(steps),
             self._in_own_order(scale),
             self._in_own_order(zero_point),
         )
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """Returns what the kernels read of an input [rows, in]: its transform, or itself."""
+        return hadamard_transform(x) if self.form.hadamard else x
 
     def weight_scales(self) -> tuple[Tensor, Tensor]:
         """Returns scale and zero point of a uniform weight, both [out, groups] float32."""
@@ -239,7 +258,9 @@ class PackedLinear(nn.Module):
             zero_point = self._in_own_order(self.input_zero_point.float())
             inputs = UniformQuantizer(form.input_bits, scale, zero_point, folds=form.folds)
         bias = None if self.bias is None else self.bias.view(torch.float32)
-        return QuantLinear(self.dequantized(), bias, weights, inputs, self.layer_name)
+        return QuantLinear(
+            self.dequantized(), bias, weights, inputs, self.layer_name, form.hadamard
+        )
 
     def as_stored(self, x: Tensor) -> Tensor:
         """Returns an input [rows, in] with its channels in the order of the codes."""

@@ -63,7 +63,16 @@ def preferred(layer: PackedLinear, rows: int, dtype: torch.dtype) -> Kernel:
         rows: Number of rows of the input.
         dtype: Type of the input.
     """
-    return next(kernel for kernel in KERNELS if kernel.is_preferred(layer, rows, dtype))
+    return next(
+        kernel
+        for kernel in KERNELS
+        if fits_dtype(kernel, layer, dtype) and kernel.is_preferred(layer, rows, dtype)
+    )
+
+
+def fits_dtype(kernel: Kernel, layer: PackedLinear, dtype: torch.dtype) -> bool:
+    """Whether a kernel's sums are as precise as inputs of type `dtype` ask for."""
+    return dtype != torch.float64 or kernel.sums_in_float64(layer)
 
 
 def chosen(layer: PackedLinear, rows: int, dtype: torch.dtype) -> tuple[Kernel, dict[str, float]]:
@@ -83,7 +92,9 @@ def chosen(layer: PackedLinear, rows: int, dtype: torch.dtype) -> tuple[Kernel, 
     rivals = [kernel]
     if kernel.is_exact(layer, dtype):
         rivals += [
-            rival for rival in serving(layer) if rival.is_exact(layer, dtype) and rival != kernel
+            rival
+            for rival in serving(layer)
+            if rival != kernel and rival.is_exact(layer, dtype) and fits_dtype(rival, layer, dtype)
         ]
     return fastest(layer, rivals, rows, dtype)
 
@@ -93,6 +104,7 @@ __all__ = [
     "KERNELS",
     "Kernel",
     "chosen",
+    "fits_dtype",
     "kernel_named",
     "names",
     "preferred",
