@@ -3,7 +3,6 @@ kernels take is planted."""
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,13 +35,13 @@ class Clock:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of measurements, of which there are none yet."""
     file = tmp_path / "kernels.json"
     monkeypatch.setattr(measured, "_file", lambda: file)
     monkeypatch.setattr(measured, "_KNOWN", {})
     monkeypatch.setattr(measured, "_WARNED", set())
-    yield file
+    return file
 
 
 def restart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +176,8 @@ def test_a_slower_product_warns_once_with_the_factor(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measured, "_time", Clock(float=0.25))
+    packed()(torch.ones(5, 128))  # too small for a warning
+    monkeypatch.setattr(measured, "WARNED", 128 * 128)
     with pytest.warns(UserWarning, match=r"some\.layer takes 1e\+03 ms instead of 250 ms") as seen:
         packed()(torch.ones(5, 128))
     assert len(seen) == 1 and "rows=8, 4.0 times as long" in str(seen[0].message)
@@ -202,7 +203,6 @@ def test_exact_kernels_give_the_same_answers() -> None:
             made = PackedLinear.from_quantized(layer)
             first, *others = (kernel_named(name).product(made, x) for name in exact(made))
             for other in others:
-                assert torch.allclose(
-                    first, other, rtol=1e-13, atol=1e-13 * float(first.abs().max())
-                )
+                tolerance = 1e-13 * float(first.abs().max())
+                assert torch.allclose(first, other, rtol=1e-13, atol=tolerance)
                 assert (first.float() != other.float()).sum() <= 1
