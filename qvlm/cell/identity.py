@@ -117,7 +117,9 @@ class Cell:
         return replace(self, config=replace(self.config, device=device))
 
     def with_threads(self, threads: int) -> "Cell":
-        """The same cell with a number of threads, which is not part of its identity."""
+        """The same cell with a number of threads unless it has one; its identity is the same."""
+        if self.config.threads is not None:
+            return self
         return replace(self, config=replace(self.config, threads=threads))
 
     def require_same_code(self) -> None:
