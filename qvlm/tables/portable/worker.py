@@ -60,7 +60,7 @@ class Outcome:
 
 def compute(overrides: Sequence[str], every_kernel: bool) -> Outcome:
     """Quantizes a model, asks it, packs it and asks it again."""
-    config = inputs.settle_answer_length(_config(overrides))
+    config = inputs.settle_evaluation(_config(overrides))
     inputs.settle(config, "cpu")
     loaded = inputs.load(config, "cpu")
     samples, _ = inputs.draw_calibration(config)
@@ -91,7 +91,7 @@ def _config(overrides: Sequence[str]) -> RunConfig:
 
 def _answers(loaded: LoadedModel, config: RunConfig) -> list[str]:
     options = asdict(config.evaluation)
-    del options["limit"]
+    del options["limit"], options["kl_problems"]  # the problems are limited already
     found = evaluate(loaded, inputs.load_problems(config), seed=config.seed, **options)
     return list(found.predictions["text"])
 
