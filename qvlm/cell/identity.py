@@ -116,6 +116,10 @@ class Cell:
         """The same cell on another device, which is not part of its identity."""
         return replace(self, config=replace(self.config, device=device))
 
+    def with_threads(self, threads: int) -> "Cell":
+        """The same cell with a number of threads, which is not part of its identity."""
+        return replace(self, config=replace(self.config, threads=threads))
+
     def require_same_code(self) -> None:
         """Makes sure that this process runs the code that the cell was identified with.
 

@@ -110,6 +110,11 @@ def checkpoint_folder(config: RunConfig) -> Path:
     return embedded(config.model.path) or local_folder(config.model.path, "model.path")
 
 
+def gains_no_threads(config: RunConfig) -> bool:
+    """Whether a cell runs on a CPU and its products are too small for a second thread."""
+    return embedded(config.model.path) is not None and find_device(config.device) == "cpu"
+
+
 def find_device(name: str) -> str:
     """Resolves "auto" for rank 0, and refuses a device that this machine does not have.
 

@@ -18,7 +18,7 @@ from qvlm.bits import BitWidths
 from qvlm.errors import UserError
 from qvlm.validation import check_name, one_of, refused, seed, whole_number
 
-DEFAULT_LAUNCHER = {"_target_": "qvlm.sweep.local.Here"}
+DEFAULT_LAUNCHER = {"_target_": "qvlm.sweep.local.Auto"}
 FULL_PRECISION_METHOD = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
 MAP = "map"  # the value of `device` that stands for all devices
 UNPARSABLE = ("wrong", "random")  # what an answer without a letter counts as
@@ -75,7 +75,7 @@ class ModelConfig:
         if self.image_fit is not None:
             one_of("model.image_fit", self.image_fit, ("crop", "pad"))
         one_of("model.expert_capacity", self.expert_capacity, ("checkpoint", "unlimited"))
-        one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        one_of("model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16"))
         whole_number("model.weight_group_size", self.weight_group_size)
 
 
@@ -252,9 +252,10 @@ class RunConfig:
         method: `_target_`, the import path of the method's class, and its parameters.
         launcher: `_target_`, the import path of a class of `qvlm.sweep`, and its options.
         seed: Seed of every random number generator.
-        execution: "simulated" multiplies dequantized numbers in the model's floating-point type.
-            "exact" does so in float64 during the evaluation, so that only outputs are rounded.
-            "packed" keeps codes and multiplies them with the kernels of `qvlm.packing`.
+        execution: "simulated" multiplies dequantized numbers in the model's floating-point type,
+            which is float64 for the embedded models. "exact" does so in float64 during the
+            evaluation of any other model, so that only outputs are rounded. "packed" keeps codes
+            and multiplies them with the kernels of `qvlm.packing`.
         kernel: Kernel of packed execution, one of `qvlm.packing.KERNELS`. With "auto" each layer
             chooses its own.
         save_packed: Folder to write the packed model to. Execution is then packed.
@@ -270,7 +271,8 @@ class RunConfig:
         threads: Number of PyTorch's CPU threads. Null leaves the number to PyTorch.
         force: Whether to compute a cell that is recorded already.
         preflight: Whether to print what cells will read, need and take, and stop.
-        group: Name that groups cells in Weights & Biases.
+        group: Name of the sweep in Weights & Biases. A sweep that is left with the default is named
+            after its options.
         method_name: Name of the method's YAML file, which is part of the record's folder name.
     """
 
@@ -375,9 +377,16 @@ class RunConfig:
 
 
 def canonical(config: RunConfig) -> RunConfig:
-    """The same cell in its one form: full precision has no bit widths and no other method."""
+    """The same cell in its one form.
+
+    Full precision has no bit widths and no other method. In a model in float64, simulated execution
+    is exact.
+    """
     if not config.full_precision:
-        return replace(config, execution="packed" if config.packed else config.execution)
+        execution = "packed" if config.packed else config.execution
+        if execution == "exact" and config.model.dtype == "float64":
+            execution = "simulated"
+        return replace(config, execution=execution)
     return replace(
         config,
         method=dict(FULL_PRECISION_METHOD),

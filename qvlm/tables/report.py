@@ -134,7 +134,7 @@ def made_by(records: Sequence[Record], command: str, notes: Sequence[str] = ()) 
 
     each("Hardware", _hardware, records)
     each("Versions", lambda r: ", ".join(f"{k} {v}" for k, v in r.run["versions"].items()), records)
-    each("Code", _revision, records)
+    each("Code", revision, records)
     each("Seed", lambda r: str(r.run["seed"]), records)
     each("Questions", lambda r: f"{len(r.predictions)} of {_data(r)}", records)
     quantized = [record for record in records if not record.bit_widths.is_full_precision]
@@ -154,7 +154,8 @@ def _hardware(record: Record) -> str:
     return ", ".join(used) + (f", {threads} threads" if threads else "")
 
 
-def _revision(record: Record) -> str:
+def revision(record: Record) -> str:
+    """Returns the revision of the code that a record was made with."""
     git = record.run["git"]
     if git["revision"] is None:
         return "not in a git repository"

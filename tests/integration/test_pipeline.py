@@ -150,10 +150,12 @@ def test_a_packed_model_answers_as_the_simulated_one(cell: Any, tmp_path: Path) 
 
 
 def test_exact_execution_is_quantized_as_simulated_and_evaluated_as_packed(cell: Any) -> None:
-    path = run(cell("execution=exact"))
+    narrow = "model.dtype=float32"
+    path = run(cell("execution=exact", narrow))
     assert re.fullmatch(r"toy-rtn-w4a4-exact-[0-9a-f]{8}", path.name)
     exact, simulated, packed = (
-        Record.load(run(cell(f"execution={name}"))) for name in ("exact", "simulated", "packed")
+        Record.load(run(cell(f"execution={name}", narrow)))
+        for name in ("exact", "simulated", "packed")
     )
     assert exact.run["execution"] == "exact"
     assert exact.run["kernels"] == {}
@@ -161,8 +163,17 @@ def test_exact_execution_is_quantized_as_simulated_and_evaluated_as_packed(cell:
     assert exact.layers == simulated.layers
     assert exact.run["weight_bytes"] > simulated.run["weight_bytes"]  # float64 weights
     assert exact.predictions["text"].equals(packed.predictions["text"])
-    full = Record.load(run(cell("execution=exact", "method=fp")))
+    full = Record.load(run(cell("execution=exact", "method=fp", narrow)))
     assert full.run["execution"] == "simulated"
+
+
+def test_simulated_execution_in_float64_is_exact(cell: Any) -> None:
+    assert run(cell("execution=exact")) == run(cell())
+    simulated, packed = (
+        Record.load(run(cell(f"execution={name}"))) for name in ("simulated", "packed")
+    )
+    assert simulated.config["model"]["dtype"] == "float64"
+    assert simulated.predictions["text"].equals(packed.predictions["text"])
 
 
 def test_a_packed_cell_is_reused_as_long_as_its_checkpoint_is_there(
@@ -198,7 +209,10 @@ def test_a_cell_may_end_once_its_packed_model_is_written(
         (["execution=fast"], "execution=fast .* simulated, exact, packed"),
         (["execution=exact", "save_packed=FULL"], "execution=exact is not for packed"),
         (["execution=exact", "model.packed=nowhere"], "execution=exact is not for packed"),
-        (["execution=packed", "kernel=int4_weight_only", "bits=w6a6"], "serves no layer"),
+        (
+            ["execution=packed", "kernel=int4_weight_only", "bits=w6a6", "model.dtype=float32"],
+            "serves no layer",
+        ),
         (["execution=packed", "kernel=fast"], "kernel=fast .* Choose one of: auto, "),
         (["model.packed=nowhere"], "model.packed: nowhere has no readable qvlm.json"),
         (["save_packed=FULL"], "save_packed=.* is not empty and holds no packed checkpoint"),
