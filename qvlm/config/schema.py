@@ -175,6 +175,10 @@ class EvaluationConfig:
             rule of the official script, which lifts a broken model by 20 to 50 points.
         temperature: Sampling temperature from 0.001 to 1000. 0 decodes greedily.
         limit: Number of questions to evaluate. Null stands for all of them.
+        kl_problems: Number of questions, the first ones, on whose expected answers a quantized
+            model is compared with full precision, token by token. 0 compares none. Null stands for
+            1,024 with an embedded miniature and 128 with any other model, which takes a few percent
+            of the evaluation's time; see `qvlm.cell.inputs.compared_problems`.
     """
 
     batch_size: int = 128
@@ -182,9 +186,12 @@ class EvaluationConfig:
     unparsable: str = "wrong"
     temperature: float = 0.0
     limit: int | None = None
+    kl_problems: int | None = None
 
     def __post_init__(self) -> None:
         whole_number("evaluation.batch_size", self.batch_size)
+        if self.kl_problems is not None:
+            whole_number("evaluation.kl_problems", self.kl_problems, 0)
         coldest, hottest = TEMPERATURES
         if self.temperature != 0 and not coldest <= self.temperature <= hottest:
             raise refused(
@@ -264,7 +271,8 @@ class RunConfig:
         threads: Number of PyTorch's CPU threads. Null leaves the number to PyTorch.
         force: Whether to compute a cell that is recorded already.
         preflight: Whether to print what cells will read, need and take, and stop.
-        group: Name that groups cells in Weights & Biases.
+        group: Name of the sweep in Weights & Biases. A sweep that is left with the default is named
+            after its options.
         method_name: Name of the method's YAML file, which is part of the record's folder name.
     """
 

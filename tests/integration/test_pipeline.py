@@ -26,7 +26,9 @@ from tests.helpers.problems import make_model
 
 pytestmark = [pytest.mark.usefixtures("tracked"), pytest.mark.instruction_set]
 
-QUANTIZED_STAGES = ["load", "calibrate", "quantize", "prove", "evaluate"]
+QUANTIZED_STAGES = [
+    *("load", "calibrate", "reference", "quantize", "prove", "evaluate", "divergence")
+]
 
 
 def test_a_cell_becomes_a_record(cell: Any, tracked: Tracked, tmp_path: Path) -> None:
@@ -54,6 +56,10 @@ def test_a_cell_becomes_a_record(cell: Any, tracked: Tracked, tmp_path: Path) ->
     assert max(row["input_levels"] for row in record.layers) <= 16
 
     assert len(record.predictions) == record.metrics["classes"]["Avg"]["n"] == 12
+    kl = record.metrics["kl"]
+    assert kl["mean"] > 1e-4  # four bits change what the toy predicts
+    assert (kl["clusters"], kl["tokens"]) == (12, record.predictions["answer_tokens"].sum())
+    assert kl["mean"] == pytest.approx(record.predictions["kl"].sum() / kl["tokens"])
     assert record.config["calibration"]["samples"] == 6
     assert record.run["seed"] == 0
     assert record.run["versions"]["torch"] == torch.__version__
@@ -124,7 +130,7 @@ def test_a_packed_model_answers_as_the_simulated_one(cell: Any, tmp_path: Path) 
     path = run(config)
     assert re.fullmatch(r"toy-rtn-w4a4-packed-[0-9a-f]{8}", path.name)
     packed = Record.load(path)
-    assert list(packed.run["stages"]) == [*QUANTIZED_STAGES[:-1], "pack", "evaluate"]
+    assert list(packed.run["stages"]) == [*QUANTIZED_STAGES[:-2], "pack", "evaluate", "divergence"]
     assert packed.run["execution"] == "packed"
     assert sum(packed.run["kernels"].values()) > 0
     assert packed.run["weight_bytes"] < simulated.run["weight_bytes"] / 2
@@ -139,6 +145,8 @@ def test_a_packed_model_answers_as_the_simulated_one(cell: Any, tmp_path: Path) 
     assert list(loaded.run["stages"]) == ["load", "pack", "evaluate"]
     assert loaded.predictions["text"].equals(packed.predictions["text"])
     assert loaded.layers == packed.layers
+    assert packed.metrics["kl"] == pytest.approx(simulated.metrics["kl"], rel=0.02)
+    assert "kl" not in loaded.metrics  # there is no float model to compare with
 
 
 def test_exact_execution_is_quantized_as_simulated_and_evaluated_as_packed(cell: Any) -> None:
