@@ -42,8 +42,8 @@ NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WI
 route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 table4-scale table5 ablation gpu claims \
-	report verify audit figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
+	report ablation verify audit figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
