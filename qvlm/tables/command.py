@@ -20,6 +20,8 @@ from qvlm.records.tracking import log_table
 from qvlm.tables.answers import folder_of, obstacle, write_answers
 from qvlm.tables.selection import Selection, select
 
+FINE = ("kl", "kl_error")  # columns of a CSV with five decimals; the others have two
+
 
 @dataclass(frozen=True)
 class Table:
@@ -61,7 +63,7 @@ def run(table: Table, arguments: Sequence[str] | None = None) -> int:
             newest = max(selection.shown, key=lambda record: record.run["finished"]).config
             tracking = TrackingConfig(**newest["tracking"])
             mode = options.tracking or tracking.mode
-            log_table(csv, page, replace(tracking, mode=mode), newest["group"])
+            log_table(csv, page, replace(tracking, mode=mode), newest["group"], selection.shown)
 
     return run_command(parser, work, arguments)
 
@@ -146,7 +148,10 @@ def write(table: Table, selection: Selection, out: Path, made_with: str) -> tupl
 
 def texts_of(table: Table, selection: Selection, made_with: str) -> dict[str, str]:
     """Returns the text of a table's two files by their names."""
-    csv = table.long(selection).to_csv(index=False, float_format="%.2f", lineterminator="\n")
+    frame = table.long(selection)
+    for column in frame.columns.intersection(FINE):
+        frame[column] = frame[column].map("{:.5f}".format, na_action="ignore")
+    csv = frame.to_csv(index=False, float_format="%.2f", lineterminator="\n")
     return {f"{table.name}.csv": csv, f"{table.name}.md": table.render(selection, made_with)}
 
 

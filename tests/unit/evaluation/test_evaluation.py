@@ -260,6 +260,20 @@ class Interrupted(Exception):
     """In place of a kill."""
 
 
+def test_an_evaluation_can_be_watched(
+    loaded: LoadedModel, dataset: datasets.Dataset, predictions: pd.DataFrame
+) -> None:
+    seen: list[dict[str, float]] = []
+    watched = evaluate(
+        loaded, dataset, 16, 4, watch=lambda *given: seen.append(dict(enumerate(given)))
+    )
+    pd.testing.assert_frame_equal(watched.predictions, predictions)
+    assert [entry[0] for entry in seen] == [16, 32, 48, 64, 66]
+    average = watched.metrics["classes"]["Avg"]
+    wanted = [66, 66, *(average[key] for key in ("accuracy", "ci_low", "ci_high"))]
+    assert list(seen[-1].values()) == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_an_interrupted_evaluation_goes_on_where_it_was(
