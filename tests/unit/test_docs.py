@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from qvlm.__main__ import PAGES as ROUTES
 from qvlm.config.compose import CONF
 from qvlm.config.schema import RunConfig
 from tests.helpers.configs import load
@@ -148,7 +149,8 @@ def test_modules_exist(line: str) -> None:
     _, _, rest = line.partition("python -m ")
     module, *arguments = shlex.split(rest)
     if module == "qvlm":
-        assert {word for word in arguments if not word.startswith("-")} <= TARGETS
+        words = {word for word in arguments if not word.startswith("-")}
+        assert words <= {*TARGETS, *ROUTES, "RUN"}
         return
     if module.endswith(".NAME"):
         module = module.removesuffix(".NAME")
