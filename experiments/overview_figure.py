@@ -34,7 +34,7 @@ MODEL, BITS, SKILL = "mini_llava", "W4A4", "Read a map: cardinal directions"
 ASKED = {FP: "full precision", BASELINE: f"{BITS}, {BASELINE}", QVLM: f"{BITS}, {QVLM}"}
 # Okabe and Ito's palette, which readers with any color vision tell apart.
 RIGHT, WRONG, MODELS = "#009E73", "#D55E00", {"mini_llava": "#0072B2", "mini_moe_llava": "#E69F00"}
-LINE = 46  # letters of a line beside the image
+LINE = 50  # letters of a line beside the image
 # Left, bottom, width and height of image, text and chart, as shares of the figure.
 PLACES = ((0.01, 0.1, 0.24, 0.8), (0.265, 0.0, 0.32, 0.97), (0.72, 0.17, 0.27, 0.7))
 
@@ -94,7 +94,7 @@ def draw_question(image: Axes, text: Axes, problem: dict[str, Any], given: dict[
     for line, color, weight in lines:
         wrapped = textwrap.fill(line, LINE)
         text.text(0, height, wrapped, color=color, weight=weight, va="top", fontsize=9.5)
-        height -= 0.08 * (wrapped.count("\n") + 1) + (0.0 if color == "#555555" else 0.035)
+        height -= 0.072 * (wrapped.count("\n") + 1) + (0.0 if color == "#555555" else 0.03)
 
 
 def draw_chart(axes: Axes, table: pd.DataFrame) -> None:
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def work(options: argparse.Namespace) -> None:
     """Draws and writes the picture."""
     problem, given = choose(answers_of(find_records(options.runs)))
-    figure = pyplot.figure(figsize=(12, 3.6))
+    figure = pyplot.figure(figsize=(12, 3.8))
     image, text, chart = (figure.add_axes(place) for place in PLACES)
     draw_question(image, text, problem, given)
     draw_chart(chart, pd.read_csv(options.table, keep_default_na=False))
