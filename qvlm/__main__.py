@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["-sc"], ["--shell-completion"]) and given[1:] != ["install=bash"]:
-        print(*_begun(os.environ.get("COMP_LINE", "")))  # Hydra adds groups and options
+        for command in _begun(os.environ.get("COMP_LINE", "")):  # Hydra adds groups and options
+            print(command)
     name, words = (given[0], given[1:]) if given else DEMO
     route = ROUTES.get(name)
     if route is None:
