@@ -41,8 +41,9 @@ OPTION_KEY = "normalise"  # a key that people use in their commands
 
 def fenced(page: Path) -> str:
     """The content of a page's code blocks that have no language, which are commands."""
-    found = re.findall(r"^ *```\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.M | re.S)
-    return "\n".join(found).replace("\\\n", " ")
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.M | re.S)
+    return "\n".join(block for kind, block in blocks if not kind).replace("\\\n", " ")
 
 
 def prose(page: Path) -> str:
@@ -104,6 +105,7 @@ def test_every_target_is_documented() -> None:
     assert TARGETS - named <= {"help", "mini_llava", "mini_moe_llava"}
 
 
+ROUTE = r"^(?:python -m )?qvlm [a-z][a-z0-9-]*(?: |$)"  # a command line that names a command
 # The words before the overrides of a command that runs cells.
 PROGRAM = re.compile(r"^(?:.*\brun\.py|qvlm|python -m qvlm)(?: |$)")
 
@@ -177,14 +179,14 @@ def test_scripts_exist(line: str) -> None:
     assert (ROOT / shlex.split(line.partition("python ")[2])[0]).is_file()
 
 
-@pytest.mark.parametrize("line", of_all_pages(r"^(?:python -m )?qvlm [a-z0-9-]+(?: |$)"))
+@pytest.mark.parametrize("line", of_all_pages(ROUTE))
 def test_routes_exist(line: str) -> None:
     name = shlex.split(line.partition("qvlm ")[2])[0]
     assert name in ROUTES, line
 
 
 def test_there_are_routes_to_look_for() -> None:
-    assert len(of_all_pages(r"^(?:python -m )?qvlm [a-z0-9-]+(?: |$)")) >= 2
+    assert len(of_all_pages(ROUTE)) >= 2
 
 
 @pytest.mark.parametrize("line", of_all_pages(r"^python examples/"))
