@@ -8,7 +8,8 @@
 # `make lock` renews all pins but PyTorch's; TORCH=VERSION renews that one too, and KEEP=1 keeps every
 # version that still fits pyproject.toml.
 #
-# LAUNCHER=joblib runs several cells at a time, LAUNCHER=slurm or ray each as a job; further options
+# Cells of the miniatures run one per core. LAUNCHER=here runs one after the other, LAUNCHER=joblib
+# several at a time, and LAUNCHER=slurm or ray each as a job; further options
 # of a launcher may follow: LAUNCHER='joblib launcher.jobs=4'.
 #
 # SCALE=paper makes a table of the paper's own checkpoints on ScienceQA: see docs/paper-scale.md.
@@ -16,8 +17,9 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 SCALE ?= miniature
-LAUNCHER ?= here
+LAUNCHER ?= auto
 BUDGET ?= 6
+RERUN ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -31,7 +33,7 @@ DOCS := build/docs-venv
 
 # Any other scale than the default is an option, and has results of its own (conf/scale).
 OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
-WHERE := $(if $(filter-out here,$(LAUNCHER)), launcher=$(LAUNCHER))
+WHERE := $(if $(filter-out auto,$(LAUNCHER)), launcher=$(LAUNCHER))
 
 # Has a CPU with AVX-512 compute as one with AVX2 only; another CPU ignores it.
 NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WITHOUT=native
@@ -41,7 +43,7 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
-	figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+	report ablation verify audit figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -93,8 +95,23 @@ fit: install  ## what each model takes at each bit width, and whether it fits BU
 preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
 	$(BIN)/python -m qvlm $@$(OPTION)
 
+ablation: install  ## regenerates the ablation of RoCo: its parts, each added to the others
+	$(call route,$@,$(WHERE))
+
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
 	$(call route,$@,$(WHERE))
+
+verify-portable: install  ## computes whole cells under other instruction sets and threads, and compares (hours)
+	$(BIN)/python -m qvlm $@
+
+report: install  ## makes results/report/index.html of all records, to open in a browser
+	$(BIN)/python -m qvlm $@ --command='make $@'$(if $(OPTION), --results=results/$(SCALE))
+
+verify: install  ## recomputes every committed page from its answers; RERUN=2 runs two cells anew
+	$(BIN)/python -m qvlm $@ --rerun $(RERUN)
+
+audit: install  ## checks the paper's printed numbers against each other and published answers
+	$(BIN)/python -m qvlm $@ --command='make $@'
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

@@ -1,7 +1,5 @@
 """What a cell finds out, and how a record holds it."""
 
-import shlex
-import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +10,7 @@ from qvlm.cell.identity import Cell
 from qvlm.evaluation import Evaluation
 from qvlm.methods.base import MethodReport
 from qvlm.quantization import LayerBits, check_bits
-from qvlm.records.environment import surroundings
+from qvlm.records.environment import command_line, surroundings
 from qvlm.records.locks import Owner
 from qvlm.runtime import workers
 
@@ -44,6 +42,7 @@ class Findings:
         evaluation: Answers and metrics, or None if the model was not evaluated.
         weight_bytes: Bytes of all parameters and buffers of the model that was evaluated.
         kernels: Number of calls during the evaluation by kernel.
+        kernel_choices: What packed layers chose and what they measured, in the first process.
     """
 
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -53,6 +52,7 @@ class Findings:
     evaluation: Evaluation | None = None
     weight_bytes: int = 0
     kernels: dict[str, int] = field(default_factory=dict)
+    kernel_choices: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def exceeding(self) -> list[str]:
@@ -82,12 +82,13 @@ def describe_run(
         "seed": config.seed,
         "execution": config.execution,
         "kernels": findings.kernels,
+        "kernel_choices": findings.kernel_choices,
         "weight_bytes": findings.weight_bytes,
         "device": device,
         "processes": workers.world_size(),
         "questions_per_process": evaluation.shares,
         "threads": torch.get_num_threads(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "started": owner.started,
         "slurm_job": owner.job or None,
         "slurm_restarts": owner.restarts,

@@ -28,12 +28,13 @@ from qvlm.cell.method import method_of
 from qvlm.cell.origin import describe_origin, expected_of, require_bits
 from qvlm.cell.streaming import stream_cell
 from qvlm.cell.walk import ProgressWalk
-from qvlm.evaluation import Evaluation, evaluate
+from qvlm.evaluation import Evaluation, Reference, Watch, answer_passages, evaluate
 from qvlm.methods.base import Method
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model
 from qvlm.packing import (
     force_kernel,
+    kernel_choices,
     kernels_used,
     measure_packed_bits,
     pack_model,
@@ -47,17 +48,23 @@ from qvlm.quantization import (
     expected_layers,
     measure_bits,
 )
-from qvlm.records.environment import hardware, versions
+from qvlm.records.environment import command_line, hardware, versions
 from qvlm.records.locks import Lock
-from qvlm.records.record import answers_folder, write_record
-from qvlm.records.tracking import track
+from qvlm.records.record import Record, answers_folder, write_record
+from qvlm.records.tracking import Tracker
 from qvlm.runtime import workers
 from qvlm.runtime.stages import Stages
 
 PROOF_PROBLEMS = 16
 
 
-def compute(cell: Cell, method: Method, device: str, answers: Path | None = None) -> Findings:
+def compute(
+    cell: Cell,
+    method: Method,
+    device: str,
+    answers: Path | None = None,
+    watch: Watch | None = None,
+) -> Findings:
     """Runs a cell without looking for its record or writing it.
 
     Args:
@@ -65,6 +72,7 @@ def compute(cell: Cell, method: Method, device: str, answers: Path | None = None
         method: Method of the cell.
         device: Device to run on, as `find_device` resolves it.
         answers: Folder that keeps the answers given so far, by this cell on this kind of machine.
+        watch: Function that is told how far the evaluation is.
 
     Raises:
         UserError: if checkpoint or data cannot be used.
@@ -81,12 +89,16 @@ def compute(cell: Cell, method: Method, device: str, answers: Path | None = None
             loaded = inputs.load(config, device)
             found.problems = inputs.load_problems(config)
         expected: list[str] = []
+        reference: Reference | None = None
         if not config.full_precision and config.packed_source is None:
             quantization = inputs.quantization_config(config)
             expected = expected_layers(loaded.model, quantization.vision_tower)
             with stages.stage("calibrate"):
                 samples, ids = inputs.draw_calibration(config)
                 batches = batch_by_length(loaded, samples, config.calibration.batch_size)
+            if config.evaluate and inputs.compared_problems(config):
+                with stages.stage("reference"):
+                    reference = _reference(cell, loaded, found.problems)
             with stages.stage("quantize"):
                 walk = ProgressWalk(loaded.model, batches, quantization)
                 report = method.quantize(walk)
@@ -102,11 +114,16 @@ def compute(cell: Cell, method: Method, device: str, answers: Path | None = None
             compute_in_float64(loaded.model)
         if config.evaluate:
             with stages.stage("evaluate"):
-                found.evaluation = _evaluate(cell, loaded, found.problems, answers)
+                found.evaluation = _evaluate(cell, loaded, found.problems, answers, watch)
+        if found.evaluation is not None and reference is not None:
+            with stages.stage("divergence"):
+                divergence = reference.divergence(loaded)
+                found.evaluation = found.evaluation.with_divergence(divergence)
     if found.evaluation is not None:
         if found.evaluation.resumed:  # the stage took the seconds of the other questions only
             stages.costs["evaluate"]["resumed_questions"] = found.evaluation.resumed
         found.kernels = dict(sum(map(Counter, found.evaluation.observed), Counter()))
+        found.kernel_choices = kernel_choices(loaded.model)
         found.weight_bytes = weight_bytes(loaded.model)
     return found
 
@@ -141,7 +158,24 @@ def _compute_and_record(cell: Cell, lock: Lock) -> None:
     answers = _answers_folder(cell, device)
     if config.force:
         shutil.rmtree(answers, ignore_errors=True)
-    found = compute(cell, method, device, answers)
+    with Tracker(
+        config.tracking,
+        config.group,
+        path.name,
+        [config.model.name, method.name, config.bits.label],
+        command_line(),
+        asdict(config),
+    ) as tracker:
+        found = compute(cell, method, device, answers, tracker.progress)
+        record = _record(cell, method, device, found, lock)
+        if record is not None:
+            shutil.rmtree(answers, ignore_errors=True)
+            tracker.finish(record, found.problems)
+
+
+def _record(cell: Cell, method: Method, device: str, found: Findings, lock: Lock) -> Record | None:
+    """Writes the record of a cell, unless the cell was not evaluated, and returns it."""
+    config, path = cell.config, cell.path
     if found.exceeding:
         tqdm.write(
             f"warning: {path.name}: {len(found.exceeding)} layers take more values than their bits "
@@ -149,14 +183,12 @@ def _compute_and_record(cell: Cell, lock: Lock) -> None:
             file=sys.stderr,
         )
     if found.evaluation is None:
-        return
+        return None
     run = describe_run(cell, found, method.name, device, lock.owner)
     layers = [asdict(layer) for layer in found.layers]
     metrics, predictions = found.evaluation.metrics, found.evaluation.predictions
     lock.confirm()
-    record = write_record(path, asdict(config), run, metrics, predictions, layers)
-    shutil.rmtree(answers, ignore_errors=True)
-    track(record, found.problems, config.tracking, config.group)
+    return write_record(path, asdict(config), run, metrics, predictions, layers)
 
 
 def _pack(
@@ -198,13 +230,26 @@ def _pack(
 
 
 def _evaluate(
-    cell: Cell, loaded: LoadedModel, problems: datasets.Dataset, answers: Path | None
+    cell: Cell,
+    loaded: LoadedModel,
+    problems: datasets.Dataset,
+    answers: Path | None,
+    watch: Watch | None,
 ) -> Evaluation:
     options: dict[str, Any] = asdict(cell.config.evaluation)
-    del options["limit"]  # the problems are limited already
+    del options["limit"], options["kl_problems"]  # the problems are limited already
+    options["watch"] = watch
     if cell.config.packed:
         options["observe"] = kernels_used
     return evaluate(loaded, problems, seed=cell.config.seed, answers=answers, **options)
+
+
+def _reference(cell: Cell, loaded: LoadedModel, problems: datasets.Dataset) -> Reference:
+    """What full precision predicts for the expected answers of the first problems."""
+    config = cell.config
+    count = min(inputs.compared_problems(config), len(problems))
+    passages = answer_passages(loaded, [problems[row] for row in range(count)])
+    return Reference(loaded, passages, config.calibration.batch_size)
 
 
 def _proof_batches(
@@ -226,8 +271,10 @@ def _count_stages(cell: Cell) -> int:
         return 2
     if config.stream:
         return 5 if config.evaluate else 2
-    quantizes = 0 if config.model.packed else 3
-    return 1 + quantizes + config.packed + config.evaluate
+    if config.model.packed:
+        return 2 + config.evaluate
+    compares = config.evaluate and inputs.compared_problems(config) > 0
+    return 4 + config.packed + config.evaluate + 2 * compares
 
 
 def _answers_folder(cell: Cell, device: str) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import (
     HfQuantizer,
@@ -32,9 +32,10 @@ from qvlm.packing.model import packed_layers
 from qvlm.records.strict import build
 
 METHOD = "qvlm_packed"
-VERSION = 2
-# Version 1 stored channels in their own order, which is the default of a form.
-READABLE = (1, 2)
+VERSION = 3
+# Forms of version 1 have no order of channels, and those of version 2 no transform of inputs; both
+# are what a form has by default.
+READABLE = (1, 2, 3)
 
 
 @register_quantization_config(METHOD)
@@ -86,8 +87,7 @@ class PackedQuantizer(HfQuantizer):
                 linear = model.get_submodule(name)
             except AttributeError as error:
                 raise ValueError(f"the model has no layer {name}") from error
-            sizes = (form.in_features, form.out_features, form.bias)
-            if not isinstance(linear, nn.Linear) or sizes != _sizes(linear):
+            if not isinstance(linear, nn.Linear) or not _fits(form, linear):
                 raise ValueError(f"the form of {name} is not that of the model's layer")
             with torch.device("meta"):
                 model.set_submodule(name, PackedLinear(form, layer_name=name))
@@ -102,8 +102,10 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
-def _sizes(linear: nn.Linear) -> tuple[int, int, bool]:
-    return linear.in_features, linear.out_features, linear.bias is not None
+def _fits(form: Form, linear: nn.Linear) -> bool:
+    """Whether a packed layer can replace a linear; a method may have given it a bias."""
+    sizes = form.in_features, form.out_features
+    return sizes == (linear.in_features, linear.out_features) and (form.bias or linear.bias is None)
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
@@ -114,6 +116,9 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 
 def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2GB") -> None:
     """Writes a packed model with `save_pretrained`.
+
+    Numbers in float64 are written in float32, which holds them exactly: they were read from a
+    checkpoint, or rounded to float32 by the method that made them.
 
     Args:
         model: Packed model.
@@ -131,7 +136,13 @@ def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2
     add_packed_config(model, {name: asdict(layer.form) for name, layer in layers.items()})
     # Tensors are saved under their names in the model, not under those of the original checkpoint.
     model._weight_conversions = []
-    model.save_pretrained(folder, max_shard_size=shard_size)
+    state = {name: in_float32(tensor) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """Returns a tensor in the type in which it is saved: float32 instead of float64."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def add_packed_config(model: PreTrainedModel, forms: dict[str, dict[str, Any]]) -> None:

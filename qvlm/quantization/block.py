@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.errors import RunError
+from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.linear import QuantLinear, folded_weight
+from qvlm.quantization.precision import settled
 from qvlm.quantization.quantizer import Quantizer
 from qvlm.quantization.ranges import RangeEstimator, activation_quantizer, weight_quantizer
 from qvlm.quantization.sampling import evenly_spaced
@@ -103,7 +105,8 @@ class Block:
                 batch. None keeps all.
 
         Returns:
-            Samples [tokens, in] of each linear, in the order of `linears`.
+            Samples [tokens, in] of each linear, in the order of `linears`. They have the type of
+            the model and, if that is float64, values rounded to float32.
         """
         share = None if max_tokens is None else -(-max_tokens // max(1, len(self.inputs)))
         seen: dict[str, list[Tensor]] = {name: [] for name in self.linears}
@@ -113,7 +116,8 @@ class Block:
                 tokens = args[0].detach().flatten(0, -2)
                 # Indexing copies, so that the tokens that are not kept can be freed.
                 count = len(tokens) if share is None else share
-                seen[name].append(tokens[evenly_spaced(len(tokens), count, tokens.device)])
+                kept = tokens[evenly_spaced(len(tokens), count, tokens.device)]
+                seen[name].append(settled(kept).to(kept.dtype))
 
             return hook
 
@@ -169,6 +173,7 @@ class Block:
         input_quantizer: Quantizer | None = None,
         weights: Callable[[Tensor], Quantizer] | None = None,
         keep_float: bool = False,
+        hadamard: bool = False,
     ) -> QuantLinear:
         """Quantizes a linear and leaves the block as it is (see `replace`).
 
@@ -179,6 +184,8 @@ class Block:
             weights: Function from the weight to be quantized [out, in] to its quantizer, instead
                 of the default of the weight spec.
             keep_float: See `QuantLinear`.
+            hadamard: Whether the layer transforms its input by a Hadamard matrix. An
+                `input_quantizer` is then that of the transformed input.
 
         Raises:
             RunError: If the weight or a sample is not finite; the message names the layer.
@@ -187,13 +194,15 @@ class Block:
         layer = self.layer_name(name)
         if not bool(torch.isfinite(linear.weight).all()):
             raise RunError(f"the weight of {layer} is not finite")
+        if input_quantizer is None and hadamard:
+            samples = hadamard_transform(samples)
         inputs = input_quantizer or self.input_quantizer(name, samples)
-        weight = folded_weight(linear.weight, inputs)
+        weight = folded_weight(linear.weight, inputs, hadamard)
         if weights:
             quantizer = weights(weight)
         else:
             quantizer = weight_quantizer(weight, self.spec(name)[0], inputs=inputs)
-        return QuantLinear.from_linear(linear, quantizer, inputs, keep_float, layer)
+        return QuantLinear.from_linear(linear, quantizer, inputs, keep_float, layer, hadamard)
 
     def replace(self, name: str, layer: QuantLinear) -> None:
         """Puts a quantized linear in the place of a linear."""

@@ -11,9 +11,13 @@ of it. It is therefore folded into the weight before the weight is quantized:
 The layer quantizes W' and multiplies it with q - z. So the simulation computes exactly what
 integers compute: q W' minus the constant z W', which an integer layer stores as a bias.
 
+A layer may transform its input by a Hadamard matrix H before it quantizes it (`hadamard`). Its
+weight has then absorbed the inverse: W x = (W H^T)(H x), and W H^T takes the place of W above.
+
 float32 rounds every value and every partial sum, and one such rounding can move an input of the
-next layer to the neighboring code. After `compute_in_float64` a layer accumulates in float64 and
-rounds its output once, which is what a product that sums integers exactly must yield too.
+next layer to the neighboring code. In a model in float64, q - z times its scale is exact and sums
+are in float64, as they are in a product that sums integers. After `compute_in_float64` a layer of
+any other model computes so too, and rounds its output to the type of the model.
 
 Not here: packed storage and integer kernels. A simulated layer is neither smaller nor faster.
 """
@@ -25,6 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvlm.errors import RunError
+from qvlm.quantization.hadamard import hadamard_transform
+from qvlm.quantization.precision import settled, wide
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 
 
@@ -36,11 +42,12 @@ class QuantLinear(nn.Module):
     loop. `freeze` ends it.
 
     Attributes:
-        weight: Dequantized weight [out, in], float32; None while the float weight is kept. If the
-            input quantizer folds, it is that of W' (see the module's docstring).
-        exact: Whether the weight is float64 and the product is computed in float64.
+        weight: Dequantized weight [out, in], float32 or float64, which is the type that the layer
+            computes in; None while the float weight is kept. If the input quantizer folds, it is
+            that of W' (see the module's docstring).
         float_weight: Float weight [out, in] before quantization, or None.
         layer_name: Full name in the model, for errors and records.
+        hadamard: Whether the input is transformed before it is quantized (see the module).
     """
 
     weight: Tensor | None
@@ -53,6 +60,7 @@ class QuantLinear(nn.Module):
         weight_quantizer: Quantizer,
         input_quantizer: Quantizer,
         layer_name: str = "",
+        hadamard: bool = False,
     ) -> None:
         """Takes a weight [out, in] that `weight_quantizer` has quantized and dequantized."""
         super().__init__()
@@ -60,10 +68,11 @@ class QuantLinear(nn.Module):
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.layer_name = layer_name
+        self.hadamard = hadamard
         self.float_weight: nn.Parameter | None = None
-        self.exact = False
-        self.register_buffer("weight", weight.detach().float())
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        weight = wide(weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(weight, copy=True))
 
     @classmethod
     def from_linear(
@@ -73,19 +82,26 @@ class QuantLinear(nn.Module):
         input_quantizer: Quantizer,
         keep_float: bool = False,
         layer_name: str = "",
+        hadamard: bool = False,
     ) -> "QuantLinear":
         """Quantizes a linear.
 
         Args:
             linear: Float linear, which is not changed.
-            weight_quantizer: Quantizer of `folded_weight(linear.weight, input_quantizer)`.
+            weight_quantizer: Quantizer of `folded_weight(linear.weight, ...)`.
             input_quantizer: Quantizer of the layer's input.
             keep_float: Whether the float weight and the bias stay trainable.
             layer_name: Full name in the model.
+            hadamard: Whether the input is transformed before it is quantized.
         """
-        weight = folded_weight(linear.weight, input_quantizer)
+        weight = folded_weight(linear.weight, input_quantizer, hadamard)
         layer = cls(
-            weight_quantizer(weight), linear.bias, weight_quantizer, input_quantizer, layer_name
+            weight_quantizer(weight),
+            linear.bias,
+            weight_quantizer,
+            input_quantizer,
+            layer_name,
+            hadamard,
         )
         if keep_float:
             layer.float_weight = nn.Parameter(weight.clone())
@@ -102,7 +118,9 @@ class QuantLinear(nn.Module):
         """
         if not all_finite(x):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
-        return F.linear(self._quantized_input(x), self.quantized_weight(), self.bias).to(x.dtype)
+        weight = self.quantized_weight()
+        read = hadamard_transform(x) if self.hadamard else x
+        return F.linear(self._quantized_input(read.to(weight.dtype)), weight, self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The dequantized weight [out, in]; differentiable while the float weight is kept."""
@@ -127,11 +145,7 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def compute_in_float64(self) -> None:
-        """Makes the layer compute its product in float64; its float weight must not be kept.
-
-        The operands are q - z times their scale, without a rounding to float32 in between.
-        """
-        self.exact = True
+        """Makes the layer compute its product in float64; its float weight must not be kept."""
         self.weight = self.weight_quantizer.dequantize(self.weight_codes(), torch.float64)
         if self.bias is not None:
             self.bias = self.bias.double()
@@ -142,13 +156,7 @@ class QuantLinear(nn.Module):
     def _quantized_input(self, x: Tensor) -> Tensor:
         """Returns x_hat, or q - z if the scales are folded into the weight."""
         folding = _folding(self.input_quantizer)
-        if folding is not None:
-            steps = folding.centered(x)
-            return steps.double() if self.exact else steps
-        if self.exact:
-            static = self.input_quantizer.for_tokens(x)
-            return static.dequantize(static.quantize(x), torch.float64)
-        return self.input_quantizer(x)
+        return self.input_quantizer(x) if folding is None else folding.centered(x)
 
 
 def all_finite(x: Tensor) -> bool:
@@ -168,11 +176,22 @@ def compute_in_float64(model: nn.Module) -> None:
             part.compute_in_float64()
 
 
-def folded_weight(weight: Tensor, input_quantizer: Quantizer) -> Tensor:
-    """The float weight [out, in] to quantize: W, or W diag(s) if the input quantizer folds."""
-    weight = weight.detach().float()
-    folding = _folding(input_quantizer)
-    return weight * folding.scale if folding else weight
+def folded_weight(weight: Tensor, input_quantizer: Quantizer, hadamard: bool = False) -> Tensor:
+    """The float weight [out, in] to quantize: W, or W diag(s) if the input quantizer folds.
+
+    Args:
+        weight: Weight W [out, in].
+        input_quantizer: Quantizer of the layer's input.
+        hadamard: Whether the layer transforms its input, so that W H^T takes the place of W.
+
+    Returns:
+        Weight in the type that the layer computes in, with values rounded to float32.
+    """
+    dtype, weight = wide(weight).dtype, weight.detach()
+    if hadamard:
+        weight = hadamard_transform(weight.double())
+    folding, rounded = _folding(input_quantizer), settled(weight)
+    return (rounded * folding.scale if folding else rounded).to(dtype)
 
 
 def _folding(input_quantizer: Quantizer) -> UniformQuantizer | None:

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from qvlm.tables import command
-from qvlm.tables.ablation import Ablation, Printed
 from qvlm.tables.labels import CDM, LAYERWISE, QVLM, VEO
 from qvlm.tables.published import published, rows
+from qvlm.tables.variants import Ablation, Printed
 
 HEAD = """\
 # Table 1: what the parts of Q-VLM bring
@@ -18,7 +18,7 @@ HEAD = """\
 CDM is cross-layer dependency mining: dependent layers are searched jointly. VEO is visual encoder
 optimization. *Layer-wise* is the control, Q-VLM without both. *QLoRA* has NormalFloat weights and
 no search. Accuracy is in percent on all questions, and an answer that names no choice counts as
-wrong. Search is the wall time of choosing ranges, fine-tuning included. Memory is the peak of the
+wrong. Search is the CPU time of choosing ranges, fine-tuning included. Memory is the peak of the
 whole process while it quantizes in simulation, which is not the size of the quantized model.
 
 Rows that begin with *paper* are what the paper prints for a larger model, where the parts are added

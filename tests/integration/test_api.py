@@ -1,4 +1,4 @@
-"""The Python API has the numbers of the command line, and transformers opens what it saves."""
+"""The Python API gives the command line's numbers, and transformers opens its packed models."""
 
 import re
 import subprocess

@@ -48,6 +48,7 @@ class ScaleRun:
 
 class _IntMM(Kernel):
     name = "int_mm"
+    can_sum_in_float64 = True
 
     def obstacle(self, layer: PackedLinear) -> str | None:
         if layer.form.weight != "uniform":
@@ -64,6 +65,9 @@ class _IntMM(Kernel):
         if layer.codes.is_meta and layer.input_sharing() == "none":
             return False  # without numbers the scale runs are not known
         return layer.in_features >= RUN_WIDTH * len(scale_runs(layer))
+
+    def is_exact(self, layer: PackedLinear, dtype: torch.dtype) -> bool:
+        return dtype != torch.bfloat16 and layer.has_integer_product()
 
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         form = layer.form
