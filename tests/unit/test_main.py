@@ -86,6 +86,7 @@ def test_the_other_routes(calls: list[tuple[str, list[str]]]) -> None:
         ("run", ["-m", "experiment=table2", "preflight=true", "scale=paper"]),
         ("run", ["method=rtn"]),
         ("run", ["-m", "experiment=demo"]),
+        ("qvlm.report.__main__", ["--results=results/demo", "--command=qvlm demo"]),
     ]
 
 
