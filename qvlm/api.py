@@ -201,8 +201,9 @@ def prove(model: Model) -> Proof:
     """
     if model.bits.is_full_precision:
         raise UserError(f"{model.loaded.name} is in full precision. Quantize it first.")
-    limited = replace(model.config.evaluation, limit=PROOF_PROBLEMS)
-    problems = list(inputs.load_problems(replace(model.config, evaluation=limited)))
+    data, limit = model.config.data, model.config.evaluation.limit
+    rows = inputs.open_scienceqa(data.source, data.split, data.seed)
+    problems = list(rows.take(range(min(PROOF_PROBLEMS, limit or PROOF_PROBLEMS, len(rows)))))
     size = model.config.calibration.batch_size
     batches = [
         model.loaded.encode(problems[start : start + size], with_target=True)

@@ -18,6 +18,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qvlm.command import program
 from qvlm.errors import RunError
 from qvlm.evaluation.metrics import CLASSES
 from qvlm.records.record import Record, read_run
@@ -97,6 +98,7 @@ def cell_summary(record: Record, described: bool = True) -> RenderableType:
     facts.add_row("bits", _proof(record))
     facts.add_row("seconds", _stages(record))
     facts.add_row("record", Text(str(record.path), overflow="fold"))
+    facts.add_row("report", _report([record]))
     return Group(Text(), *lines, table, facts)
 
 
@@ -118,7 +120,10 @@ def sweep_summary(records: Sequence[Record]) -> RenderableType:
             if cell.name in faults
         ]
     folders = dict.fromkeys(str(record.path.parent) for record in records)
-    return Group(*parts, Text(f"records: {', '.join(folders)}"))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("records", Text(", ".join(folders), overflow="fold"))
+    facts.add_row("report", _report(records))
+    return Group(*parts, facts)
 
 
 def _comparison(records: Sequence[Record], faults: Mapping[str, str]) -> Table:
@@ -237,6 +242,17 @@ def _proof(record: Record) -> Text:
 
 def _refused(what: str, reason: str) -> Text:
     return Text(f"{what}: tables refuse this record. {reason}", "bold red")
+
+
+def _report(records: Sequence[Record]) -> Text:
+    """Says where the report of the records is, or how to make it."""
+    results = {record.path.parent.parent: None for record in records}
+    pages = [folder / "report" / "index.html" for folder in results]
+    where = [
+        str(page) if page.is_file() else f"{program()} report --results={folder}"
+        for page, folder in zip(pages, results, strict=True)
+    ]
+    return Text(", ".join(where), overflow="fold")
 
 
 def _questions(record: Record) -> str:

@@ -52,6 +52,17 @@ def test_a_cell_shows_every_class_beside_full_precision(tmp_path: Path) -> None:
     assert "load 1.5, quantize 1.5, evaluate 1.5" in text
 
 
+def test_it_says_where_the_report_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/qvlm"])
+    record = make_record(tmp_path / "runs")
+    for rendered in (summary.cell_summary, lambda one: summary.sweep_summary([one, one])):
+        assert f"qvlm report --results={tmp_path}" in plain(rendered(record), 300)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").touch()
+    for rendered in (summary.cell_summary, lambda one: summary.sweep_summary([one, one])):
+        assert str(tmp_path / "report" / "index.html") in plain(rendered(record), 300)
+
+
 def test_without_full_precision_it_says_how_to_get_it(tmp_path: Path) -> None:
     text = plain(summary.cell_summary(make_record(tmp_path)))
     assert "method=fp" in text
