@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
+from PIL import Image
 
+from qvlm.data.scienceqa import COLUMNS
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.records.record import (
     Record,
@@ -141,6 +144,24 @@ def make_record(
     written = {"classes": classes, "unparsable_rule": "wrong"}
     proof = make_layers(bits) if layers is None else list(layers)
     return write_record(path, whole, run, written, predictions, proof)
+
+
+def make_questions(record: Record) -> datasets.Dataset:
+    """The questions of a record; each image has a color of its own."""
+    rows = [
+        {
+            **dict.fromkeys(COLUMNS, "x"),
+            "image": Image.new("RGB", (8, 8), (row, 0, 0)) if pictured else None,
+            "question": f"Question {row}?",
+            "choices": ["red", "green", "blue"],
+            "answer": answer,
+            "hint": "Look." if row % 2 else "",
+        }
+        for row, (pictured, answer) in enumerate(
+            zip(record.predictions["has_image"], record.predictions["answer"], strict=True)
+        )
+    ]
+    return datasets.Dataset.from_list(rows, features=COLUMNS)
 
 
 FILES = ["config.yaml", "metrics.json", "predictions.parquet", "bits.json", "run.json"]
