@@ -8,6 +8,7 @@
 The Makefile calls the same routes, so that a system without `make` needs none.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -16,9 +17,9 @@ from pathlib import Path
 from qvlm import cli
 from qvlm.command import program
 from qvlm.routes import ROUTES, Route
-from qvlm.validation import expanded_path
 
 COMMAND = "--command="  # the command that a page names, if it is not the route
+DEMO: tuple[str, list[str]] = ("demo", [])  # what no words stand for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,15 +29,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words of the command line, or None for those of this process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    name, words = (given[0], given[1:]) if given else ("", [])
+    if given[:1] in (["-sc"], ["--shell-completion"]) and given[1:] != ["install=bash"]:
+        print(*_begun(os.environ.get("COMP_LINE", "")))  # Hydra adds groups and options
+    name, words = (given[0], given[1:]) if given else DEMO
     route = ROUTES.get(name)
     if route is None:
         return cli.main(given)
     if route.experiments:
         return _sweep_and_page(name, route, words)
     if route.overrides:
-        return cli.main([*route.overrides, *words])
+        code = cli.main([*route.overrides, *words])
+        if route.closing and not code and not {"-h", "--help"} & {*words}:
+            print(route.closing)
+        return code
     return _page(route)(words)
+
+
+def _begun(line: str) -> list[str]:
+    """The commands that a line of the shell may be the beginning of, for completion."""
+    _, blank, typed = line.partition(" ")
+    return [name for name in ROUTES if blank and name.startswith(typed.lstrip())]
 
 
 def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
@@ -80,15 +92,10 @@ def _page(route: Route) -> Callable[[Sequence[str]], int]:
 
 def _results_folder(overrides: Sequence[str]) -> Path:
     """The folder that the sweeps of these overrides write to."""
-    from hydra import compose, initialize_config_dir
-
-    from qvlm.config.compose import CONF, register
+    from qvlm.config.compose import compose
 
     place = [word for word in overrides if word.partition("=")[0] in ("scale", "results_dir")]
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", place, return_hydra_config=False)
-    return Path(expanded_path("results_dir", config.results_dir))
+    return Path(compose(place).results_dir)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import argparse
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +13,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.validation import expanded_path
 
 INTERRUPTED = 130
+STARTING = "loading PyTorch, then checking options, checkpoint and data"  # what comes before a cell
 
 
 def program() -> str:
@@ -21,6 +22,12 @@ def program() -> str:
     if started.name == "__main__.py":
         return f"python -m {started.parent.name}"
     return started.name if started.suffix != ".py" else f"python {started.name}"
+
+
+_OUT_OF_MEMORY = (
+    *("can't allocate memory", "can't start new thread"),
+    *("could not create a primitive", "could not execute a primitive"),
+)
 
 
 def run_command(
@@ -64,6 +71,22 @@ def run_command(
     return 0
 
 
+@contextmanager
+def busy(doing: str) -> Iterator[None]:
+    """Shows that something is going on, with a spinner and what it is, if stderr is a terminal.
+
+    Args:
+        doing: What the block does, such as "loading PyTorch".
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{doing} ..."):
+        yield
+
+
 def folder(value: str) -> Path:
     """Parses the path of an option: its "~" is expanded, and a path that cannot be is refused."""
     try:
@@ -80,8 +103,8 @@ def sentence(error: Exception) -> str:
     """
     if _is_out_of_memory(error):
         return (
-            "memory ran out. A smaller evaluation.batch_size or calibration.batch_size needs less, "
-            "as does a smaller model."
+            f"memory ran out ({' '.join(str(error).split()) or type(error).__name__}). A smaller "
+            "evaluation.batch_size or calibration.batch_size needs less, as does a smaller model."
         )
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename} cannot be used" if error.filename else "the system refused"
@@ -95,9 +118,13 @@ def is_expected(error: Exception) -> bool:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether Python or PyTorch, which is not imported for this, could not allocate memory."""
-    torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
+    """Whether Python or PyTorch, which is not imported for this, could not allocate memory.
+
+    Some are known by their message alone: a thread without room for its stack, a product of oneDNN.
+    """
+    torchs = type(error).__name__ == "OutOfMemoryError"
+    said = any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (torchs or said))
 
 
 def discard_output() -> None:

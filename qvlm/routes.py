@@ -18,15 +18,24 @@ class Route:
         module: Module whose `main(arguments)` returns the exit code. Not for `overrides`.
         experiments: Names of the experiments whose cells the page needs. They run first.
         overrides: Words of the command line that the command stands for, instead of a module.
+        closing: Text that is printed after such a run.
     """
 
     does: str
     module: str = ""
     experiments: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
+    closing: str = ""
 
 
 ROUTES = {
+    "demo": Route(
+        "a first look, in less than a minute; the same as no words at all",
+        overrides=("-m", "experiment=demo"),
+        closing="\nThis was a demonstration: a model of two million weights, 1,000 generated "
+        "questions, and methods\nthat search nothing. `table2` measures all methods on 4,000 "
+        "questions, and --help shows the rest.",
+    ),
     "table1": Route("makes Table 1: the parts of Q-VLM", "qvlm.tables.table1", ("table1",)),
     "table2": Route("makes Table 2: models, methods, bits", "qvlm.tables.table2", ("table2",)),
     "table4": Route(
@@ -47,6 +56,13 @@ ROUTES = {
     "workspace": Route("arranges the runs in a W&B account", "qvlm.report.workspace"),
     "gpu": Route("measures packed models on a GPU", "qvlm.tables.gpu.__main__"),
     "fit": Route("says which models fit a memory budget", "qvlm.planning.footprint"),
+    "verify": Route("recomputes the committed pages", "qvlm.tables.verify"),
+    "audit": Route("checks the paper's numbers against each other", "qvlm.tables.audit"),
+    "diff": Route("says why two runs differ", "qvlm.tables.diff"),
+    "gate": Route("compares a run with the checkpoint's published answers", "qvlm.tables.gate"),
+    "verify-portable": Route(
+        "computes cells as other machines would and compares them", "qvlm.tables.portable.__main__"
+    ),
     "preflight": Route(
         "says what Table 2 would read, need and take",
         overrides=("-m", "experiment=table2", "preflight=true"),
@@ -56,4 +72,4 @@ ROUTES = {
 
 def listing() -> str:
     """Returns the commands as `--help` shows them."""
-    return "\n".join(f"  {program()} {name:<12} {route.does}" for name, route in ROUTES.items())
+    return "\n".join(f"  {program()} {name:<15} {route.does}" for name, route in ROUTES.items())

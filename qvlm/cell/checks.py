@@ -11,6 +11,7 @@ import os
 from qvlm.cell.inputs import MPS, find_device, prompting, quantization_config
 from qvlm.cell.method import method_of, not_streamable
 from qvlm.config.schema import MAP, RunConfig
+from qvlm.data.scienceqa import MINIATURE_SIZES
 from qvlm.errors import UserError
 from qvlm.models.placement import memory_limits
 from qvlm.packing import kernels, partial_folder, resolve_folder
@@ -28,6 +29,10 @@ def check_options(config: RunConfig) -> None:
     if config.stream and not getattr(method, "one_pass", True):
         raise not_streamable(method.name)
     one_of("kernel", config.kernel, kernels.names())
+    if config.packed and config.model.dtype == "float64":
+        _check_kernel_of_float64(config.kernel)
+    one_of("data.split", config.data.split, MINIATURE_SIZES)
+    one_of("calibration.split", config.calibration.split, MINIATURE_SIZES)
     prompting(config)
     if find_device(config.device) == MPS and not config.full_precision:
         raise UserError(
@@ -45,3 +50,13 @@ def check_options(config: RunConfig) -> None:
                 f"save_packed={config.save_packed} is not a folder. Give a new or an empty one."
             )
         require_writable(partial_folder(resolve_folder(config.save_packed)), "save_packed")
+
+
+def _check_kernel_of_float64(kernel: str) -> None:
+    """Raises a UserError if a kernel's sums are less precise than a model in float64."""
+    precise = [kernel.name for kernel in kernels.KERNELS if kernel.can_sum_in_float64]
+    if kernel not in (kernels.AUTO, *precise):
+        raise UserError(
+            f"kernel={kernel} does not sum in float64, as model.dtype=float64 asks for. Choose one "
+            f"of: {', '.join((kernels.AUTO, *precise))}, or give model.dtype=float32."
+        )

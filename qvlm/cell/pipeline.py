@@ -28,7 +28,7 @@ from qvlm.cell.method import method_of
 from qvlm.cell.origin import describe_origin, expected_of, require_bits
 from qvlm.cell.streaming import stream_cell
 from qvlm.cell.walk import ProgressWalk
-from qvlm.evaluation import Evaluation, Watch, evaluate
+from qvlm.evaluation import Evaluation, Reference, Watch, answer_passages, evaluate
 from qvlm.methods.base import Method
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model
@@ -88,12 +88,16 @@ def compute(
             loaded = inputs.load(config, device)
             found.problems = inputs.load_problems(config)
         expected: list[str] = []
+        reference: Reference | None = None
         if not config.full_precision and config.packed_source is None:
             quantization = inputs.quantization_config(config)
             expected = expected_layers(loaded.model, quantization.vision_tower)
             with stages.stage("calibrate"):
                 samples, ids = inputs.draw_calibration(config)
                 batches = batch_by_length(loaded, samples, config.calibration.batch_size)
+            if config.evaluate and inputs.compared_problems(config):
+                with stages.stage("reference"):
+                    reference = _reference(cell, loaded, found.problems)
             with stages.stage("quantize"):
                 walk = ProgressWalk(loaded.model, batches, quantization)
                 report = method.quantize(walk)
@@ -110,6 +114,10 @@ def compute(
         if config.evaluate:
             with stages.stage("evaluate"):
                 found.evaluation = _evaluate(cell, loaded, found.problems, answers, watch)
+        if found.evaluation is not None and reference is not None:
+            with stages.stage("divergence"):
+                divergence = reference.divergence(loaded)
+                found.evaluation = found.evaluation.with_divergence(divergence)
     if found.evaluation is not None:
         if found.evaluation.resumed:  # the stage took the seconds of the other questions only
             stages.costs["evaluate"]["resumed_questions"] = found.evaluation.resumed
@@ -227,11 +235,19 @@ def _evaluate(
     watch: Watch | None,
 ) -> Evaluation:
     options: dict[str, Any] = asdict(cell.config.evaluation)
-    del options["limit"]  # the problems are limited already
+    del options["limit"], options["kl_problems"]  # the problems are limited already
     options["watch"] = watch
     if cell.config.packed:
         options["observe"] = kernels_used
     return evaluate(loaded, problems, seed=cell.config.seed, answers=answers, **options)
+
+
+def _reference(cell: Cell, loaded: LoadedModel, problems: datasets.Dataset) -> Reference:
+    """What full precision predicts for the expected answers of the first problems."""
+    config = cell.config
+    count = min(inputs.compared_problems(config), len(problems))
+    passages = answer_passages(loaded, [problems[row] for row in range(count)])
+    return Reference(loaded, passages, config.calibration.batch_size)
 
 
 def _proof_batches(
@@ -253,8 +269,10 @@ def _count_stages(cell: Cell) -> int:
         return 2
     if config.stream:
         return 5 if config.evaluate else 2
-    quantizes = 0 if config.model.packed else 3
-    return 1 + quantizes + config.packed + config.evaluate
+    if config.model.packed:
+        return 2 + config.evaluate
+    compares = config.evaluate and inputs.compared_problems(config) > 0
+    return 4 + config.packed + config.evaluate + 2 * compares
 
 
 def _answers_folder(cell: Cell, device: str) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qvlm.errors import RunError
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.linear import QuantLinear, folded_weight
+from qvlm.quantization.precision import settled
 from qvlm.quantization.quantizer import Quantizer
 from qvlm.quantization.ranges import RangeEstimator, activation_quantizer, weight_quantizer
 from qvlm.quantization.sampling import evenly_spaced
@@ -103,7 +104,8 @@ class Block:
                 batch. None keeps all.
 
         Returns:
-            Samples [tokens, in] of each linear, in the order of `linears`.
+            Samples [tokens, in] of each linear, in the order of `linears`. They have the type of
+            the model and, if that is float64, values rounded to float32.
         """
         share = None if max_tokens is None else -(-max_tokens // max(1, len(self.inputs)))
         seen: dict[str, list[Tensor]] = {name: [] for name in self.linears}
@@ -113,7 +115,8 @@ class Block:
                 tokens = args[0].detach().flatten(0, -2)
                 # Indexing copies, so that the tokens that are not kept can be freed.
                 count = len(tokens) if share is None else share
-                seen[name].append(tokens[evenly_spaced(len(tokens), count, tokens.device)])
+                kept = tokens[evenly_spaced(len(tokens), count, tokens.device)]
+                seen[name].append(settled(kept).to(kept.dtype))
 
             return hook
 

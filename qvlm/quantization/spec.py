@@ -26,7 +26,8 @@ class QuantSpec:
             `per_channel` (an output row) or `per_group` (`group_size` neighbors along the input, or
             along its clusters: see `ranges.grouping_order`).
         group_size: Number of elements of a group, or of channels of a cluster.
-        p: Exponent of the error |x - x_hat|^p that the `lp` estimator minimizes.
+        p: Exponent of the error |x - x_hat|^p that the `lp` estimator minimizes, 0.1 to 10. Beyond
+            that, powers of errors leave the range of floating point and all ranges look alike.
         ranges: Range estimator, "lp" (`ranges.mse`) or "minmax".
 
     Raises:
@@ -44,7 +45,7 @@ class QuantSpec:
         validation.whole_number("bits", self.bits, MIN_BITS, MAX_BITS)
         validation.one_of("granularity", self.granularity, known)
         validation.whole_number("group_size", self.group_size)
-        validation.positive("p", self.p)
+        validation.number("p", self.p, 0.1, 10)
         validation.one_of("ranges", self.ranges, RANGES)
 
 

@@ -3,7 +3,8 @@
 The same records give the same bytes: these parts hold no date and no path of this machine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 from qvlm.evaluation.metrics import PairedDifference
@@ -13,6 +14,7 @@ from qvlm.tables.comparison import Comparison
 from qvlm.tables.selection import LeftOut, Selection
 
 NONE = "-"  # cell of a table whose value does not exist
+NOT_MEASURED = "not measured"  # cell of a table whose value this cell did not measure
 NOT_RECORDED = "not recorded"  # cell of a table whose value older code did not record
 
 
@@ -36,6 +38,18 @@ def interval(row: dict[str, Any]) -> str:
         row: Metrics of a class (see `class_metrics`).
     """
     return f"{row['ci_low']:.1f}-{row['ci_high']:.1f}" if row["n"] else NONE
+
+
+def with_interval(row: Mapping[str, float], digits: int = 4) -> tuple[str, str]:
+    """Returns a mean and its 95 % interval.
+
+    Args:
+        row: `mean` and `standard_error`; see `Divergence.summary`.
+        digits: Number of decimals.
+    """
+    half = NormalDist().inv_cdf(0.975) * row["standard_error"]
+    low, high = max(0.0, row["mean"] - half), row["mean"] + half
+    return f"{row['mean']:.{digits}f}", f"{low:.{digits}f}-{high:.{digits}f}"
 
 
 def paired_interval(difference: PairedDifference) -> str:
@@ -120,7 +134,7 @@ def made_by(records: Sequence[Record], command: str, notes: Sequence[str] = ()) 
 
     each("Hardware", _hardware, records)
     each("Versions", lambda r: ", ".join(f"{k} {v}" for k, v in r.run["versions"].items()), records)
-    each("Code", _revision, records)
+    each("Code", revision, records)
     each("Seed", lambda r: str(r.run["seed"]), records)
     each("Questions", lambda r: f"{len(r.predictions)} of {_data(r)}", records)
     quantized = [record for record in records if not record.bit_widths.is_full_precision]
@@ -140,7 +154,8 @@ def _hardware(record: Record) -> str:
     return ", ".join(used) + (f", {threads} threads" if threads else "")
 
 
-def _revision(record: Record) -> str:
+def revision(record: Record) -> str:
+    """Returns the revision of the code that a record was made with."""
     git = record.run["git"]
     if git["revision"] is None:
         return "not in a git repository"

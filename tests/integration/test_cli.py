@@ -218,7 +218,13 @@ def test_what_the_system_refuses_is_one_sentence(
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), torch.OutOfMemoryError("a lot"), RuntimeError("x: can't allocate memory: y")],
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("a lot"),
+        RuntimeError("x: can't allocate memory: y"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("could not create a primitive"),
+    ],
 )
 def test_full_memory_is_one_sentence(
     error: Exception, runs: Runs, capfd: pytest.CaptureFixture[str]
@@ -226,7 +232,7 @@ def test_full_memory_is_one_sentence(
     runs.fails = lambda config: error
     assert main(["-m", "bits=w4a4"]) == 1
     err = capfd.readouterr().err
-    assert err.startswith("error: memory ran out.")
+    assert err.startswith("error: memory ran out (")
     assert err.count("\n") == 1
 
 
@@ -378,7 +384,7 @@ def test_the_gpu_of_a_mac_is_for_full_precision(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_answers_are_as_long_as_their_format_needs(overrides: list[str], tokens: int) -> None:
-    config = inputs.settle_answer_length(load(*overrides))
+    config = inputs.settle_evaluation(load(*overrides))
     assert config.evaluation.max_new_tokens == tokens
 
 

@@ -15,6 +15,7 @@ BELOW: dict[str, set[str]] = {
     "validation": {"errors"},
     "bits": {"errors", "validation"},
     "command": {"errors", "validation"},
+    "registration": {"models"},
     "routes": {"command"},
     "config": {"bits", "command", "errors", "routes", "validation"},
     "data": {"errors", "validation"},
@@ -26,12 +27,14 @@ BELOW: dict[str, set[str]] = {
     "methods": {"errors", "quantization", "validation"},
     "evaluation": {"config", "data", "errors", "models", "records", "runtime", "validation"},
 }
-BELOW["cell"] = {*BELOW} - {"command", "markdown", "routes"}
+BELOW["cell"] = {*BELOW} - {"command", "markdown", "registration", "routes"}
 BELOW["planning"] = {*BELOW}
 BELOW["tables"] = {*BELOW}
+BELOW["summary"] = {*BELOW}
 BELOW["report"] = {*BELOW}
+BELOW["api"] = {*BELOW} - {"markdown", "planning", "report", "routes", "summary", "tables"}
 BELOW["sweep"] = {"bits", "cell", "config", "errors", "planning", "records", "validation"}
-BELOW["cli"] = {*BELOW} - {"report", "tables"}
+BELOW["cli"] = {*BELOW} - {"api", "report", "tables"}
 
 
 def imported(file: Path) -> Iterator[str]:

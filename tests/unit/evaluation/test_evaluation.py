@@ -88,6 +88,7 @@ def test_predictions_describe_the_dataset_in_its_order(
     expected = pd.DataFrame(
         {
             "question_id": [f"test-{i}" for i in range(len(problems))],
+            "official_id": None,
             "subject": [p["subject"] for p in problems],
             "grade": [p["grade"] for p in problems],
             "skill": [p["skill"] for p in problems],
@@ -125,6 +126,16 @@ def test_a_split_without_a_name_is_numbered(
 ) -> None:
     unnamed = make_dataset(problems[:20], split=None)
     assert run(loaded, unnamed)["question_id"].tolist() == [str(i) for i in range(20)]
+
+
+def test_ids_of_the_authors_are_kept(
+    loaded: LoadedModel, problems: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    named = make_dataset(problems[:6]).add_column("official_id", list("abcdef"))
+    predictions = run(loaded, named)
+    assert predictions["official_id"].tolist() == list("abcdef")
+    predictions.to_parquet(tmp_path / "predictions.parquet")
+    assert pd.read_parquet(tmp_path / "predictions.parquet")["official_id"][3] == "d"
 
 
 def test_predictions_survive_parquet(predictions: pd.DataFrame, tmp_path: Path) -> None:
