@@ -111,6 +111,7 @@ def make_record(
     parameters: dict[str, Any] | None = None,
     weights: str = "w",
     generated: bool = False,
+    group: str = "table2",
     **setting: Any,
 ) -> Record:
     """Writes the record of a cell and reads it back.
@@ -118,6 +119,7 @@ def make_record(
     Args:
         metrics: changes the classes before they are written.
         generated: whether the problems are those of the miniature, so that answers can be kept.
+        group: name of the sweep.
         setting: replaces parts of what the cell depends on: data, evaluation, seed, ...
     """
     predictions = (make_answers if generated else make_predictions)(accuracy, n, seed)
@@ -166,7 +168,7 @@ def make_record(
         "hardware": dict(system="Linux", cpu="Some CPU", cores=2, memory_gib=16.0, gpu=None),
     }
     path = runs / (name or f"{model}-{method.lower()}-{bits.lower()}-00000000")
-    whole = {**config, "tracking": tracking, "group": "table2"}
+    whole = {**config, "tracking": tracking, "group": group}
     written = {"classes": classes, "unparsable_rule": "wrong"}
     proof = make_layers(bits) if layers is None else list(layers)
     return write_record(path, whole, run, written, predictions, proof)
