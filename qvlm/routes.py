@@ -47,6 +47,7 @@ ROUTES = {
         "measures the paper's architectures at full size", "qvlm.tables.table4_scale.__main__"
     ),
     "table5": Route("makes Table 5: entropy as proxy", "qvlm.tables.table5", ("table5",)),
+    "ablation": Route("takes the parts of RoCo apart", "qvlm.tables.ablation", ("ablation",)),
     "claims": Route(
         "says which claims of the paper hold",
         "qvlm.tables.claims",

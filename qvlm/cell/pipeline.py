@@ -34,6 +34,7 @@ from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model
 from qvlm.packing import (
     force_kernel,
+    kernel_choices,
     kernels_used,
     measure_packed_bits,
     pack_model,
@@ -122,6 +123,7 @@ def compute(
         if found.evaluation.resumed:  # the stage took the seconds of the other questions only
             stages.costs["evaluate"]["resumed_questions"] = found.evaluation.resumed
         found.kernels = dict(sum(map(Counter, found.evaluation.observed), Counter()))
+        found.kernel_choices = kernel_choices(loaded.model)
         found.weight_bytes = weight_bytes(loaded.model)
     return found
 

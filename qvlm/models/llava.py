@@ -18,11 +18,18 @@ from qvlm.models import attention
 
 
 class LlavaArchitecture(LlavaConfig):
-    """`LlavaConfig` plus the type of its projector: "linear" or "mlp2x_gelu"."""
+    """`LlavaConfig` plus what transformers' LLaVA has no option for.
+
+    Attributes:
+        projector_type: "linear" or "mlp2x_gelu".
+        head_bias: Whether the output head has a bias. A method that folds the shift of the last
+            norm into the head gives it one.
+    """
 
     model_type = "qvlm_llava"
 
     projector_type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    head_bias: bool = False
 
 
 def image_tokens(architecture: LlavaArchitecture) -> int:
@@ -98,6 +105,9 @@ class Llava(LlavaForConditionalGeneration):
                 config.text_config.hidden_size,
                 bias=config.multimodal_projector_bias,
             )
+            self.post_init()
+        if config.head_bias:
+            self.lm_head = nn.Linear(text.hidden_size, text.vocab_size)
             self.post_init()
         self.lm_head.register_forward_pre_hook(_make_contiguous)
         if text._attn_implementation == "sdpa":  # transformers' default
