@@ -54,6 +54,7 @@ ROUTES = {
         ("table2", "table1", "table5", "draws"),
     ),
     "report": Route("makes a page of all records, to look at in a browser", "qvlm.report.__main__"),
+    "workspace": Route("arranges the runs in a W&B account", "qvlm.report.workspace"),
     "gpu": Route("measures packed models on a GPU", "qvlm.tables.gpu.__main__"),
     "fit": Route("says which models fit a memory budget", "qvlm.planning.footprint"),
     "verify": Route("recomputes the committed pages", "qvlm.tables.verify"),

@@ -92,6 +92,8 @@ def summary(record: Record) -> dict[str, float]:
         numbers |= {f"{key}/{name}": row[key] for key in row}
     for stage, costs in record.run["stages"].items():
         numbers |= {f"{key}/{stage}": cost for key, cost in costs.items()}
+    if weights := record.run.get("weight_bytes"):
+        numbers["weights/mib"] = weights / 2**20
     numbers["search/seconds"] = record.run["report"]["search_seconds"]
     numbers["search/candidates"] = record.run["report"]["candidates"]
     if record.layers:

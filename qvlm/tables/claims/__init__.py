@@ -6,6 +6,6 @@
 
 from qvlm.tables.claims.__main__ import main
 from qvlm.tables.claims.catalog import CLAIMS, Claim
-from qvlm.tables.claims.page import concerned, page
+from qvlm.tables.claims.page import Analysis, analyze, concerned, page, verdict
 
-__all__ = ["CLAIMS", "Claim", "concerned", "main", "page"]
+__all__ = ["CLAIMS", "Analysis", "Claim", "analyze", "concerned", "main", "page", "verdict"]
