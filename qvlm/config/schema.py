@@ -51,7 +51,9 @@ class ModelConfig:
         expert_capacity: "checkpoint" drops the tokens that exceed an expert's capacity, as the
             checkpoint states. "unlimited" drops none.
         dtype: Floating-point type of the weights.
-        weight_group_size: Number of weights that share a scale, if the quantizer groups them.
+        weight_group_size: Number of weights of projector and language model that share a scale, if
+            the quantizer groups them. Null is the largest divisor of a layer's input up to 128.
+        vision_weight_group_size: The same for the vision tower.
         packed: Folder that `save_packed` wrote. Its model is evaluated as it is, and method, bits,
             quantizer and calibration are those that it was made with.
     """
@@ -66,7 +68,8 @@ class ModelConfig:
     image_fit: str | None = None
     expert_capacity: str = "checkpoint"
     dtype: str = "float32"
-    weight_group_size: int = 128
+    weight_group_size: int | None = None
+    vision_weight_group_size: int | None = None
     packed: str | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +79,9 @@ class ModelConfig:
             one_of("model.image_fit", self.image_fit, ("crop", "pad"))
         one_of("model.expert_capacity", self.expert_capacity, ("checkpoint", "unlimited"))
         one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        whole_number("model.weight_group_size", self.weight_group_size)
+        for option in ("weight_group_size", "vision_weight_group_size"):
+            if getattr(self, option) is not None:
+                whole_number(f"model.{option}", getattr(self, option))
 
 
 @dataclass
@@ -85,11 +90,12 @@ class GranularityConfig:
 
     Attributes:
         granularity: One of the granularities of `qvlm.quantization.QuantSpec`.
-        group_size: Number of elements that share a scale, if the granularity forms groups.
+        group_size: Number of elements that share a scale, if the granularity forms groups. Null is
+            the largest divisor of a layer's input up to 128.
     """
 
     granularity: str = MISSING
-    group_size: int = 128
+    group_size: int | None = None
 
 
 @dataclass
@@ -97,7 +103,8 @@ class QuantizerConfig:
     """The quantizer that every method starts from.
 
     Attributes:
-        weight: Granularity of the weights of every quantized linear layer.
+        weight: Granularity of the weights of projector and language model.
+        vision_weight: Granularity of the weights of the vision tower.
         language: Granularity of the activations of projector and language model.
         vision: Granularity of the activations of the vision tower.
         vision_tower: Whether the vision tower is quantized.
@@ -106,6 +113,7 @@ class QuantizerConfig:
     """
 
     weight: GranularityConfig = field(default_factory=GranularityConfig)
+    vision_weight: GranularityConfig = field(default_factory=GranularityConfig)
     language: GranularityConfig = field(default_factory=GranularityConfig)
     vision: GranularityConfig = field(default_factory=GranularityConfig)
     vision_tower: bool = True
@@ -115,11 +123,13 @@ class QuantizerConfig:
 
 @dataclass
 class DataConfig:
-    """Problems in ScienceQA's schema.
+    """Problems in ScienceQA's schema, or plain text.
 
     Attributes:
         name: Name in records.
-        source: "miniature" for generated problems, a folder, or a data set of the Hub.
+        kind: "problems", which are answered, or "text", whose tokens are predicted.
+        source: For problems "miniature" for generated ones, a folder, or a data set of the Hub. For
+            text "text" for that of the package, or a folder with files *.txt.
         split: Name of the split that is evaluated.
         published: Whether the source is the whole published ScienceQA, whose class sizes are then
             required.
@@ -132,8 +142,10 @@ class DataConfig:
     split: str = "test"
     published: bool = False
     seed: int = 0
+    kind: str = "problems"
 
     def __post_init__(self) -> None:
+        one_of("data.kind", self.kind, ("problems", "text"))
         seed("data.seed", self.seed)
 
 
@@ -145,9 +157,10 @@ class CalibrationConfig:
         split: Name of the split that they are drawn from.
         samples: Number of problems.
         images: "only" draws problems with an image, the image-text pairs of the paper. "any" draws
-            from all problems.
+            from all problems, and "none" from those without an image.
         batch_size: Number of problems per batch.
         seed: Seed of the draw.
+        tokens: Number of tokens of each sample, where the data are text.
     """
 
     split: str = "train"
@@ -155,9 +168,11 @@ class CalibrationConfig:
     images: str = "only"
     batch_size: int = 8
     seed: int = 0
+    tokens: int = 256
 
     def __post_init__(self) -> None:
-        one_of("calibration.images", self.images, ("only", "any"))
+        one_of("calibration.images", self.images, ("only", "any", "none"))
+        whole_number("calibration.tokens", self.tokens, 2)
         whole_number("calibration.samples", self.samples)
         whole_number("calibration.batch_size", self.batch_size)
         seed("calibration.seed", self.seed)
@@ -174,7 +189,8 @@ class EvaluationConfig:
         unparsable: What an answer without a letter counts as: "wrong", or a "random" choice, the
             rule of the official script, which lifts a broken model by 20 to 50 points.
         temperature: Sampling temperature from 0.001 to 1000. 0 decodes greedily.
-        limit: Number of questions to evaluate. Null stands for all of them.
+        limit: Number of questions, or of documents, to evaluate. Null stands for all of them.
+        window: Largest number of tokens that are read at once, where the data are text.
     """
 
     batch_size: int = 128
@@ -182,9 +198,11 @@ class EvaluationConfig:
     unparsable: str = "wrong"
     temperature: float = 0.0
     limit: int | None = None
+    window: int = 2048
 
     def __post_init__(self) -> None:
         whole_number("evaluation.batch_size", self.batch_size)
+        whole_number("evaluation.window", self.window, 2)
         coldest, hottest = TEMPERATURES
         if self.temperature != 0 and not coldest <= self.temperature <= hottest:
             raise refused(
@@ -350,6 +368,11 @@ class RunConfig:
         A streamed cell writes it first; other cells are given one as `model.packed`.
         """
         return self.model.packed or (self.save_packed if self.stream else None)
+
+    @property
+    def on_text(self) -> bool:
+        """Whether the data are plain text, and not problems."""
+        return self.data.kind == "text"
 
     @property
     def runs_dir(self) -> Path:

@@ -135,8 +135,10 @@ class Block:
         return f"{self._layer_names[int(index)]}.{rest}"
 
     def spec(self, name: str) -> tuple[QuantSpec, QuantSpec]:
-        """The specs of a linear's weight and of its input."""
-        return self._quantization.weight, self._quantization.activation(self.kind)
+        """The specs of a linear's weight and of its input, with numbers as group sizes."""
+        width = self.linears[name].in_features
+        specs = self._quantization.weights(self.kind), self._quantization.activation(self.kind)
+        return specs[0].for_width(width), specs[1].for_width(width)
 
     def input_quantizer(
         self, name: str, samples: Tensor, estimator: RangeEstimator | None = None

@@ -71,9 +71,10 @@ class Walk:
         self.quantization = quantization
         self.uncalibrated: list[str] = []
         self._layers = block_layers(model, quantization.vision_tower)
-        for name, (_, module) in self._layers.items():
+        for name, (kind, module) in self._layers.items():
+            spec = quantization.weights(kind)
             for linear_name, linear in quantizable(module).items():
-                check_group_size(linear.in_features, quantization.weight, f"{name}.{linear_name}")
+                check_group_size(linear.in_features, spec, f"{name}.{linear_name}")
 
     @property
     def names(self) -> list[str]:

@@ -4,7 +4,7 @@ A `QuantSpec` describes one kind of tensor and a `QuantizationConfig` the whole 
 plain values: they can be compared and written to a record.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qvlm import validation
 from qvlm.bits import MAX_BITS, MIN_BITS
@@ -12,6 +12,7 @@ from qvlm.bits import MAX_BITS, MIN_BITS
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_token", "per_channel", "per_channel_group")
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 RANGES = ("lp", "minmax")
+LARGEST_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class QuantSpec:
             `group_size` features, sorted by range). For weights [out, in]: `per_tensor`,
             `per_channel` (an output row) or `per_group` (`group_size` neighbors along the input, or
             along its clusters: see `ranges.grouping_order`).
-        group_size: Number of elements of a group, or of channels of a cluster.
+        group_size: Number of elements of a group, or of channels of a cluster. None is the largest
+            divisor of a layer's input up to `LARGEST_GROUP`; see `for_width`.
         p: Exponent of the error |x - x_hat|^p that the `lp` estimator minimizes.
         ranges: Range estimator, "lp" (`ranges.mse`) or "minmax".
 
@@ -35,7 +37,7 @@ class QuantSpec:
 
     bits: int
     granularity: str
-    group_size: int = 128
+    group_size: int | None = 128
     p: float = 2
     ranges: str = "lp"
 
@@ -43,9 +45,32 @@ class QuantSpec:
         known = dict.fromkeys(ACTIVATION_GRANULARITIES + WEIGHT_GRANULARITIES)
         validation.whole_number("bits", self.bits, MIN_BITS, MAX_BITS)
         validation.one_of("granularity", self.granularity, known)
-        validation.whole_number("group_size", self.group_size)
+        if self.group_size is not None:
+            validation.whole_number("group_size", self.group_size)
         validation.positive("p", self.p)
         validation.one_of("ranges", self.ranges, RANGES)
+
+    def for_width(self, width: int) -> "QuantSpec":
+        """Returns the spec for a layer with `width` inputs, with a number as group size."""
+        if self.group_size is not None:
+            return self
+        return replace(self, group_size=largest_divisor(width))
+
+    @property
+    def group(self) -> int:
+        """The group size of a spec that has a number.
+
+        Raises:
+            ValueError: If the group size is None, which depends on the layer (`for_width`).
+        """
+        if self.group_size is None:
+            raise ValueError("the group size depends on the width of a layer")
+        return self.group_size
+
+
+def largest_divisor(width: int) -> int:
+    """Returns the largest divisor of `width` up to `LARGEST_GROUP`, such as 96 for 576."""
+    return next(size for size in range(min(LARGEST_GROUP, width), 0, -1) if width % size == 0)
 
 
 @dataclass(frozen=True)
@@ -53,11 +78,12 @@ class QuantizationConfig:
     """The `QuantSpec` of each kind of tensor.
 
     Args:
-        weight: Spec of the weight of every quantized linear.
+        weight: Spec of the weights of decoder layers and projector.
         language: Spec of the activations of the decoder layers and of the projector, which the
             released code of Q-VLM quantizes together with the language model.
         vision: Spec of the activations of the vision tower.
         vision_tower: Whether the vision tower is quantized at all.
+        vision_weight: Spec of the weights of the vision tower. None is that of the other weights.
 
     Raises:
         UserError: If a granularity does not fit weights or activations.
@@ -67,14 +93,22 @@ class QuantizationConfig:
     language: QuantSpec
     vision: QuantSpec
     vision_tower: bool = True
+    vision_weight: QuantSpec | None = None
 
     def __post_init__(self) -> None:
         for name, accepted in (
             ("weight", WEIGHT_GRANULARITIES),
             ("language", ACTIVATION_GRANULARITIES),
             ("vision", ACTIVATION_GRANULARITIES),
+            ("vision_weight", WEIGHT_GRANULARITIES),
         ):
-            validation.one_of(f"{name} granularity", getattr(self, name).granularity, accepted)
+            spec = getattr(self, name)
+            if spec is not None:
+                validation.one_of(f"{name} granularity", spec.granularity, accepted)
+
+    def weights(self, kind: str) -> QuantSpec:
+        """The weight spec of a kind of block: "vision", "projector" or "language"."""
+        return (self.vision_weight or self.weight) if kind == "vision" else self.weight
 
     def activation(self, kind: str) -> QuantSpec:
         """The activation spec of a kind of block: "vision", "projector" or "language"."""

@@ -32,7 +32,9 @@ CONNECT_SECONDS = 30
 UPLOAD_SECONDS = 120
 
 
-def track(record: Record, problems: datasets.Dataset, tracking: TrackingConfig, group: str) -> None:
+def track(
+    record: Record, problems: datasets.Dataset | None, tracking: TrackingConfig, group: str
+) -> None:
     """Logs one cell as a W&B run.
 
     The run has the name of the record, tags for model, method and bits, the configuration, and the
@@ -42,7 +44,7 @@ def track(record: Record, problems: datasets.Dataset, tracking: TrackingConfig, 
 
     Args:
         record: Complete record on disk.
-        problems: Problems that were asked, in the order of the record's predictions.
+        problems: Problems that were asked, in the order of the record's predictions; None for text.
         tracking: Mode, project and folder, and the number of examples.
         group: Name of the group of cells that the run belongs to.
     """
@@ -50,9 +52,12 @@ def track(record: Record, problems: datasets.Dataset, tracking: TrackingConfig, 
         return
 
     def log(run: Any) -> None:
-        classes = pd.DataFrame.from_dict(record.metrics["classes"], orient="index")
-        tables = {"classes": _table(classes.rename_axis("class").reset_index())}
-        if tracking.examples:
+        if record.on_text:
+            tables = {"documents": _table(record.predictions)}
+        else:
+            classes = pd.DataFrame.from_dict(record.metrics["classes"], orient="index")
+            tables = {"classes": _table(classes.rename_axis("class").reset_index())}
+        if problems is not None and tracking.examples:
             tables["examples"] = _examples(record, problems, tracking.examples)
         run.log(tables)
         run.summary.update(summary(record))
@@ -114,8 +119,11 @@ def log_table(csv: Path, page: Path, tracking: TrackingConfig, group: str) -> No
 def summary(record: Record) -> dict[str, float]:
     """Returns the numbers of a record by flat names: `accuracy/NAT`, `seconds/evaluate`, ..."""
     numbers: dict[str, float | None] = {}
-    for name, row in record.metrics["classes"].items():
+    for name, row in record.metrics.get("classes", {}).items():
         numbers |= {f"{key}/{name}": row[key] for key in row}
+    for name in ("perplexity", "kl", "agreement") if record.on_text else ():
+        measure = record.metrics["text"][name]
+        numbers[name] = measure and measure["value"]
     for stage, costs in record.run["stages"].items():
         numbers |= {f"{key}/{stage}": cost for key, cost in costs.items()}
     numbers["search/seconds"] = record.run["report"]["search_seconds"]

@@ -60,8 +60,8 @@ def of_whole_method(record: Record) -> bool:
 
 
 def is_ordinary(record: Record) -> bool:
-    """Whether a record is of simulated execution and not of a draw. Those have their own pages."""
-    return execution(record) == "simulated" and not is_draw(record)
+    """Whether a record has no page of its own, as other executions, draws and plain text have."""
+    return execution(record) == "simulated" and not is_draw(record) and not record.on_text
 
 
 def is_draw(record: Record) -> bool:

@@ -40,7 +40,7 @@ def clipped_quantizer(
     default = weight_quantizer(weight, spec, inputs=inputs)
     if not ratios:
         return default
-    size = spec.group_size if spec.granularity == "per_group" else weight.shape[1]
+    size = spec.group if spec.granularity == "per_group" else weight.shape[1]
     order = slice(None) if default.order is None else default.order
     # [groups, tokens, size]
     parts = seen.float()[:, order].unflatten(1, (-1, size)).transpose(0, 1)

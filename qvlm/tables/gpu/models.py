@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from qvlm.models.architectures import architecture
-from qvlm.models.llava import Llava, LlavaArchitecture, image_tokens
+from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.networks import image_tokens
 from qvlm.packing import PackedLinear, weight_bytes
 from qvlm.packing.decoder import Decoder
 from qvlm.packing.kernels import triton_launch

@@ -1,0 +1,133 @@
+"""What a cell evaluates on, in the one form that its line needs: problems to answer, or text.
+
+The line asks for four things: batches to calibrate on, batches to prove the bits on, the evaluation
+and, before anything is quantized, whatever the evaluation needs of the model in full precision.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+from torch import Tensor
+
+from qvlm.cell import inputs, text
+from qvlm.cell.identity import Cell
+from qvlm.config.schema import RunConfig
+from qvlm.evaluation import Evaluation, evaluate
+from qvlm.evaluation.text import Reference, evaluate_text
+from qvlm.models.loaded import LoadedModel
+from qvlm.packing import kernels_used
+from qvlm.quantization import batch_by_length
+
+PROOF_PROBLEMS = 16
+
+Batches = list[dict[str, Tensor]]
+"""Keyword arguments of the model's forward, one mapping per call."""
+
+
+class Material(Protocol):
+    """What a cell evaluates on.
+
+    Attributes:
+        problems: Problems that are answered, or None for text.
+    """
+
+    problems: datasets.Dataset | None
+
+    def calibration(self) -> tuple[Batches, list[int]]:
+        """Draws batches to calibrate on, and returns which rows of their split they are."""
+        ...
+
+    def proof(self) -> Batches:
+        """Makes batches to count levels on."""
+        ...
+
+    def refer(self, cell: Cell) -> None:
+        """Takes what the evaluation needs of the model in full precision, while it is that."""
+        ...
+
+    def evaluate(self, cell: Cell, answers: Path | None) -> Evaluation:
+        """Evaluates the model as it is now; `answers` is a folder to resume from."""
+        ...
+
+
+def load_material(config: RunConfig, loaded: LoadedModel) -> Material:
+    """Loads what a cell evaluates on.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    return _Texts(config, loaded) if config.on_text else _Problems(config, loaded)
+
+
+def calibration_batches(config: RunConfig, loaded: LoadedModel) -> tuple[Batches, list[int]]:
+    """Draws the batches to calibrate on; see `Material.calibration`.
+
+    Raises:
+        UserError: If the split has too few rows.
+    """
+    if config.on_text:
+        return text.draw_rows(config, loaded)
+    samples, ids = inputs.draw_calibration(config, loaded.reads_images)
+    return batch_by_length(loaded, samples, config.calibration.batch_size), ids
+
+
+class _Problems:
+    """Problems in ScienceQA's schema, of which a model without a tower gets those without image."""
+
+    def __init__(self, config: RunConfig, loaded: LoadedModel) -> None:
+        self.config = config
+        self.loaded = loaded
+        self.problems = inputs.load_problems(config, loaded.reads_images)
+
+    def calibration(self) -> tuple[Batches, list[int]]:
+        return calibration_batches(self.config, self.loaded)
+
+    def proof(self) -> Batches:
+        size = self.config.calibration.batch_size
+        some = [self.problems[row] for row in range(min(PROOF_PROBLEMS, len(self.problems)))]
+        return [
+            self.loaded.encode(some[start : start + size], with_target=True)
+            for start in range(0, len(some), size)
+        ]
+
+    def refer(self, cell: Cell) -> None:
+        """Answers need nothing of the model in full precision."""
+
+    def evaluate(self, cell: Cell, answers: Path | None) -> Evaluation:
+        options: dict[str, Any] = asdict(self.config.evaluation)
+        del options["limit"], options["window"]  # the problems are limited already
+        if self.config.packed:
+            options["observe"] = kernels_used
+        return evaluate(
+            self.loaded, self.problems, seed=self.config.seed, answers=answers, **options
+        )
+
+
+class _Texts:
+    """Documents, whose tokens are predicted."""
+
+    problems = None
+
+    def __init__(self, config: RunConfig, loaded: LoadedModel) -> None:
+        self.config = config
+        self.loaded = loaded
+        self.windows = text.score_windows(config, loaded, text.load_texts(config))
+        self.reference: Reference | None = None
+
+    def calibration(self) -> tuple[Batches, list[int]]:
+        return calibration_batches(self.config, self.loaded)
+
+    def proof(self) -> Batches:
+        return text.proof_rows(self.windows, self.loaded)
+
+    def refer(self, cell: Cell) -> None:
+        files = cell.files_hashed
+        self.reference = text.reference_of(self.config, files, self.loaded, self.windows)
+
+    def evaluate(self, cell: Cell, answers: Path | None) -> Evaluation:
+        if self.reference is None:  # full precision itself, or a model that was packed before
+            self.refer(cell)
+        observe = kernels_used if self.config.packed else None
+        return evaluate_text(self.loaded, self.windows, self.reference, observe)
