@@ -15,7 +15,7 @@ from qvlm.evaluation.text import Reference, Window, read_reference, refer, windo
 from qvlm.models.loaded import LoadedModel
 
 REFERENCES = "references"  # folder of the results folder; a pure cache
-PROOF_TOKENS = 512
+PROOF_TOKENS = 128
 
 
 def load_texts(config: RunConfig) -> list[Document]:
