@@ -45,12 +45,19 @@ def quantization_config(config: RunConfig) -> QuantizationConfig:
         shape = getattr(quantizer, part)
         try:
             specs[part] = QuantSpec(
-                width, shape.granularity, shape.group_size, quantizer.p, quantizer.ranges
+                width,
+                shape.granularity,
+                shape.group_size,
+                quantizer.p,
+                quantizer.ranges,
+                quantizer.static_width if part == "language" else None,
             )
         except UserError as error:
             raise UserError(f"quantizer, {part}: {error}") from error
     try:
-        return QuantizationConfig(**specs, vision_tower=quantizer.vision_tower)
+        return QuantizationConfig(
+            **specs, vision_tower=quantizer.vision_tower, first_token=quantizer.first_token
+        )
     except UserError as error:
         raise UserError(f"quantizer: {error}") from error
 

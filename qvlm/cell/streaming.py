@@ -77,7 +77,7 @@ class StreamedWalk(ProgressWalk):
                 self.model.to("meta")  # only the hidden states are needed from here on
                 materialize(module, name, self.tensors, self.device)
                 self.tensors.close()
-            block = Block({name: module}, kind, calls, self.quantization, self.uncalibrated)
+            block = self._block({name: module}, kind, calls)
             yield block
             block.close()
             if quantizable(module):  # the method left the block as it was

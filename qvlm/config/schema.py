@@ -110,6 +110,10 @@ class QuantizerConfig:
         vision_tower: Whether the vision tower is quantized.
         ranges: Range estimator: "lp" clips to the smallest lp distance, "minmax" does not clip.
         p: Exponent of that distance.
+        static_width: Only with `per_channel_prompt`, the number of features of the inputs that have
+            static scales nevertheless. Null is none.
+        first_token: "quantized", or "float" to leave the activations of the first position in
+            floating point in every linear of the decoder.
     """
 
     weight: GranularityConfig = field(default_factory=GranularityConfig)
@@ -119,6 +123,8 @@ class QuantizerConfig:
     vision_tower: bool = True
     ranges: str = "lp"
     p: float = 2
+    static_width: int | None = None
+    first_token: str = "quantized"
 
 
 @dataclass

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvlm.errors import RunError
+from qvlm.quantization.first_token import FirstToken, with_first_in_float
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 
 
@@ -41,6 +42,7 @@ class QuantLinear(nn.Module):
         exact: Whether the weight is float64 and the product is computed in float64.
         float_weight: Float weight [out, in] before quantization, or None.
         layer_name: Full name in the model, for errors and records.
+        first_token: Knowledge of first positions, whose input stays in floating point, or None.
     """
 
     weight: Tensor | None
@@ -62,6 +64,7 @@ class QuantLinear(nn.Module):
         self.layer_name = layer_name
         self.float_weight: nn.Parameter | None = None
         self.exact = False
+        self.first_token: FirstToken | None = None
         self.register_buffer("weight", weight.detach().float())
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
 
@@ -102,7 +105,11 @@ class QuantLinear(nn.Module):
         """
         if not all_finite(x):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
-        return F.linear(self._quantized_input(x), self.quantized_weight(), self.bias).to(x.dtype)
+        folding = _folding(self.input_quantizer)
+        inputs = with_first_in_float(
+            self._quantized_input(x), x, folding and folding.scale, self.first_token
+        )
+        return F.linear(inputs, self.quantized_weight(), self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The dequantized weight [out, in]; differentiable while the float weight is kept."""

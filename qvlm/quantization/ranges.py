@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qvlm import validation
 from qvlm.errors import UserError
+from qvlm.quantization.prompt_quantizer import PromptQuantizer
 from qvlm.quantization.quantizer import (
     Quantizer,
     TokenQuantizer,
@@ -146,6 +147,8 @@ def activation_quantizer(
     validation.one_of("activation granularity", spec.granularity, ACTIVATION_GRANULARITIES)
     estimator = estimator or _named_estimator(spec)
     samples, spec = samples.detach(), spec.for_width(samples.shape[-1])
+    if spec.granularity == "per_channel_prompt":
+        return PromptQuantizer(spec.bits)  # its ranges are made in the call and clip nothing
     if len(samples) == 0:
         return TokenQuantizer(spec.bits)
     match spec.granularity:

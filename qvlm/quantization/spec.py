@@ -8,8 +8,13 @@ from dataclasses import dataclass, replace
 
 from qvlm import validation
 from qvlm.bits import MAX_BITS, MIN_BITS
+from qvlm.errors import UserError
 
-ACTIVATION_GRANULARITIES = ("per_tensor", "per_token", "per_channel", "per_channel_group")
+ACTIVATION_GRANULARITIES = (
+    *("per_tensor", "per_token", "per_channel", "per_channel_group"),
+    "per_channel_prompt",
+)
+FIRST_TOKEN = ("quantized", "float")
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 RANGES = ("lp", "minmax")
 LARGEST_GROUP = 128
@@ -22,14 +27,17 @@ class QuantSpec:
     Args:
         bits: Number of bits, 2 to 8.
         granularity: Elements that share a scale. For activations [tokens, features]: `per_tensor`,
-            `per_token` (dynamic), `per_channel` (a feature) or `per_channel_group` (clusters of
-            `group_size` features, sorted by range). For weights [out, in]: `per_tensor`,
+            `per_token` (dynamic), `per_channel` (a feature), `per_channel_group` (clusters of
+            `group_size` features, sorted by range), or `per_channel_prompt` (dynamic: see
+            `prompt_quantizer`). For weights [out, in]: `per_tensor`,
             `per_channel` (an output row) or `per_group` (`group_size` neighbors along the input, or
             along its clusters: see `ranges.grouping_order`).
         group_size: Number of elements of a group, or of channels of a cluster. None is the largest
             divisor of a layer's input up to `LARGEST_GROUP`; see `for_width`.
         p: Exponent of the error |x - x_hat|^p that the `lp` estimator minimizes.
         ranges: Range estimator, "lp" (`ranges.mse`) or "minmax".
+        static_width: Only with `per_channel_prompt`, the number of features of the inputs that have
+            static scales per channel, unless they are inputs of o_proj. None is none.
 
     Raises:
         UserError: If a field has a value that is not accepted; the message names both.
@@ -40,6 +48,7 @@ class QuantSpec:
     group_size: int | None = 128
     p: float = 2
     ranges: str = "lp"
+    static_width: int | None = None
 
     def __post_init__(self) -> None:
         known = dict.fromkeys(ACTIVATION_GRANULARITIES + WEIGHT_GRANULARITIES)
@@ -49,6 +58,20 @@ class QuantSpec:
             validation.whole_number("group_size", self.group_size)
         validation.positive("p", self.p)
         validation.one_of("ranges", self.ranges, RANGES)
+        if self.static_width is not None:
+            validation.whole_number("static_width", self.static_width)
+
+    def for_layer(self, name: str, width: int) -> "QuantSpec":
+        """Returns the spec of the input of one layer.
+
+        Args:
+            name: Name of the layer.
+            width: Number of its inputs.
+        """
+        static = self.static_width == width and name.rpartition(".")[2] != "o_proj"
+        if self.granularity == "per_channel_prompt" and static:
+            return replace(self, granularity="per_channel").for_width(width)
+        return self.for_width(width)
 
     def for_width(self, width: int) -> "QuantSpec":
         """Returns the spec for a layer with `width` inputs, with a number as group size."""
@@ -84,6 +107,8 @@ class QuantizationConfig:
         vision: Spec of the activations of the vision tower.
         vision_tower: Whether the vision tower is quantized at all.
         vision_weight: Spec of the weights of the vision tower. None is that of the other weights.
+        first_token: "quantized", or "float" to leave the inputs of the decoder's linears in
+            floating point at the first position (see `first_token`).
 
     Raises:
         UserError: If a granularity does not fit weights or activations.
@@ -94,6 +119,7 @@ class QuantizationConfig:
     vision: QuantSpec
     vision_tower: bool = True
     vision_weight: QuantSpec | None = None
+    first_token: str = "quantized"
 
     def __post_init__(self) -> None:
         for name, accepted in (
@@ -105,6 +131,12 @@ class QuantizationConfig:
             spec = getattr(self, name)
             if spec is not None:
                 validation.one_of(f"{name} granularity", spec.granularity, accepted)
+        validation.one_of("first_token", self.first_token, FIRST_TOKEN)
+        if self.first_token != "quantized" and self.language.granularity == "per_channel_prompt":
+            raise UserError(
+                "first_token=float is not possible with granularity=per_channel_prompt, whose "
+                "ranges contain every token. Give first_token=quantized."
+            )
 
     def weights(self, kind: str) -> QuantSpec:
         """The weight spec of a kind of block: "vision", "projector" or "language"."""
