@@ -130,4 +130,5 @@ class _Texts:
         if self.reference is None:  # full precision itself, or a model that was packed before
             self.refer(cell)
         observe = kernels_used if self.config.packed else None
-        return evaluate_text(self.loaded, self.windows, self.reference, observe)
+        is_reference = self.config.full_precision
+        return evaluate_text(self.loaded, self.windows, self.reference, observe, is_reference)

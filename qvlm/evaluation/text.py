@@ -15,7 +15,7 @@ The output head is never quantized. So the reference keeps the last hidden state
 full precision, a 50th of the size of its logits, and its head, from which logits follow.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import t as student
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from qvlm.data.text import Document
@@ -119,6 +120,7 @@ def evaluate_text(
     windows: Sequence[Window],
     reference: Reference | None = None,
     observe: Callable[[nn.Module], Any] | None = None,
+    is_reference: bool = False,
 ) -> Evaluation:
     """Scores every token of the windows.
 
@@ -127,6 +129,8 @@ def evaluate_text(
         windows: Windows, from `windows_of`.
         reference: The same windows in full precision; None measures no distance to it.
         observe: Function that is called with the model at the end.
+        is_reference: Whether the model is the one that gave the reference. It is not run again, and
+            no distance is measured.
 
     Returns:
         Evaluation whose metrics have the one key `text` (see `summarize`). Its predictions have a
@@ -137,21 +141,27 @@ def evaluate_text(
         RunError: If logits are not finite.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for number, states in enumerate(_hidden(loaded, windows, loaded.name)):
-        window = windows[number]
+    all_states: Iterable[Tensor] = _hidden(loaded, windows, loaded.name)
+    if is_reference and reference is not None:
+        all_states = (states.to(loaded.model.lm_head.weight) for states in reference.hidden)
+        distance_to = None
+    else:
+        distance_to = reference
+    for number, (window, states) in enumerate(zip(windows, all_states, strict=True)):
         sums = rows.setdefault(window.document, {"document": window.document, "tokens": 0})
         sums["tokens"] += len(window.targets)
         for start in range(0, len(window.targets), _POSITIONS):
             part = slice(start, start + _POSITIONS)
             targets = window.targets[part].to(states.device)
-            q = loaded.model.lm_head(states[part]).float().log_softmax(-1)
+            logits = loaded.model.lm_head(states[part])
+            q = logits.float().log_softmax(-1)
             found = {"nll": -q.gather(1, targets[:, None]).double().sum()}
-            if reference is not None:
-                head = reference.head.to(states)
-                wanted = reference.hidden[number][part].to(states)
-                p = torch.nn.functional.linear(wanted, head).float().log_softmax(-1)
-                found["kl"] = (p.exp() * (p - q)).sum(-1).double().clamp_min(0).sum()
+            if distance_to is not None:
+                wanted = distance_to.hidden[number][part].to(states)
+                logits = functional.linear(wanted, distance_to.head.to(states))
+                p = logits.float().log_softmax(-1)
                 found["agreement"] = (p.argmax(-1) == q.argmax(-1)).double().sum()
+                found["kl"] = (p.exp() * (p - q)).sum(-1).double().clamp_min(0).sum()
             for name, value in found.items():
                 if not bool(value.isfinite()):
                     raise RunError(

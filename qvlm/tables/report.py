@@ -118,9 +118,9 @@ def made_by(records: Sequence[Record], command: str, notes: Sequence[str] = ()) 
         if of:
             lines.append(f"{name}: {'; or '.join(dict.fromkeys(map(value, of)))}.")
 
-    each("Hardware", _hardware, records)
+    each("Hardware", hardware, records)
     each("Versions", lambda r: ", ".join(f"{k} {v}" for k, v in r.run["versions"].items()), records)
-    each("Code", _revision, records)
+    each("Code", revision, records)
     each("Seed", lambda r: str(r.run["seed"]), records)
     each("Questions", lambda r: f"{len(r.predictions)} of {_data(r)}", records)
     quantized = [record for record in records if not record.bit_widths.is_full_precision]
@@ -131,16 +131,18 @@ def made_by(records: Sequence[Record], command: str, notes: Sequence[str] = ()) 
     return ["## How this was made", bullets(lines)]
 
 
-def _hardware(record: Record) -> str:
-    hardware = record.run["hardware"]
-    used = [f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']:g} GiB"]
+def hardware(record: Record) -> str:
+    """Names the machine of a record."""
+    machine = record.run["hardware"]
+    used = [f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB"]
     if record.run["device"] != "cpu":
-        used.append(f"{hardware['gpu']}")
+        used.append(f"{machine['gpu']}")
     threads = record.run.get("threads")
     return ", ".join(used) + (f", {threads} threads" if threads else "")
 
 
-def _revision(record: Record) -> str:
+def revision(record: Record) -> str:
+    """Names the revision that a record was computed with."""
     git = record.run["git"]
     if git["revision"] is None:
         return "not in a git repository"
