@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 
-from qvlm.bits import BitWidths
 from qvlm.command import run_command
 from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
@@ -163,8 +162,7 @@ def page(records: Sequence[Record], command: str) -> str:
     for model in sorted({record.model for record in records}):
         full, cells, bad = arrange([record for record in records if record.model == model])
         refused += bad
-        any_record = full or [r for by_bits in cells.values() for b in by_bits.values() for r in b]
-        text = any_record[0].metrics["text"]
+        text = next(r for r in records if r.model == model).metrics["text"]
         found = full[0].metrics["text"]["perplexity"] if full else None
         parts.append(
             HEAD.format(
@@ -226,9 +224,7 @@ def _detail(cells: Cells, bits: str) -> str:
 
 
 def _made(records: Sequence[Record], command: str) -> list[str]:
-    quantized = [
-        r for r in records if not BitWidths(**r.run["influences"]["bits"]).is_full_precision
-    ]
+    quantized = [record for record in records if not record.bit_widths.is_full_precision]
     calibrated = sorted(
         {
             f"{c['samples']} rows of {c['tokens']} tokens of split {c['split']}"
