@@ -49,6 +49,7 @@ def test_every_option_composes(group: str, option: str) -> None:
             continue
         if not isinstance(value, dict) and "${" not in str(value) and value != "???":
             node = getattr(config, group)
+            value = os.path.expanduser(value) if str(value).startswith("~") else value
             assert (node[key] if isinstance(node, dict) else getattr(node, key)) == value
 
 
