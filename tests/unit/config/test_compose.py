@@ -1,5 +1,6 @@
 """Every option composes, and none is hidden."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any

@@ -1,6 +1,5 @@
 """A LLaMA alone: loaded, prompted, quantized, packed and streamed like any other model."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from qvlm.config.schema import RunConfig
 from qvlm.data.prompts import Prompting
 from qvlm.errors import UserError
 from qvlm.methods.awq import AWQ
+from qvlm.methods.awq.rescaling import find_rescalings
 from qvlm.methods.layerwise import LayerWise
 from qvlm.methods.qlora import QLoRA
 from qvlm.methods.qvlm import QVLM
@@ -117,19 +117,16 @@ def test_tuning_a_tower_that_is_not_there_is_refused() -> None:
         QVLM().quantize(Walk(tiny_language_model(), batches(), quantization()))
 
 
-def test_awq_leaves_grouped_values_alone() -> None:
-    model = tiny_language_model()
-    value = model.model.layers[0].self_attn.v_proj.weight.clone()
-    walk = Walk(model, batches(), quantization())
-    report = AWQ(max_shrink=0).quantize(walk)
-    places = json.dumps(report.details)
-    assert "up_proj" in places
-    assert "v_proj" not in [name for name in report.details.get("scales", {})]
-    assert value.shape[0] != model.model.layers[0].self_attn.o_proj.weight.shape[1]
+def test_awq_leaves_grouped_values_alone_as_llm_awq_does() -> None:
+    for key_value_heads, expected in ((2, False), (4, True)):
+        model = tiny_language_model(num_key_value_heads=key_value_heads)
+        block = next(iter(Walk(model, batches(), quantization()).blocks()))
+        sources = {rescaling.source for rescaling in find_rescalings(block)}
+        assert {"input_layernorm", "post_attention_layernorm", "mlp.up_proj"} <= sources
+        assert ("self_attn.v_proj" in sources) == expected
 
 
 def test_group_sizes_divide_every_width() -> None:
-    model = tiny_language_model(hidden_size=576, intermediate_size=1536, num_attention_heads=9)
     model = tiny_language_model(
         hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
     )
@@ -218,7 +215,7 @@ def test_a_packed_model_without_a_reference_says_so(cell: Any, tmp_path: Path) -
 def test_what_has_no_packed_form_is_refused_at_once(
     cell: Any, override: str, sentence: str
 ) -> None:
-    words = [word for word in ("method=rtn", "bits=w4a4", "execution=packed", override)]
+    words = ("method=rtn", "bits=w4a4", "execution=packed", override)
     with pytest.raises(UserError, match=sentence):
         Cell.of(cell(*words))
 
