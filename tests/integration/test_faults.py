@@ -21,7 +21,9 @@ from pathlib import Path
 import datasets
 import pytest
 
+from qvlm.cell import inputs
 from qvlm.cli import main
+from qvlm.config.schema import RunConfig
 from qvlm.data import miniature
 from qvlm.data.scienceqa import COLUMNS
 from qvlm.records.record import find_records
@@ -36,18 +38,21 @@ SCENES = {
 }
 # Moments of each signal. SIGSTOP is followed by SIGCONT.
 MOMENTS = {
-    "sweep": {signal.SIGTERM: 3, signal.SIGINT: 3, signal.SIGSTOP: 3},
+    "sweep": {signal.SIGTERM: 4, signal.SIGINT: 4, signal.SIGSTOP: 4},
     "stream": {signal.SIGKILL: 3, signal.SIGTERM: 2, signal.SIGINT: 2, signal.SIGSTOP: 2},
     "save": {signal.SIGKILL: 3, signal.SIGTERM: 2, signal.SIGINT: 2, signal.SIGSTOP: 2},
 }
 Results = Mapping[str, object]
 
 
-def work(folder: Path, source: Path, arguments: list[str], limit: int | None) -> None:
+def work(
+    folder: Path, source: Path, arguments: list[str], limit: int | None, narrow: str | None
+) -> None:
     """What runs in a process of its own: `python run.py`, its output in files.
 
     Args:
         limit: Largest file that the process can write, in bytes.
+        narrow: Function of `qvlm.cell.inputs` from which on the process gets no more memory.
     """
     # A shell starts what it runs in the background with interrupts ignored, this test perhaps too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,10 +60,25 @@ def work(folder: Path, source: Path, arguments: list[str], limit: int | None) ->
     os.chdir(folder)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    if narrow is not None:
+        after = getattr(inputs, narrow)
+
+        def narrowed(config: RunConfig) -> object:
+            limit_memory()
+            return after(config)
+
+        setattr(inputs, narrow, narrowed)
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     cell = ["data=folder", f"data.source={source}", "calibration.samples=8", "tracking=off"]
     sys.exit(main([*arguments, *cell, "evaluation.batch_size=4", "threads=1"]))
+
+
+def limit_memory() -> None:
+    """Lets the process take hardly more memory than it has. Its threads have begun by then."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    taken = pages * resource.getpagesize() + 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (taken, resource.RLIM_INFINITY))
 
 
 class Commands:
@@ -91,9 +111,11 @@ class Commands:
             self.whole[scene] = results(self.folder / scene), time.monotonic() - begun
         return self.whole[scene]
 
-    def start(self, folder: Path, scene: str, limit: int | None = None) -> BaseProcess:
+    def start(
+        self, folder: Path, scene: str, limit: int | None = None, narrow: str | None = None
+    ) -> BaseProcess:
         process = self.context.Process(
-            target=work, args=(folder, self.source, SCENES[scene], limit)
+            target=work, args=(folder, self.source, SCENES[scene], limit, narrow)
         )
         process.start()
         return process
@@ -191,6 +213,23 @@ def test_a_full_disk_is_one_sentence(
     assert all(line.startswith("error: ") for line in said.splitlines()), said
     if scene != "save":
         assert find_records(folder / "results" / "runs") == []
+    commands.finish(folder, scene)
+    assert results(folder) == expected
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux limits memory so")
+@pytest.mark.parametrize("scene", ["stream", "save"])
+@pytest.mark.parametrize("step", ["draw_calibration", "load_problems"])
+def test_full_memory_costs_nothing(
+    scene: str, step: str, commands: Commands, tmp_path: Path
+) -> None:
+    """Libraries may abort where they get no memory, so that not every end has a sentence."""
+    expected, _ = commands.undisturbed(scene)
+    folder = tmp_path / "narrow"
+    process = commands.start(folder, scene, narrow=step)
+    process.join(LONGEST)
+    assert process.exitcode not in (0, None)
+    assert find_records(folder / "results" / "runs") == []
     commands.finish(folder, scene)
     assert results(folder) == expected
 

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from qvlm.models.llava import Llava
 from qvlm.planning.footprint import ANSWER_TOKENS
+from qvlm.quantization.hooks import hooked
 
 PACE = 5.0  # seconds of decoding after which no further token is timed
 
@@ -90,12 +91,11 @@ class Clock:
             spent[name] += self._now()
 
         present = {} if self.whole else dict(self.model.named_modules())
-        with ExitStack() as hooks:
-            for name in self.shapes:
-                if (block := present.get(name)) is None:
-                    continue
-                hooks.enter_context(block.register_forward_pre_hook(partial(enter, name)))
-                hooks.enter_context(block.register_forward_hook(partial(leave, name)))
+        blocks = {present[name]: name for name in self.shapes if name in present}
+        with hooked(
+            before={block: partial(enter, name) for block, name in blocks.items()},
+            after={block: partial(leave, name) for block, name in blocks.items()},
+        ):
             yield
 
     def _now(self) -> float:

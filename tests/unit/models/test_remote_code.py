@@ -105,7 +105,7 @@ def consenting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("meta_layers", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_hostile_checkpoint_loads_without_its_code_or_is_refused(
+def test_a_hostile_checkpoint_loads_without_its_code(
     tmp_path: Path, way: str, meta_layers: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, marker = tmp_path / "checkpoint", tmp_path / "executed"
@@ -115,9 +115,8 @@ def test_a_hostile_checkpoint_loads_without_its_code_or_is_refused(
     if options.get("vision_tower"):
         make_hostile(Path(options["vision_tower"]), marker)
     before = set(sys.modules)
-    with contextlib.suppress(UserError):
-        loaded = load_model(folder, "hostile", meta_layers=meta_layers, **options)
-        assert loaded.encode_prompts(["USER: a"], [None])["input_ids"].numel()
+    loaded = load_model(folder, "hostile", meta_layers=meta_layers, **options)
+    assert loaded.encode_prompts(["USER: a"], [None])["input_ids"].numel()
     assert not marker.exists()
     assert not any("evil" in name for name in set(sys.modules) - before)
     assert "[y/N]" not in capfd.readouterr().out
