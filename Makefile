@@ -41,7 +41,8 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 real \
-	table-real outliers gpu claims figure2 fit test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+	table-real outliers gpu claims figure2 fit test test-fast test-narrow lint format miniature \
+	mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
