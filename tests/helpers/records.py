@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from qvlm.evaluation.metrics import class_metrics
+from qvlm.evaluation.text import summarize
 from qvlm.records.record import (
     Record,
     write_record,
@@ -85,12 +86,14 @@ def make_record(
     name: str = "",
     parameters: dict[str, Any] | None = None,
     weights: str = "w",
+    documents: pd.DataFrame | None = None,
     **setting: Any,
 ) -> Record:
     """Writes the record of a cell and reads it back.
 
     Args:
         metrics: changes the classes before they are written.
+        documents: sums of documents, which make it a record on plain text.
         setting: replaces parts of what the cell depends on: data, evaluation, seed, ...
     """
     predictions = make_predictions(accuracy, n, seed)
@@ -138,7 +141,9 @@ def make_record(
     }
     path = runs / (name or f"{model}-{method.lower()}-{bits.lower()}-00000000")
     whole = {**config, "tracking": tracking, "group": "table2"}
-    written = {"classes": classes, "unparsable_rule": "wrong"}
+    written: dict[str, Any] = {"classes": classes, "unparsable_rule": "wrong"}
+    if documents is not None:
+        written, predictions = {"text": summarize(documents)}, documents
     proof = make_layers(bits) if layers is None else list(layers)
     return write_record(path, whole, run, written, predictions, proof)
 

@@ -68,7 +68,7 @@ def build(
         for path, linear in quantizable(block).items():
             torch.manual_seed(linear.in_features)  # linears of one input quantize it alike
             quantized = quantize_uncalibrated(
-                linear, quantization.weight, inputs, form.normal_float
+                linear, quantization.weights(kind), inputs, form.normal_float
             )
             block.set_submodule(path, PackedLinear.from_quantized(quantized))
 
