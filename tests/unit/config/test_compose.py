@@ -78,8 +78,8 @@ def test_the_defaults_are_the_documented_cell() -> None:
     assert config.bits.label == "W4A4"
     assert config.quantizer.weight.granularity == "per_group"
     assert config.quantizer.weight.group_size == config.model.weight_group_size == 64
-    assert config.quantizer.language.granularity == "per_channel_group"
-    assert config.quantizer.language.group_size == 128
+    assert config.quantizer.language.granularity == "per_channel"
+    assert config.quantizer.language.group_size is None
     assert config.quantizer.vision.granularity == "per_token"
     assert config.quantizer.vision_tower
     assert (config.calibration.split, config.calibration.samples) == ("train", 64)

@@ -147,7 +147,7 @@ def cell(tmp_path: Path) -> Any:
             *("model=smollm2", "model.name=llama", f"model.path={checkpoint}", "data=text"),
             *(f"data.source={texts}", f"results_dir={tmp_path}/results", "tracking=off"),
             *("device=cpu", "calibration.samples=4", "calibration.tokens=12"),
-            *("quantizer=per_channel", *overrides),
+            *overrides,
         )
 
     return make
