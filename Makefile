@@ -8,7 +8,8 @@
 # `make lock` renews all pins but PyTorch's; TORCH=VERSION renews that one too, and KEEP=1 keeps every
 # version that still fits pyproject.toml.
 #
-# LAUNCHER=joblib runs several cells at a time, LAUNCHER=slurm or ray each as a job; further options
+# Cells of the miniatures run one per core. LAUNCHER=here runs one after the other, LAUNCHER=joblib
+# several at a time, and LAUNCHER=slurm or ray each as a job; further options
 # of a launcher may follow: LAUNCHER='joblib launcher.jobs=4'.
 #
 # SCALE=paper makes a table of the paper's own checkpoints on ScienceQA: see docs/paper-scale.md.
@@ -16,7 +17,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 SCALE ?= miniature
-LAUNCHER ?= here
+LAUNCHER ?= auto
 BUDGET ?= 6
 MODEL ?= mini_llava
 VENV := .venv
@@ -28,10 +29,11 @@ HASHED := $(PIP) install --require-hashes --no-deps
 TRITON := $(if $(findstring /rocm,$(TORCH_INDEX))$(findstring /xpu,$(TORCH_INDEX)),,\
 	'triton; sys_platform == "linux"')
 STAMP := $(VENV)/installed
+DOCS := build/docs-venv
 
 # Any other scale than the default is an option, and has results of its own (conf/scale).
 OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
-WHERE := $(if $(filter-out here,$(LAUNCHER)), launcher=$(LAUNCHER))
+WHERE := $(if $(filter-out auto,$(LAUNCHER)), launcher=$(LAUNCHER))
 
 # Has a CPU with AVX-512 compute as one with AVX2 only; another CPU ignores it.
 NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WITHOUT=native
@@ -40,16 +42,16 @@ NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WI
 route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock check-install preflight table1 table2 table4 table4-scale table5 real \
-	table-real outliers gpu claims figure2 fit test test-fast test-narrow lint format miniature \
-	mini_llava mini_moe_llava preview clean
+.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 \
+	table4-scale table5 real table-real outliers gpu claims figure2 fit verify-portable test test-fast \
+	test-narrow lint format miniature mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## makes the environment in .venv with pinned packages
 
-$(STAMP): pyproject.toml constraints.txt requirements/wheels.txt requirements/sources.txt
+$(STAMP): pyproject.toml setup.py constraints.txt requirements/wheels.txt requirements/sources.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit( \
 		f"Python {sys.version.split()[0]} is not supported. Choose one of: 3.11, 3.12, 3.13, 3.14," \
@@ -66,6 +68,9 @@ lock: install  ## renews the pinned versions and their hashes
 
 check-install: install  ## resolves the pins as a new machine would, for each Python and platform
 	$(BIN)/python requirements/pins.py check
+
+demo: install  ## a first look in less than a minute: what 4 bits cost a small model
+	@$(BIN)/python -m qvlm $@
 
 table1: install  ## regenerates Table 1: the parts of Q-VLM, each alone
 	$(call route,$@,$(OPTION)$(WHERE))
@@ -104,6 +109,9 @@ outliers: install  ## shows the outliers of MODEL, such as MODEL='smollm2 data=t
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
 	$(call route,$@,$(WHERE))
 
+verify-portable: install  ## computes whole cells under other instruction sets and threads, and compares (hours)
+	$(BIN)/python -m qvlm $@
+
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py
 
@@ -120,6 +128,20 @@ lint: install  ## checks style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy qvlm hydra_plugins run.py experiments requirements
+
+docs: $(DOCS)/installed  ## builds the pages as a site in build/site; a broken link fails
+	$(PYTHON) docs/stage.py build/docs
+	$(DOCS)/bin/mkdocs build --strict
+
+# The site's tools have an environment of their own.
+$(DOCS)/installed: requirements/docs.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --require-hashes -r $<
+	touch $@
+
+lock-docs: install  ## renews the pins of the site's tools
+	$(BIN)/python -m uv --no-config pip compile requirements/docs.in --universal --generate-hashes \
+		--python-version 3.11 --upgrade --no-annotate --no-header -o requirements/docs.txt
 
 format: install  ## rewrites the code in the project's style
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,8 @@
-"""Runs cells: `python run.py --help`."""
+"""The command line from a clone: `python run.py --help` (see `qvlm.__main__`)."""
 
 import sys
 
-from qvlm.cli import main
+from qvlm.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,16 +15,19 @@ from hydra.core.utils import JobReturn, JobStatus
 if TYPE_CHECKING:  # importing these imports PyTorch
     from qvlm.cell.identity import Cell
     from qvlm.sweep.job import Outcome
+    from qvlm.sweep.progress import SweepProgress
 
 
 class CellLauncher(BasicLauncher):
     """Runs cells as the `launcher` node of their configuration says."""
 
-    def launch_cells(self, cells: "Sequence[Cell]") -> "list[Outcome]":
+    def launch_cells(
+        self, cells: "Sequence[Cell]", progress: "SweepProgress | None" = None
+    ) -> "list[Outcome]":
         """Runs cells of one sweep, and returns the outcome of each, in order."""
         from qvlm.sweep.launch import build, launch
 
-        return launch(build(cells[0].config.launcher), cells)
+        return launch(build(cells[0].config.launcher), cells, progress)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

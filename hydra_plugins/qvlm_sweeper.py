@@ -10,13 +10,17 @@ A cell that fails does not stop the others of its batch. All failures are raised
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from qvlm.command import STARTING, busy
+
 if TYPE_CHECKING:  # importing it imports PyTorch
     from qvlm.cell.identity import Cell
+    from qvlm.sweep.progress import SweepProgress
 
 
 class CellSweeper(BasicSweeper):
@@ -30,6 +34,7 @@ class CellSweeper(BasicSweeper):
         """
         from qvlm.records.locks import Held, Watch
         from qvlm.sweep.plan import plan  # imported only when there is something to sweep
+        from qvlm.sweep.progress import SweepProgress
 
         assert self.hydra_context is not None
         assert self.config is not None
@@ -42,33 +47,44 @@ class CellSweeper(BasicSweeper):
         held: list[tuple[tuple[list[str], Cell], Held]] = []
 
         def run(batch: "Sequence[tuple[list[str], Cell]]") -> None:
-            for planned, outcome in zip(batch, self._launch(batch, len(outcomes)), strict=True):
+            done = self._launch(batch, len(outcomes), progress)
+            for planned, outcome in zip(batch, done, strict=True):
                 outcomes.append(outcome)
                 if isinstance(outcome, Held):
                     held.append((planned, outcome))
                 elif isinstance(outcome, Exception):
                     failures.append(outcome)
 
-        for batch in plan(combinations, lambda job: loader.load_sweep_config(master, job)):
-            if failures:
-                raise ExceptionGroup("full precision failed", failures)
-            run(batch)
-        watch = Watch()
-        while held:
-            free = watch.wait([at.record for _, at in held])
-            batch = [held[index][0] for index in free]
-            held = [other for index, other in enumerate(held) if index not in free]
-            run(batch)
+        with busy(STARTING):
+            compose = lambda job: loader.load_sweep_config(master, job)  # noqa: E731
+            batches = list(plan(combinations, compose))
+        with SweepProgress([cell for batch in batches for _, cell in batch]) as progress:
+            for batch in batches:
+                if failures:
+                    raise ExceptionGroup("full precision failed", failures)
+                run(batch)
+            watch = Watch()
+            while held:
+                free = watch.wait([at.record for _, at in held])
+                batch = [held[index][0] for index in free]
+                held = [other for index, other in enumerate(held) if index not in free]
+                run(batch)
+        if recorded := [outcome for outcome in outcomes if isinstance(outcome, Path)]:
+            from qvlm.summary import print_summary
+
+            print_summary(recorded)
         if failures:
             raise ExceptionGroup("cells failed", failures)
         return outcomes
 
-    def _launch(self, batch: "Sequence[tuple[list[str], Cell]]", index: int) -> list[Any]:
+    def _launch(
+        self, batch: "Sequence[tuple[list[str], Cell]]", index: int, progress: "SweepProgress"
+    ) -> list[Any]:
         """Runs a batch with our launcher, or with another plugin, which knows overrides only."""
         from hydra_plugins.qvlm_launcher import CellLauncher
 
         assert self.launcher is not None
         if isinstance(self.launcher, CellLauncher):
-            return list(self.launcher.launch_cells([cell for _, cell in batch]))
+            return list(self.launcher.launch_cells([cell for _, cell in batch], progress))
         jobs = [overrides for overrides, _ in batch]
         return [job.return_value for job in self.launcher.launch(jobs, initial_job_idx=index)]

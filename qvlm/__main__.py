@@ -1,40 +1,25 @@
-"""`python -m qvlm`: the command line of `run.py`, and a route for each page that `make` makes.
+"""`qvlm`, or `python -m qvlm`: the command line of `run.py`, and a route for each command.
 
-    python -m qvlm model=mini_moe_llava bits=w6a6     as run.py
-    python -m qvlm table2 scale=paper launcher=slurm  runs what is missing, then makes the page
-    python -m qvlm preflight scale=paper              what Table 2 would read, need and take
-    python -m qvlm fit --budget 6                     which models fit 6 GiB
+    qvlm method=awq bits=w4a4                   quantizes, evaluates and records one cell
+    qvlm -m method=awq,qvlm bits=w6a6,w4a4      every combination
+    qvlm table2 scale=paper launcher=slurm      runs what is missing, then makes the page
+    qvlm fit --budget 6                         which models fit 6 GiB
 
 The Makefile calls the same routes, so that a system without `make` needs none.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
 from qvlm import cli
-from qvlm.validation import expanded_path
+from qvlm.command import program
+from qvlm.routes import ROUTES, Route
 
-# Experiments that each page needs the records of.
-SWEEPS = {
-    "table1": ("table1",),
-    "table2": ("table2",),
-    "table5": ("table5",),
-    "table4": ("table4", "table4_exact"),
-    "table-real": ("table_real", "table_real_first", "table_real_methods", "table_real_search"),
-    "claims": ("table2", "table1", "table5", "draws"),
-}
-# Modules of the pages. Those without a sweep measure or compute by themselves.
-PAGES = {
-    **{name: f"qvlm.tables.{name}" for name in ("table1", "table2", "table5", "claims")},
-    "table4": "qvlm.tables.table4.__main__",
-    "table-real": "qvlm.tables.table_real",
-    "table4-scale": "qvlm.tables.table4_scale.__main__",
-    "gpu": "qvlm.tables.gpu.__main__",
-    "fit": "qvlm.planning.footprint",
-}
 COMMAND = "--command="  # the command that a page names, if it is not the route
+DEMO: tuple[str, list[str]] = ("demo", [])  # what no words stand for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,53 +29,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words of the command line, or None for those of this process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    name, words = (given[0], given[1:]) if given else ("", [])
-    if name == "preflight":
-        return cli.main(["-m", "experiment=table2", *words, "preflight=true"])
-    if name in SWEEPS:
-        return _sweep_and_page(name, words)
-    if name in PAGES:
-        return _page(name)(words)
-    return cli.main(given)
+    if given[:1] in (["-sc"], ["--shell-completion"]) and given[1:] != ["install=bash"]:
+        print(*_begun(os.environ.get("COMP_LINE", "")))  # Hydra adds groups and options
+    name, words = (given[0], given[1:]) if given else DEMO
+    route = ROUTES.get(name)
+    if route is None:
+        return cli.main(given)
+    if route.experiments:
+        return _sweep_and_page(name, route, words)
+    if route.overrides:
+        code = cli.main([*route.overrides, *words])
+        if route.closing and not code and not {"-h", "--help"} & {*words}:
+            print(route.closing)
+        return code
+    return _page(route)(words)
 
 
-def _sweep_and_page(name: str, words: Sequence[str]) -> int:
+def _begun(line: str) -> list[str]:
+    """The commands that a line of the shell may be the beginning of, for completion."""
+    _, blank, typed = line.partition(" ")
+    return [name for name in ROUTES if blank and name.startswith(typed.lstrip())]
+
+
+def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
     """Runs what is missing of the experiments of a page, and makes it of what is recorded."""
     overrides = [word for word in words if not word.startswith("-")]
     options = [word for word in words if word.startswith("-")]
     if others := [option for option in options if not option.startswith(COMMAND)]:
         if {*others} <= {"-h", "--help"}:
-            print(__doc__, end="")
+            print(_help(name, route))
             return 0
         print(
             f"error: {others[0]} is not an option of {name}. Give overrides such as scale=paper.",
             file=sys.stderr,
         )
         return 2
-    for experiment in SWEEPS[name]:
+    for experiment in route.experiments:
         if code := cli.main(["-m", f"experiment={experiment}", *overrides]):
             return code
     results = _results_folder(overrides)
-    said = options or [COMMAND + " ".join(["python -m qvlm", name, *overrides])]
-    return _page(name)([f"--runs={results / 'runs'}", f"--out={results}", *said])
+    said = options or [COMMAND + " ".join([program(), name, *overrides])]
+    return _page(route)([f"--runs={results / 'runs'}", f"--out={results}", *said])
 
 
-def _page(name: str) -> Callable[[Sequence[str]], int]:
-    command: Callable[[Sequence[str]], int] = import_module(PAGES[name]).main
+def _help(name: str, route: Route) -> str:
+    """What `--help` says of a page that a sweep comes before."""
+    does = f"{route.does[0].upper()}{route.does[1:]}."
+    experiments = " and ".join(f"experiment={experiment}" for experiment in route.experiments)
+    return (
+        f"usage: {program()} {name} [OVERRIDE ...]\n\n{does}\n\nRuns the cells of {experiments} "
+        "that are not recorded, and makes\nthe page of all records. Overrides are those of a run, "
+        "such as scale=paper."
+    )
+
+
+def _page(route: Route) -> Callable[[Sequence[str]], int]:
+    command: Callable[[Sequence[str]], int] = import_module(route.module).main
     return command
 
 
 def _results_folder(overrides: Sequence[str]) -> Path:
     """The folder that the sweeps of these overrides write to."""
-    from hydra import compose, initialize_config_dir
-
-    from qvlm.config.compose import CONF, register
+    from qvlm.config.compose import compose
 
     place = [word for word in overrides if word.partition("=")[0] in ("scale", "results_dir")]
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", place, return_hydra_config=False)
-    return Path(expanded_path("results_dir", config.results_dir))
+    return Path(compose(place).results_dir)
 
 
 if __name__ == "__main__":

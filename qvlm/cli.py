@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from qvlm.command import INTERRUPTED, discard_output, is_expected, sentence
+from qvlm.command import INTERRUPTED, STARTING, busy, discard_output, is_expected, program, sentence
 from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.explain import explained
 from qvlm.config.schema import PATHS, RunConfig
@@ -191,13 +191,18 @@ def _run_one(config: RunConfig, wait: bool) -> Path:
         raise UserError(
             "launcher is not for a single cell, but for a sweep. Add -m, or leave out launcher."
         )
-    from qvlm.cell.identity import Cell
-    from qvlm.cell.pipeline import run_cell
+    with busy(STARTING):
+        from qvlm.cell.identity import Cell
+        from qvlm.cell.pipeline import run_cell
+        from qvlm.summary import print_summary
 
-    cell, watch = Cell.of(config), Watch()
+        cell, watch = Cell.of(config), Watch()
     while True:
         try:
-            return run_cell(cell)
+            left = run_cell(cell)
+            if wait:
+                print_summary([left])
+            return left
         except Held as held:
             if not wait:
                 raise
@@ -206,7 +211,7 @@ def _run_one(config: RunConfig, wait: bool) -> Path:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message}; see python run.py --help")
+    raise UserError(f"{message}; see {program()} --help")
 
 
 @contextmanager

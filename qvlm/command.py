@@ -4,8 +4,8 @@ import argparse
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +13,16 @@ from qvlm.errors import RunError, UserError
 from qvlm.validation import expanded_path
 
 INTERRUPTED = 130
+STARTING = "loading PyTorch, then checking options, checkpoint and data"  # what comes before a cell
+
+
+def program() -> str:
+    """Returns how this process was started, for messages: "qvlm", "python -m qvlm" or a script."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return f"python -m {started.parent.name}"
+    return started.name if started.suffix != ".py" else f"python {started.name}"
+
 
 _OUT_OF_MEMORY = (
     *("can't allocate memory", "can't start new thread"),
@@ -59,6 +69,22 @@ def run_command(
         print("interrupted: give the same command again.", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+@contextmanager
+def busy(doing: str) -> Iterator[None]:
+    """Shows that something is going on, with a spinner and what it is, if stderr is a terminal.
+
+    Args:
+        doing: What the block does, such as "loading PyTorch".
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{doing} ..."):
+        yield
 
 
 def folder(value: str) -> Path:

@@ -29,6 +29,8 @@ def check_options(config: RunConfig) -> None:
     if config.stream and not getattr(method, "one_pass", True):
         raise not_streamable(method.name)
     one_of("kernel", config.kernel, kernels.names())
+    if config.packed and config.model.dtype == "float64":
+        _check_kernel_of_float64(config.kernel)
     one_of("data.split", config.data.split, MINIATURE_SIZES)
     one_of("calibration.split", config.calibration.split, MINIATURE_SIZES)
     prompting(config)
@@ -64,3 +66,13 @@ def _check_packable(config: RunConfig) -> None:
                 f"{option}={value} is not for packed execution, which has no integer product for "
                 "it. Give execution=simulated."
             )
+
+
+def _check_kernel_of_float64(kernel: str) -> None:
+    """Raises a UserError if a kernel's sums are less precise than a model in float64."""
+    precise = [kernel.name for kernel in kernels.KERNELS if kernel.can_sum_in_float64]
+    if kernel not in (kernels.AUTO, *precise):
+        raise UserError(
+            f"kernel={kernel} does not sum in float64, as model.dtype=float64 asks for. Choose one "
+            f"of: {', '.join((kernels.AUTO, *precise))}, or give model.dtype=float32."
+        )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qvlm.cell.checks import check_options
-from qvlm.cell.inputs import checkpoint_folder, settle_answer_length
+from qvlm.cell.inputs import checkpoint_folder, settle_evaluation
 from qvlm.cell.method import method_file
 from qvlm.cell.settled import settle
 from qvlm.config.schema import RunConfig, canonical, influences
@@ -55,7 +55,7 @@ class Cell:
         """
         config = resolve(config)
         check_options(config)
-        config = settle_answer_length(config)
+        config = settle_evaluation(config)
         _require_place_of_its_own(config)
         files, code, parts = _hash_files(config), code_version(config), influences(config)
         return cls(config, identify(parts, code, files), parts, code, files)
@@ -117,6 +117,10 @@ class Cell:
     def on(self, device: str) -> "Cell":
         """The same cell on another device, which is not part of its identity."""
         return replace(self, config=replace(self.config, device=device))
+
+    def with_threads(self, threads: int) -> "Cell":
+        """The same cell with a number of threads, which is not part of its identity."""
+        return replace(self, config=replace(self.config, threads=threads))
 
     def require_same_code(self) -> None:
         """Makes sure that this process runs the code that the cell was identified with.

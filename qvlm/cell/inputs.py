@@ -24,6 +24,7 @@ from qvlm.runtime import workers
 
 MPS = "mps"  # the GPU of a Mac, which PyTorch chooses only if it is named
 MINIATURE_ANSWER = 64  # tokens
+MINIATURE_COMPARED, OTHERS_COMPARED = 1024, 128  # problems
 
 
 def quantization_config(config: RunConfig) -> QuantizationConfig:
@@ -85,10 +86,25 @@ def answer_length(config: RunConfig) -> int:
     return prompting(config).max_new_tokens
 
 
-def settle_answer_length(config: RunConfig) -> RunConfig:
-    """Puts the number of `answer_length` in the place of `evaluation.max_new_tokens=null`."""
-    longest = answer_length(config)
-    return replace(config, evaluation=replace(config.evaluation, max_new_tokens=longest))
+def compared_problems(config: RunConfig) -> int:
+    """Number of problems on which a quantized model is compared with full precision.
+
+    Unless `evaluation.kl_problems` says it, it is 1,024 for an embedded miniature, whose states
+    take 18 MiB and 4 seconds, and 128 for any other model.
+    """
+    if config.evaluation.kl_problems is not None:
+        return config.evaluation.kl_problems
+    return MINIATURE_COMPARED if embedded(config.model.path) else OTHERS_COMPARED
+
+
+def settle_evaluation(config: RunConfig) -> RunConfig:
+    """Puts the numbers that null stands for in the options of the evaluation."""
+    evaluation = replace(
+        config.evaluation,
+        max_new_tokens=answer_length(config),
+        kl_problems=compared_problems(config),
+    )
+    return replace(config, evaluation=evaluation)
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -100,6 +116,11 @@ def checkpoint_folder(config: RunConfig) -> Path:
     if config.model.packed is not None:
         return local_folder(config.model.packed, "model.packed")
     return embedded(config.model.path) or local_folder(config.model.path, "model.path")
+
+
+def gains_no_threads(config: RunConfig) -> bool:
+    """Whether a cell runs on a CPU and its products are too small for a second thread."""
+    return embedded(config.model.path) is not None and find_device(config.device) == "cpu"
 
 
 def find_device(name: str) -> str:

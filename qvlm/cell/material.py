@@ -1,7 +1,7 @@
 """What a cell evaluates on, in the one form that its line needs: problems to answer, or text.
 
-The line asks for four things: batches to calibrate on, batches to prove the bits on, the evaluation
-and, before anything is quantized, whatever the evaluation needs of the model in full precision.
+The line asks for batches to calibrate on and to prove the bits on, for the evaluation, and for what
+a comparison with full precision needs of the model before it is quantized.
 """
 
 from dataclasses import asdict
@@ -14,8 +14,8 @@ from torch import Tensor
 from qvlm.cell import inputs, text
 from qvlm.cell.identity import Cell
 from qvlm.config.schema import RunConfig
-from qvlm.evaluation import Evaluation, evaluate
-from qvlm.evaluation.text import Reference, evaluate_text
+from qvlm.evaluation import Evaluation, Reference, answer_passages, evaluate
+from qvlm.evaluation.text import SavedStates, evaluate_text
 from qvlm.models.loaded import LoadedModel
 from qvlm.packing import kernels_used
 from qvlm.quantization import batch_by_length
@@ -31,9 +31,13 @@ class Material(Protocol):
 
     Attributes:
         problems: Problems that are answered, or None for text.
+        compares: Whether the evaluation compares with full precision, and so needs `refer`.
+        referred: Whether `compare` has something to add to the evaluation.
     """
 
     problems: datasets.Dataset | None
+    compares: bool
+    referred: bool
 
     def calibration(self) -> tuple[Batches, list[int]]:
         """Draws batches to calibrate on, and returns which rows of their split they are."""
@@ -44,11 +48,15 @@ class Material(Protocol):
         ...
 
     def refer(self, cell: Cell) -> None:
-        """Takes what the evaluation needs of the model in full precision, while it is that."""
+        """Takes what a comparison needs of the model in full precision, while it is that."""
         ...
 
     def evaluate(self, cell: Cell, answers: Path | None) -> Evaluation:
         """Evaluates the model as it is now; `answers` is a folder to resume from."""
+        ...
+
+    def compare(self, evaluation: Evaluation) -> Evaluation:
+        """Adds the comparison with full precision to an evaluation."""
         ...
 
 
@@ -80,6 +88,12 @@ class _Problems:
         self.config = config
         self.loaded = loaded
         self.problems = inputs.load_problems(config, loaded.reads_images)
+        self.compares = inputs.compared_problems(config) > 0
+        self._reference: Reference | None = None
+
+    @property
+    def referred(self) -> bool:
+        return self._reference is not None
 
     def calibration(self) -> tuple[Batches, list[int]]:
         return calibration_batches(self.config, self.loaded)
@@ -93,28 +107,38 @@ class _Problems:
         ]
 
     def refer(self, cell: Cell) -> None:
-        """Answers need nothing of the model in full precision."""
+        count = min(inputs.compared_problems(self.config), len(self.problems))
+        passages = answer_passages(self.loaded, [self.problems[row] for row in range(count)])
+        size = self.config.calibration.batch_size
+        self._reference = Reference(self.loaded, passages, size)
 
     def evaluate(self, cell: Cell, answers: Path | None) -> Evaluation:
         options: dict[str, Any] = asdict(self.config.evaluation)
-        del options["limit"], options["window"]  # the problems are limited already
+        for option in ("limit", "window", "kl_problems"):  # the problems are limited already
+            del options[option]
         if self.config.packed:
             options["observe"] = kernels_used
         return evaluate(
             self.loaded, self.problems, seed=self.config.seed, answers=answers, **options
         )
 
+    def compare(self, evaluation: Evaluation) -> Evaluation:
+        assert self._reference is not None
+        return evaluation.with_divergence(self._reference.divergence(self.loaded))
+
 
 class _Texts:
-    """Documents, whose tokens are predicted."""
+    """Documents, whose tokens are predicted. The evaluation itself compares token by token."""
 
     problems = None
+    compares = True
+    referred = False
 
     def __init__(self, config: RunConfig, loaded: LoadedModel) -> None:
         self.config = config
         self.loaded = loaded
         self.windows = text.score_windows(config, loaded, text.load_texts(config))
-        self.reference: Reference | None = None
+        self._reference: SavedStates | None = None
 
     def calibration(self) -> tuple[Batches, list[int]]:
         return calibration_batches(self.config, self.loaded)
@@ -124,11 +148,14 @@ class _Texts:
 
     def refer(self, cell: Cell) -> None:
         files = cell.files_hashed
-        self.reference = text.reference_of(self.config, files, self.loaded, self.windows)
+        self._reference = text.reference_of(self.config, files, self.loaded, self.windows)
 
     def evaluate(self, cell: Cell, answers: Path | None) -> Evaluation:
-        if self.reference is None:  # full precision itself, or a model that was packed before
+        if self._reference is None:  # full precision itself, or a model that was packed before
             self.refer(cell)
         observe = kernels_used if self.config.packed else None
         is_reference = self.config.full_precision
-        return evaluate_text(self.loaded, self.windows, self.reference, observe, is_reference)
+        return evaluate_text(self.loaded, self.windows, self._reference, observe, is_reference)
+
+    def compare(self, evaluation: Evaluation) -> Evaluation:
+        return evaluation

@@ -80,8 +80,10 @@ def compute(cell: Cell, method: Method, device: str, answers: Path | None = None
             quantization = inputs.quantization_config(config)
             expected = expected_layers(loaded.model, quantization.vision_tower)
             with stages.stage("calibrate"):
-                material.refer(cell)
                 batches, ids = material.calibration()
+            if config.evaluate and material.compares:
+                with stages.stage("reference"):
+                    material.refer(cell)
             with stages.stage("quantize"):
                 walk = ProgressWalk(loaded.model, batches, quantization)
                 report = method.quantize(walk)
@@ -97,6 +99,9 @@ def compute(cell: Cell, method: Method, device: str, answers: Path | None = None
         if config.evaluate:
             with stages.stage("evaluate"):
                 found.evaluation = material.evaluate(cell, answers)
+        if found.evaluation is not None and material.referred:
+            with stages.stage("divergence"):
+                found.evaluation = material.compare(found.evaluation)
     if found.evaluation is not None:
         if found.evaluation.resumed:  # the stage took the seconds of the other questions only
             stages.costs["evaluate"]["resumed_questions"] = found.evaluation.resumed
@@ -198,8 +203,10 @@ def _count_stages(cell: Cell) -> int:
         return 2
     if config.stream:
         return 5 if config.evaluate else 2
-    quantizes = 0 if config.model.packed else 3
-    return 1 + quantizes + config.packed + config.evaluate
+    if config.model.packed:
+        return 2 + config.evaluate
+    compares = config.evaluate and inputs.compared_problems(config) > 0
+    return 4 + config.packed + config.evaluate + 2 * compares
 
 
 def _answers_folder(cell: Cell, device: str) -> Path:

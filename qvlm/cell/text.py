@@ -11,7 +11,7 @@ from torch import Tensor
 from qvlm.config.schema import RunConfig
 from qvlm.data.text import Document, load_documents
 from qvlm.errors import UserError
-from qvlm.evaluation.text import Reference, Window, read_reference, refer, windows_of
+from qvlm.evaluation.text import SavedStates, Window, read_states, refer, windows_of
 from qvlm.models.loaded import LoadedModel
 
 REFERENCES = "references"  # folder of the results folder; a pure cache
@@ -78,13 +78,13 @@ def draw_rows(config: RunConfig, loaded: LoadedModel) -> tuple[list[dict[str, Te
 
 def proof_rows(windows: list[Window], loaded: LoadedModel) -> list[dict[str, Tensor]]:
     """Makes a batch of the first window's tokens, to count levels on."""
-    ids = windows[0].inputs[None, :PROOF_TOKENS].to(loaded.model.device)
+    ids = torch.tensor([windows[0].passage.ids[:PROOF_TOKENS]]).to(loaded.model.device)
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
 
 def reference_of(
     config: RunConfig, files_hashed: dict[str, str], loaded: LoadedModel, windows: list[Window]
-) -> Reference | None:
+) -> SavedStates | None:
     """Returns what the model in full precision makes of the windows.
 
     It is computed once for all cells of a results folder. A model that is packed already cannot
@@ -97,10 +97,10 @@ def reference_of(
         windows: Windows to score.
     """
     parts = [files_hashed["model"], config.model.dtype, config.model.expert_capacity]
-    parts += [[w.document, w.inputs.tolist(), w.targets.tolist()] for w in windows]
+    parts += [[w.document, w.passage.ids, w.passage.scored] for w in windows]
     identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     file = Path(config.results_dir) / REFERENCES / f"{config.model.name}-{identity}.safetensors"
     if config.packed_source is not None:
-        return read_reference(file)
+        return read_states(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     return refer(loaded, windows, file)

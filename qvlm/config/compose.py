@@ -4,20 +4,31 @@
 `RunConfig`. Hydra accepts keys that are added with `+` or deleted with `~`; `from_hydra` does not.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from qvlm.command import program
+from qvlm.config.explain import explained
 from qvlm.config.schema import PATHS, RunConfig
 from qvlm.errors import UserError
+from qvlm.routes import listing
 from qvlm.validation import expanded_path, seed
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+# The folder stands beside the package in the repository, and in it in a wheel.
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 
 
 def register() -> None:
-    """Makes the schema known to Hydra, and the sweeper and launcher of `hydra_plugins`."""
+    """Makes the schema known to Hydra, the plugins of `hydra_plugins`, and what help texts name."""
+    OmegaConf.register_new_resolver("qvlm.program", program, replace=True)
+    OmegaConf.register_new_resolver("qvlm.commands", listing, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=_schema())
     sweeper = {
@@ -28,6 +39,27 @@ def register() -> None:
     store.store(group="hydra/sweeper", name="cells", node=sweeper)
     launcher = {"_target_": "hydra_plugins.qvlm_launcher.CellLauncher"}
     store.store(group="hydra/launcher", name="cells", node=launcher)
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
+    """Makes the configuration of a cell as the command line does.
+
+    Args:
+        overrides: Words of the command line, such as "bits=w4a4".
+
+    Raises:
+        UserError: for a word that Hydra refuses, or a value that is refused.
+    """
+    register()
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    with explained(overrides), initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra_compose("config", list(overrides), return_hydra_config=True)
+        hydra.set_config(composed)
+        try:
+            return from_hydra(composed)
+        finally:
+            hydra.cfg = before
 
 
 def from_hydra(composed: DictConfig) -> RunConfig:

@@ -18,7 +18,7 @@ from qvlm.bits import BitWidths
 from qvlm.errors import UserError
 from qvlm.validation import check_name, one_of, refused, seed, whole_number
 
-DEFAULT_LAUNCHER = {"_target_": "qvlm.sweep.local.Here"}
+DEFAULT_LAUNCHER = {"_target_": "qvlm.sweep.local.Auto"}
 FULL_PRECISION_METHOD = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
 MAP = "map"  # the value of `device` that stands for all devices
 UNPARSABLE = ("wrong", "random")  # what an answer without a letter counts as
@@ -78,7 +78,7 @@ class ModelConfig:
         if self.image_fit is not None:
             one_of("model.image_fit", self.image_fit, ("crop", "pad"))
         one_of("model.expert_capacity", self.expert_capacity, ("checkpoint", "unlimited"))
-        one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        one_of("model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16"))
         for option in ("weight_group_size", "vision_weight_group_size"):
             if getattr(self, option) is not None:
                 whole_number(f"model.{option}", getattr(self, option))
@@ -197,6 +197,10 @@ class EvaluationConfig:
         temperature: Sampling temperature from 0.001 to 1000. 0 decodes greedily.
         limit: Number of questions, or of documents, to evaluate. Null stands for all of them.
         window: Largest number of tokens that are read at once, where the data are text.
+        kl_problems: Number of questions, the first ones, on whose expected answers a quantized
+            model is compared with full precision, token by token. 0 compares none. Null stands for
+            1,024 with an embedded miniature and 128 with any other model, which takes a few percent
+            of the evaluation's time; see `qvlm.cell.inputs.compared_problems`.
     """
 
     batch_size: int = 128
@@ -205,10 +209,13 @@ class EvaluationConfig:
     temperature: float = 0.0
     limit: int | None = None
     window: int = 2048
+    kl_problems: int | None = None
 
     def __post_init__(self) -> None:
         whole_number("evaluation.batch_size", self.batch_size)
         whole_number("evaluation.window", self.window, 2)
+        if self.kl_problems is not None:
+            whole_number("evaluation.kl_problems", self.kl_problems, 0)
         coldest, hottest = TEMPERATURES
         if self.temperature != 0 and not coldest <= self.temperature <= hottest:
             raise refused(
@@ -269,9 +276,10 @@ class RunConfig:
         method: `_target_`, the import path of the method's class, and its parameters.
         launcher: `_target_`, the import path of a class of `qvlm.sweep`, and its options.
         seed: Seed of every random number generator.
-        execution: "simulated" multiplies dequantized numbers in the model's floating-point type.
-            "exact" does so in float64 during the evaluation, so that only outputs are rounded.
-            "packed" keeps codes and multiplies them with the kernels of `qvlm.packing`.
+        execution: "simulated" multiplies dequantized numbers in the model's floating-point type,
+            which is float64 for the embedded models. "exact" does so in float64 during the
+            evaluation of any other model, so that only outputs are rounded. "packed" keeps codes
+            and multiplies them with the kernels of `qvlm.packing`.
         kernel: Kernel of packed execution, one of `qvlm.packing.KERNELS`. With "auto" each layer
             chooses its own.
         save_packed: Folder to write the packed model to. Execution is then packed.
@@ -397,9 +405,16 @@ class RunConfig:
 
 
 def canonical(config: RunConfig) -> RunConfig:
-    """The same cell in its one form: full precision has no bit widths and no other method."""
+    """The same cell in its one form.
+
+    Full precision has no bit widths and no other method. In a model in float64, simulated execution
+    is exact.
+    """
     if not config.full_precision:
-        return replace(config, execution="packed" if config.packed else config.execution)
+        execution = "packed" if config.packed else config.execution
+        if execution == "exact" and config.model.dtype == "float64":
+            execution = "simulated"
+        return replace(config, execution=execution)
     return replace(
         config,
         method=dict(FULL_PRECISION_METHOD),

@@ -44,7 +44,7 @@ __all__ = [
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 PUBLISHED_CLASSES = {"NAT": 2252, "SOC": 889, "LAN": 1100, "IMG": 2017}
 PUBLISHED_QUESTIONS = sum(PUBLISHED_CLASSES[label] for label in SUBJECTS.values())
-MINIATURE_SIZES = {"train": 8000, "validation": 2000, "test": 4000}
+MINIATURE_SIZES = {"train": 8000, "validation": 2000, "test": 4000, "claims": 20000}
 
 
 def load_scienceqa(
@@ -57,7 +57,7 @@ def load_scienceqa(
     Args:
         source: "miniature" for generated problems, a folder in one of the formats of
             `qvlm.data.sources`, or "owner/name" on the hub.
-        split: "train", "validation" or "test".
+        split: "train", "validation" or "test", and of generated problems also "claims".
         limit: Number of problems to load, from the first; None loads all.
         seed: Seed of the generator. The rows of other sources do not depend on it.
         with_images: Whether problems with an image are among them.

@@ -3,9 +3,11 @@
 Start with `evaluator.py`: `evaluate` asks every question and scores every answer. `adapter.py` lets
 lm-eval use a model that is already in memory, `task.py` holds the functions that `scienceqa.yaml`
 names, `answers.py` keeps answers on disk so that an interrupted evaluation can continue, and
-`metrics.py` has accuracies, intervals and paired tests. Nothing here knows of quantization.
+`metrics.py` has accuracies, intervals and paired tests. `likelihood.py` scores given texts, and
+`divergence.py` compares a model with what it was before. Nothing here knows of quantization.
 """
 
+from qvlm.evaluation.divergence import Divergence, Reference, answer_passages
 from qvlm.evaluation.evaluator import Evaluation, evaluate
 from qvlm.evaluation.metrics import (
     CLASSES,
@@ -21,9 +23,12 @@ from qvlm.evaluation.metrics import (
 
 __all__ = [
     "CLASSES",
+    "Divergence",
     "Evaluation",
     "McNemar",
     "PairedDifference",
+    "Reference",
+    "answer_passages",
     "class_metrics",
     "evaluate",
     "holm",

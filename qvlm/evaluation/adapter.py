@@ -1,16 +1,17 @@
-"""An lm-eval model that wraps a model in memory and offers batched generation.
+"""An lm-eval model that wraps a model in memory: batched generation and log-likelihoods.
 
 lm-eval's own multimodal wrapper needs a processor that is loaded by name, and it fails on a batch
-without an image. This adapter encodes exactly the context and the image that lm-eval passes to it.
-It offers no log-likelihoods, because ScienceQA's official score comes from the generated text.
+without an image and on multiple choice with images. This adapter encodes exactly the context and
+the image that lm-eval passes to it, and serves every type of request, with images or without.
 
 Ranks take whole batches from a shared work queue (`qvlm.runtime.workers`). Batches do not depend on
 the number of ranks, so neither padding nor answers do. lm-eval itself sees a single process.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
 
 import datasets
 import torch
@@ -22,7 +23,10 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from qvlm.errors import RunError, UserError
+from qvlm.evaluation import likelihood
 from qvlm.evaluation.answers import Answer, KeptAnswers
+from qvlm.evaluation.decoding import decode
+from qvlm.evaluation.likelihood import Likelihood, Passage
 from qvlm.models.loaded import LoadedModel
 from qvlm.runtime.workers import WorkQueue, is_rank_zero, run_on_all_ranks
 
@@ -141,30 +145,92 @@ class InMemoryModel(LM):
             [request.args[0] for request in requests], [_decode(request) for request in requests]
         )
         options: dict[str, Any] = {
-            **inputs,
-            "max_new_tokens": settings["max_gen_toks"],
             "do_sample": settings["do_sample"],
-            "eos_token_id": self.loaded.tokenizer.eos_token_id,
             "pad_token_id": self.loaded.tokenizer.pad_token_id,
-            "logits_processor": LogitsProcessorList([_RefuseNonFinite(self.loaded.name, names)]),
         }
         if settings["do_sample"]:  # samples from the whole distribution, without top-k or top-p
             torch.manual_seed(self.seed + start)
             options |= {"temperature": settings["temperature"], "top_k": 0, "top_p": 1.0}
-        model: Any = self.loaded.model  # the types of `generate` do not admit our subclass
-        generated = model.generate(**options)[:, inputs["input_ids"].shape[1] :]
-        ended = (generated == self.loaded.tokenizer.eos_token_id).any(1)
+
+        def options_of(rows: list[int]) -> dict[str, Any]:
+            check = _RefuseNonFinite(self.loaded.name, [names[row] for row in rows])
+            return {**options, "logits_processor": LogitsProcessorList([check])}
+
+        eos = self.loaded.tokenizer.eos_token_id
+        generated = decode(self.loaded.model, inputs, settings["max_gen_toks"], eos, options_of)
+        ended = (generated == eos).any(1)
         cut = (~ended).tolist() if generated.shape[1] == settings["max_gen_toks"] else []
         texts = self.loaded.decode(generated)
         return [Answer(*pair) for pair in zip(texts, cut or [False] * len(texts), strict=True)]
 
-    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
-        """Raises NotImplementedError: ScienceQA is scored on generated text."""
-        raise NotImplementedError("this adapter generates text and does not score continuations")
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Scores each request's continuation after its context.
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> NoReturn:
-        """Raises NotImplementedError: ScienceQA is scored on generated text."""
-        raise NotImplementedError("this adapter generates text and does not score texts")
+        Returns:
+            For each request the log-probability of the continuation in nats, and whether each of
+            its tokens is the most likely one.
+
+        Raises:
+            UserError: If a text with an image, or a continuation, does not fit the context.
+            RunError: If a log-probability is not finite.
+        """
+        passages = [
+            likelihood.continuation(self.loaded, *request.args[:2], _encoded_image(request))
+            for request in requests
+        ]
+        found = self._score(passages, requests)
+        return [(each.log_probability, each.greedy) for each in found]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Scores whole texts, in windows of the model's context if they are longer.
+
+        Returns:
+            Log-probability of each text after the bos token, in nats.
+
+        Raises:
+            RunError: If a log-probability is not finite.
+        """
+        passages: list[Passage] = []
+        owners: list[int] = []
+        for row, request in enumerate(requests):
+            parts = likelihood.windows(self.loaded, request.args[0])
+            passages += parts
+            owners += [row] * len(parts)
+        sums = [0.0] * len(requests)
+        found = self._score(passages, [requests[row] for row in owners])
+        for row, each in zip(owners, found, strict=True):
+            sums[row] += each.log_probability
+        return sums
+
+    def _score(self, passages: Sequence[Passage], requests: Sequence[Instance]) -> list[Likelihood]:
+        """Scores the passages of requests on all ranks, in their order."""
+        parts = list(likelihood.batches(passages, self.batch_size))
+        work = [[(passages[row], requests[row]) for row in rows] for rows in parts]
+        ranks = run_on_all_ranks(InMemoryModel._score_on_rank, self, work, WorkQueue(len(work)))
+        scored = {number: batch for rank in ranks for number, batch in rank.items()}
+        found = {
+            row: each
+            for number, rows in enumerate(parts)
+            for row, each in zip(rows, scored[number], strict=True)
+        }
+        return [found[row] for row in range(len(passages))]
+
+    def _score_on_rank(
+        self, work: Sequence[Sequence[tuple[Passage, Instance]]], queue: WorkQueue
+    ) -> dict[int, list[Likelihood]]:
+        """Scores the batches that this rank takes; images are decoded when their batch runs."""
+        scored = {}
+        with queue as numbers:
+            for number in numbers:
+                batch = [
+                    replace(passage, image=_decode(request)) if passage.image else passage
+                    for passage, request in work[number]
+                ]
+                scored[number] = likelihood.score(self.loaded, batch)
+                for each, (_, request) in zip(scored[number], work[number], strict=True):
+                    if not isfinite(each.log_probability):
+                        raise _not_finite(self.loaded.name, f"text of {_name(request)}")
+        return scored
 
 
 class _RefuseNonFinite(LogitsProcessor):
@@ -179,11 +245,15 @@ class _RefuseNonFinite(LogitsProcessor):
         finite = scores.amax(dim=-1).isfinite()  # amax propagates NaN and ignores a masked -inf
         if not finite.all():
             question = self.questions[int(finite.logical_not().nonzero()[0])]
-            raise RunError(
-                f"model {self.model}: the logits for question {question} are not finite; check "
-                "its weights for NaN or Inf and the scales of its quantized layers"
-            )
+            raise _not_finite(self.model, f"question {question}")
         return scores
+
+
+def _not_finite(model: str, what: str) -> RunError:
+    return RunError(
+        f"model {model}: the logits for {what} are not finite; check its weights for NaN or Inf "
+        "and the scales of its quantized layers"
+    )
 
 
 def _size(request: Instance) -> tuple[bool, int]:
@@ -191,15 +261,26 @@ def _size(request: Instance) -> tuple[bool, int]:
     return bool(extra["visual"]), len(context)
 
 
+def _name(request: Instance) -> str:
+    """The id of a request's question, or its number where a task has no ids."""
+    return str(request.doc.get("question_id", request.doc_id))
+
+
+def _encoded_image(request: Instance) -> Any:
+    """The image of a request as lm-eval passes it, or None."""
+    images = request.args[2]["visual"] if len(request.args) > 2 else []
+    return images[0] if images else None
+
+
 def _decode(request: Instance) -> Image | None:
     """Decodes the image of a request to RGB. An image that is decoded already stays as it is."""
-    images = request.args[2]["visual"]
-    if not images:
+    image = _encoded_image(request)
+    if image is None:
         return None
     try:
-        return _IMAGE.decode_example(images[0])
+        return _IMAGE.decode_example(image)
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
         raise UserError(
-            f"data: the image of question {request.doc['question_id']} does not decode. Give a "
+            f"data: the image of question {_name(request)} does not decode. Give a "
             "complete file in a format that Pillow reads, such as PNG or JPEG"
         ) from error

@@ -11,7 +11,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from qvlm.config.schema import UNPARSABLE
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.evaluation.answers import KeptAnswers
+from qvlm.evaluation.divergence import Divergence
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.models.loaded import LoadedModel
 
@@ -42,10 +43,13 @@ class Evaluation:
 
     Attributes:
         metrics: `classes` (see `class_metrics`), `unparsable_rule`, and `cut`, the share of answers
-            in percent that reached the limit of new tokens.
+            in percent that reached the limit of new tokens. With a divergence also `kl`, its
+            `summary`.
         predictions: One row per question in the data set's order, with the columns `question_id`,
             `subject`, `grade`, `skill`, `has_image`, `has_text`, `n_choices`, `answer`,
-            `prediction` (missing if unparsable), `correct`, `text`, `cut`.
+            `prediction` (missing if unparsable), `correct`, `text`, `cut`. With a divergence also
+            `kl`, nats over all tokens of the expected answer, and `answer_tokens`, their number;
+            both are missing for a question that it was not measured on.
         resumed: Number of answers that an earlier evaluation had kept.
         shares: Number of questions that each rank answered.
         observed: Return value of `observe` on each rank.
@@ -56,6 +60,20 @@ class Evaluation:
     resumed: int = 0
     shares: list[int] = field(default_factory=list)
     observed: list[Any] = field(default_factory=list)
+
+    def with_divergence(self, divergence: Divergence) -> "Evaluation":
+        """Returns this evaluation with the divergence from full precision.
+
+        Args:
+            divergence: Divergence on the expected answers of the first questions.
+        """
+        predictions = self.predictions.copy()
+        first = predictions.index[: len(divergence.tokens)]
+        predictions["kl"] = pd.Series(divergence.nats, index=first, dtype="float64")
+        predictions["answer_tokens"] = pd.Series(divergence.tokens, index=first, dtype="Int64")
+        return replace(
+            self, metrics={**self.metrics, "kl": divergence.summary()}, predictions=predictions
+        )
 
 
 def evaluate(
@@ -84,8 +102,7 @@ def evaluate(
         seed: Seed of that choice, and of sampling.
         progress: Whether to show a bar if stderr is a terminal.
         temperature: Sampling temperature. 0 means greedy; above 0, tokens are sampled from the
-        whole
-            distribution.
+            whole distribution.
         answers: Folder that keeps the answers while the evaluation runs. Answers that it already
             holds, of the same model and options, are reused.
         observe: Function that is called with each rank's model after the last question.

@@ -30,7 +30,9 @@ class MethodReport:
     """What a method did, for the record.
 
     Attributes:
-        search_seconds: Wall time in seconds of the search; 0 for a method without a search.
+        search_seconds: CPU time of the process in seconds that the search took, which other
+            processes on the machine do not disturb; 0 for a method without a search. All threads
+            count.
         candidates: Number of settings that were evaluated on calibration data.
         details: Further results worth recording, as JSON-compatible values.
     """

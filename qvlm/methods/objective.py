@@ -2,6 +2,9 @@
 
 Without data, every candidate would have error 0 and the first one would win. Both errors are
 therefore refused without a target, and methods have to name what they cannot search.
+
+Errors are compared, so they are summed in float64 and rounded to float32: see
+`qvlm.quantization.precision`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qvlm.errors import RunError
+from qvlm.quantization.precision import settled, wide
 
 
 def output_error(
@@ -36,13 +40,14 @@ def output_error(
     total = 0.0
     count = _counted(sum(target.shape[:-1].numel() for target in targets))
     for output, target in zip(outputs, targets, strict=True):
-        errors = (output.float() - target.float()).square().sum(-1)
+        wanted = wide(target)
+        errors = (wide(output) - wanted).square().sum(-1)
         if normalize:
-            errors = errors / target.float().square().sum(-1).clamp_min(1e-20)
+            errors = errors / wanted.square().sum(-1).clamp_min(1e-20)
         total += float(errors.sum(dtype=torch.float64))
         if total / count > bound:
             return inf
-    return total / count
+    return settled(total / count)
 
 
 def mean_squared_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
@@ -56,7 +61,7 @@ def mean_squared_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> 
         float((output.double() - target.double()).square().sum())
         for output, target in zip(outputs, targets, strict=True)
     )
-    return total / count
+    return settled(total / count)
 
 
 def _counted(count: int) -> int:

@@ -2,7 +2,8 @@
 
 Open `load` first: `load_model` turns a folder into a `LoadedModel`. `llava`, `mixture` and
 `moe_language_models` are the networks, and `checkpoints` reads files. Only `packed`, which saves
-and loads packed models, and `load`, which recognizes them, may import `qvlm.packing`. Nothing here
+and loads packed models, and `load` and `processor`, which recognize them, may import
+`qvlm.packing`. Nothing here
 imports methods or evaluation.
 Importing this package registers our architectures with transformers.
 """
@@ -11,6 +12,7 @@ from qvlm.models.llava import Llava, LlavaArchitecture
 from qvlm.models.load import load_model
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.moe_language_models import MoePhiConfig, MoeQwenConfig, MoeStableLmConfig
+from qvlm.models.processor import Processor
 
 __all__ = [
     "Llava",
@@ -19,5 +21,6 @@ __all__ = [
     "MoePhiConfig",
     "MoeQwenConfig",
     "MoeStableLmConfig",
+    "Processor",
     "load_model",
 ]

@@ -18,6 +18,7 @@ from qvlm.models.checkpoints.hub import local_folder
 from qvlm.models.checkpoints.language_model import is_language_model, load_language_model
 from qvlm.models.checkpoints.original import carries_its_tower, load_original
 from qvlm.models.checkpoints.own import load_own
+from qvlm.models.float64 import compute_in_float64
 from qvlm.models.llava import LlavaArchitecture
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import load_packed_checkpoint
@@ -52,7 +53,7 @@ def load_model(
         name: Name of the model in records and tables.
         prompting: Prompt format and conversation template; None is QCM-LEA with vicuna_v1.
         device: Device of the weights.
-        dtype: Floating-point type of the weights.
+        dtype: Floating-point type of the weights, in which the model computes.
         vision_tower: Folder or repository of the tower, for checkpoints whose config.json names
             one; None takes that one.
         image_size: Expected side of the tower's input in pixels; None accepts any.
@@ -81,6 +82,8 @@ def load_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    if dtype == "float64":
+        compute_in_float64(read.model)
     if not meta_layers:  # a meta device's weights cannot be moved, and the others are in place
         read.model.to(device).eval()
     loaded = LoadedModel(

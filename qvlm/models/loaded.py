@@ -95,13 +95,23 @@ class LoadedModel:
             ValueError: If a text does not hold exactly one `<image>` for each image, or there is an
                 image and the model reads none.
         """
-        for prompt, image in zip(prompts, images, strict=True):
-            if prompt.count(IMAGE_TOKEN) != (image is not None):
-                raise ValueError("a prompt needs exactly one <image> for each image")
-        rows = self._token_ids(prompts)
+        return self.collate(self.token_ids(prompts, images), images)
+
+    def collate(
+        self, rows: Sequence[Sequence[int]], images: Sequence[Image.Image | None]
+    ) -> dict[str, Tensor]:
+        """Makes a batch of token ids and images.
+
+        Args:
+            rows: Token ids of each text, with the positions of its image.
+            images: Image of each text, or None.
+
+        Returns:
+            Batch as from `encode_prompts`.
+        """
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        ids = torch.tensor([[pad] * (longest - len(row)) + [*row] for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         device = self.model.device
         batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
@@ -117,11 +127,22 @@ class LoadedModel:
             batch["pixel_values"] = pixels.to(device, self.model.dtype)
         return batch
 
-    def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+    def token_ids(
+        self, prompts: Sequence[str], images: Sequence[Image.Image | None]
+    ) -> list[list[int]]:
         """Tokenizes texts, each in the pieces around its image.
 
         LLaVA's own code does the same. With sentencepiece every piece begins with a blank.
+
+        Returns:
+            Token ids of each text. An image takes `image_tokens` positions.
+
+        Raises:
+            ValueError: If a text does not hold exactly one `<image>` for each image.
         """
+        for prompt, image in zip(prompts, images, strict=True):
+            if prompt.count(IMAGE_TOKEN) != (image is not None):
+                raise ValueError("a prompt needs exactly one <image> for each image")
         pieces = [text.replace(IMAGE_TOKEN, self.image_text).split(IMAGE_TOKEN) for text in prompts]
         flat = [piece for row in pieces for piece in row]
         encoded = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"])

@@ -105,10 +105,12 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mixes the chosen experts' outputs; [..., hidden_size] in and out."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        # As in DeepSpeed the router works in its own precision, float32 whatever the model's.
+        # As in DeepSpeed the router works in its own precision: float32, or wider if the model is.
         logits = self.router(tokens.to(self.router.weight.dtype))
-        gates = logits.float().softmax(dim=-1)  # [tokens, experts]
-        weights, chosen = gates.topk(self.top_k, dim=-1)  # [tokens, top_k]
+        gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+        # Of equal gates, that of the expert with the lower number comes first on any machine.
+        ranked, order = gates.sort(dim=-1, descending=True, stable=True)
+        weights, chosen = ranked[:, : self.top_k], order[:, : self.top_k]  # [tokens, top_k]
         served = torch.ones_like(chosen, dtype=torch.bool)
         if self.capacity_factor is not None and not self.training:
             served = within_capacity(
@@ -125,15 +127,15 @@ class MixtureOfExperts(nn.Module):
         # Each token's copies, sorted by expert, so that an expert runs once on a contiguous slice.
         expert_of = chosen.flatten()
         slots = served.flatten().nonzero()[:, 0]
-        order = slots[expert_of[slots].argsort(stable=True)]
-        token = order // self.top_k
-        counts = torch.bincount(expert_of[order], minlength=len(self.experts)).tolist()
+        by_expert = slots[expert_of[slots].argsort(stable=True)]
+        token = by_expert // self.top_k
+        counts = torch.bincount(expert_of[by_expert], minlength=len(self.experts)).tolist()
         routed = [
             expert(part)
             for expert, part in zip(self.experts, tokens[token].split(counts), strict=True)
             if len(part)
         ]
-        mixed = torch.cat(routed).to(tokens.dtype) * weights.flatten()[order, None]
+        mixed = torch.cat(routed).to(tokens.dtype) * weights.flatten()[by_expert, None]
         output = torch.zeros_like(tokens).index_add(0, token, mixed)
         return output.view_as(hidden_states)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from qvlm.quantization.normal_float import (
     NormalFloatQuantizer,
     dynamic_levels,
+    mean_absmax,
     normal_float_levels,
 )
 
@@ -49,7 +50,7 @@ class PackedAbsmax:
         none gives the dequantized absmax to the bit, it is stored in float32.
         """
         absmax, dequantized = quantizer.absmax, quantizer.dequantized_absmax
-        mean = absmax.mean().view(1)
+        mean = mean_absmax(absmax).view(1)
         for size in () if torch.equal(absmax, dequantized) else _NESTED_BLOCK_SIZES:
             offsets = F.pad(absmax - mean, (0, -len(absmax) % size)).view(-1, size)
             nested = offsets.abs().amax(1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import (
     HfQuantizer,
@@ -115,6 +115,9 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2GB") -> None:
     """Writes a packed model with `save_pretrained`.
 
+    Numbers in float64 are written in float32, which holds them exactly: they were read from a
+    checkpoint, or rounded to float32 by the method that made them.
+
     Args:
         model: Packed model.
         folder: Folder to write to.
@@ -131,7 +134,13 @@ def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2
     add_packed_config(model, {name: asdict(layer.form) for name, layer in layers.items()})
     # Tensors are saved under their names in the model, not under those of the original checkpoint.
     model._weight_conversions = []
-    model.save_pretrained(folder, max_shard_size=shard_size)
+    state = {name: in_float32(tensor) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """Returns a tensor in the type in which it is saved: float32 instead of float64."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def add_packed_config(model: PreTrainedModel, forms: dict[str, dict[str, Any]]) -> None:

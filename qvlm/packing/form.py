@@ -128,7 +128,7 @@ def pack_numbers(layer: QuantLinear) -> tuple[Form, dict[str, Tensor]]:
     quantizer, weight = layer.weight_quantizer, layer.quantized_weight()
     codes = quantizer.quantize(weight)
     # Numbers are compared, not bits: a code of zero may stand for a negative zero.
-    if not bool((quantizer.dequantize(codes) == weight).all()):
+    if not bool((quantizer.dequantize(codes, weight.dtype) == weight).all()):
         raise RunError(f"The weight of {name} does not lie on the grid of its quantizer.")
     order = quantizer.order if isinstance(quantizer, UniformQuantizer) else None
     fields: dict[str, Any] = {

@@ -3,7 +3,8 @@
 It computes the function of the `QuantLinear` that it was made of. The integers are equal: the codes
 of the weight (`weight_codes`) and the steps of an input (`input_steps`). Outputs differ only in how
 sums are rounded, by at most `kernels.bounds.accumulation_bound`. In a model in float32, the kernels
-`native` and `int_mm` round each output once, as `QuantLinear.compute_in_float64` does.
+`native` and `int_mm` round each output once, as `QuantLinear.compute_in_float64` does. In a model
+in float64, every kernel that runs sums in float64, as the simulation does.
 
 A kernel is chosen at each call (`choose`) from device, number of rows and bit widths, unless
 `kernel` forces one. The counter `used` says which kernels ran. See `kernels` for the products.
@@ -22,7 +23,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.packing.absmax import dequantize_absmax
 from qvlm.packing.form import Form, buffers, pack_numbers
 from qvlm.packing.formats import pack, unpack
-from qvlm.packing.kernels import AUTO, Kernel, kernel_named, preferred, serving
+from qvlm.packing.kernels import AUTO, Kernel, fits_dtype, kernel_named, preferred, serving
 from qvlm.packing.kernels.reference import float_weight
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
@@ -124,9 +125,10 @@ class PackedLinear(nn.Module):
         Args:
             rows: Number of rows of the input.
             dtype: Type of the input. Kernels that round operands to bf16 are chosen only for
-                models in bf16, which round them too.
+                models in bf16, which round them too. In a model in float64, a kernel that was asked
+                for and does not sum in float64 leaves the layer to another.
         """
-        if self.kernel != AUTO:
+        if self.kernel != AUTO and fits_dtype(kernel_named(self.kernel), self, dtype):
             return self.kernel
         return preferred(self, rows, dtype).name
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qvlm.errors import UserError
-from qvlm.packing.checkpoint import add_packed_config
+from qvlm.packing.checkpoint import add_packed_config, in_float32
 from qvlm.packing.form import Form
 from qvlm.packing.layer import PackedLinear
 from qvlm.packing.saving import (
@@ -178,7 +178,7 @@ class PartialCheckpoint:
         return f"model-{number + 1:05}-of-{len(self.names) + 1:05}.safetensors"
 
     def _write_shard(self, number: int, state: dict[str, Tensor]) -> None:
-        tensors = {key: value.detach().contiguous() for key, value in state.items()}
+        tensors = {key: in_float32(value.detach()).contiguous() for key, value in state.items()}
         self._write(self._shard(number), lambda file: save_file(tensors, file, {"format": "pt"}))
 
     def _write_progress(self) -> None:

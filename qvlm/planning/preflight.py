@@ -49,7 +49,7 @@ def preflight(configs: Sequence[RunConfig]) -> None:
     configs = [resolve(config) for config in configs]
     for config in configs:
         check_options(config)
-    configs = [prepare.settle_answer_length(config) for config in configs]
+    configs = [prepare.settle_evaluation(config) for config in configs]
     print(f"Preflight of {len(configs)} cells: nothing is run, downloaded or hashed.\n")
     devices = {config.device: prepare.find_device(config.device) for config in configs}
     for device in dict.fromkeys(["cpu", *devices.values()]):

@@ -16,6 +16,7 @@ from qvlm.errors import RunError
 from qvlm.quantization.first_token import FirstToken
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.linear import QuantLinear, folded_weight
+from qvlm.quantization.precision import settled
 from qvlm.quantization.quantizer import Quantizer
 from qvlm.quantization.ranges import RangeEstimator, activation_quantizer, weight_quantizer
 from qvlm.quantization.sampling import evenly_spaced
@@ -106,7 +107,8 @@ class Block:
                 batch. None keeps all.
 
         Returns:
-            Samples [tokens, in] of each linear, in the order of `linears`.
+            Samples [tokens, in] of each linear, in the order of `linears`. They have the type of
+            the model and, if that is float64, values rounded to float32.
         """
         share = None if max_tokens is None else -(-max_tokens // max(1, len(self.inputs)))
         seen: dict[str, list[Tensor]] = {name: [] for name in self.linears}
@@ -119,7 +121,8 @@ class Block:
                     tokens = tokens[~rows.flatten()]
                 # Indexing copies, so that the tokens that are not kept can be freed.
                 count = len(tokens) if share is None else share
-                seen[name].append(tokens[evenly_spaced(len(tokens), count, tokens.device)])
+                kept = tokens[evenly_spaced(len(tokens), count, tokens.device)]
+                seen[name].append(settled(kept).to(kept.dtype))
 
             return hook
 

@@ -12,8 +12,9 @@ The layer quantizes W' and multiplies it with q - z. So the simulation computes 
 integers compute: q W' minus the constant z W', which an integer layer stores as a bias.
 
 float32 rounds every value and every partial sum, and one such rounding can move an input of the
-next layer to the neighboring code. After `compute_in_float64` a layer accumulates in float64 and
-rounds its output once, which is what a product that sums integers exactly must yield too.
+next layer to the neighboring code. In a model in float64, q - z times its scale is exact and sums
+are in float64, as they are in a product that sums integers. After `compute_in_float64` a layer of
+any other model computes so too, and rounds its output to the type of the model.
 
 Not here: packed storage and integer kernels. A simulated layer is neither smaller nor faster.
 """
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from qvlm.errors import RunError
 from qvlm.quantization.first_token import FirstToken, with_first_in_float
+from qvlm.quantization.precision import settled, wide
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 
 
@@ -37,9 +39,9 @@ class QuantLinear(nn.Module):
     loop. `freeze` ends it.
 
     Attributes:
-        weight: Dequantized weight [out, in], float32; None while the float weight is kept. If the
-            input quantizer folds, it is that of W' (see the module's docstring).
-        exact: Whether the weight is float64 and the product is computed in float64.
+        weight: Dequantized weight [out, in], float32 or float64, which is the type that the layer
+            computes in; None while the float weight is kept. If the input quantizer folds, it is
+            that of W' (see the module's docstring).
         float_weight: Float weight [out, in] before quantization, or None.
         layer_name: Full name in the model, for errors and records.
         first_token: Knowledge of first positions, whose input stays in floating point, or None.
@@ -63,10 +65,10 @@ class QuantLinear(nn.Module):
         self.input_quantizer = input_quantizer
         self.layer_name = layer_name
         self.float_weight: nn.Parameter | None = None
-        self.exact = False
         self.first_token: FirstToken | None = None
-        self.register_buffer("weight", weight.detach().float())
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        weight = wide(weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(weight, copy=True))
 
     @classmethod
     def from_linear(
@@ -105,11 +107,12 @@ class QuantLinear(nn.Module):
         """
         if not all_finite(x):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
-        folding = _folding(self.input_quantizer)
+        weight, folding = self.quantized_weight(), _folding(self.input_quantizer)
+        x_wide = x.to(weight.dtype)
         inputs = with_first_in_float(
-            self._quantized_input(x), x, folding and folding.scale, self.first_token
+            self._quantized_input(x_wide), x_wide, folding and folding.scale, self.first_token
         )
-        return F.linear(inputs, self.quantized_weight(), self.bias).to(x.dtype)
+        return F.linear(inputs, weight, self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The dequantized weight [out, in]; differentiable while the float weight is kept."""
@@ -134,11 +137,7 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def compute_in_float64(self) -> None:
-        """Makes the layer compute its product in float64; its float weight must not be kept.
-
-        The operands are q - z times their scale, without a rounding to float32 in between.
-        """
-        self.exact = True
+        """Makes the layer compute its product in float64; its float weight must not be kept."""
         self.weight = self.weight_quantizer.dequantize(self.weight_codes(), torch.float64)
         if self.bias is not None:
             self.bias = self.bias.double()
@@ -149,13 +148,7 @@ class QuantLinear(nn.Module):
     def _quantized_input(self, x: Tensor) -> Tensor:
         """Returns x_hat, or q - z if the scales are folded into the weight."""
         folding = _folding(self.input_quantizer)
-        if folding is not None:
-            steps = folding.centered(x)
-            return steps.double() if self.exact else steps
-        if self.exact:
-            static = self.input_quantizer.for_tokens(x)
-            return static.dequantize(static.quantize(x), torch.float64)
-        return self.input_quantizer(x)
+        return self.input_quantizer(x) if folding is None else folding.centered(x)
 
 
 def all_finite(x: Tensor) -> bool:
@@ -176,10 +169,12 @@ def compute_in_float64(model: nn.Module) -> None:
 
 
 def folded_weight(weight: Tensor, input_quantizer: Quantizer) -> Tensor:
-    """The float weight [out, in] to quantize: W, or W diag(s) if the input quantizer folds."""
-    weight = weight.detach().float()
-    folding = _folding(input_quantizer)
-    return weight * folding.scale if folding else weight
+    """The float weight [out, in] to quantize: W, or W diag(s) if the input quantizer folds.
+
+    It has the type that the layer computes in, and values rounded to float32.
+    """
+    folding, rounded = _folding(input_quantizer), settled(weight.detach())
+    return (rounded * folding.scale if folding else rounded).to(wide(weight).dtype)
 
 
 def _folding(input_quantizer: Quantizer) -> UniformQuantizer | None:

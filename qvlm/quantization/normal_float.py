@@ -42,8 +42,8 @@ def normal_float_levels(bits: int) -> Tensor:
     validation.whole_number("bits", bits, MIN_BITS, MAX_BITS)
     count, half = 2**bits, 2 ** (bits - 1)
     top = round(1 - (1 / (2 * count) + 1 / (2 * (count - 1))) / 2, 7)
-    positive = _normal_quantiles(torch.linspace(top, 0.5, half + 1)[:-1])
-    negative = -_normal_quantiles(torch.linspace(top, 0.5, half)[:-1])
+    positive = _normal_quantiles(_evenly_spaced(top, 0.5, half + 1)[:-1])
+    negative = -_normal_quantiles(_evenly_spaced(top, 0.5, half)[:-1])
     levels = torch.cat([negative, torch.zeros(1), positive]).sort().values
     return levels / levels.max()
 
@@ -57,7 +57,7 @@ def dynamic_levels() -> Tensor:
     """
     levels = [0.0, 1.0]
     for decade in range(7):
-        ends = torch.linspace(0.1, 1, 2**decade + 1)
+        ends = _evenly_spaced(0.1, 1, 2**decade + 1)
         # Scaled in float32, like the published table. Float64 would differ in the last bits.
         means = 10 ** (decade - 6) * ((ends[:-1] + ends[1:]) / 2)
         levels += means.tolist() + (-means).tolist()
@@ -142,9 +142,10 @@ class NormalFloatQuantizer(Quantizer):
         return codes.flatten()[: len(flat)].view(x.shape).to(torch.uint8)
 
     def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Maps codes to their values, which are products in float32 whatever type they have."""
         blocks = _blocks(codes.flatten(), self.block_size)
-        values = self.levels.to(dtype)[blocks.long()] * self.dequantized_absmax[:, None]
-        return values.flatten()[: codes.numel()].view(codes.shape)
+        values = self.levels[blocks.long()] * self.dequantized_absmax[:, None]
+        return values.flatten()[: codes.numel()].view(codes.shape).to(dtype)
 
     def group_index(self, x: Tensor) -> Tensor:
         """The block of each element, of the shape of `x`."""
@@ -165,9 +166,7 @@ def _double_quantized(absmax: Tensor, block_size: int) -> Tensor:
     A dynamic level is looked up by way of 2^16 evenly spaced values, so the code may be that of the
     second-nearest level, as in bitsandbytes on a CPU.
     """
-    mean = absmax.mean()
-    if not bool(torch.isfinite(mean)):  # the sum overflowed; the mean itself cannot
-        mean = absmax.double().mean().float()
+    mean = mean_absmax(absmax)
     offsets = _blocks(absmax - mean, block_size)
     nested_absmax = offsets.abs().amax(1, keepdim=True)
     # Zero divided by a zero nested absmax may get any code: its value is multiplied by zero.
@@ -179,9 +178,28 @@ def _double_quantized(absmax: Tensor, block_size: int) -> Tensor:
     return dequantized.clamp(-_LARGEST, _LARGEST)
 
 
+def mean_absmax(absmax: Tensor) -> Tensor:
+    """The mean of absmax values, summed in float64, so that its float32 is that of any machine.
+
+    bitsandbytes sums in float32, whose last bit depends on the order of the terms.
+    """
+    return absmax.double().mean().float()
+
+
 def _blocks(flat: Tensor, size: int) -> Tensor:
     """Reshapes [n] to [ceil(n / size), size]; zeros fill the last row."""
     return torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
+
+
+def _evenly_spaced(start: float, end: float, count: int) -> Tensor:
+    """The float32 numbers of `torch.linspace` on a CPU with fused multiply-add, on any machine.
+
+    Without fused multiply-add `torch.linspace` rounds twice, and other tables come out of it.
+    """
+    first, last = torch.tensor([start, end], dtype=torch.float32)
+    step, index = ((last - first) / (count - 1)).double(), torch.arange(count)
+    up, down = first.double() + step * index, last.double() - step * (count - 1 - index)
+    return torch.where(index < count // 2, up, down).float()
 
 
 def _normal_quantiles(probabilities: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qvlm import validation
 from qvlm.errors import UserError
+from qvlm.quantization.precision import wide
 from qvlm.quantization.straight_through import fake_quantize, rounded_steps, with_gradient_of
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -68,8 +69,12 @@ class Quantizer(nn.Module, ABC):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantizes and dequantizes; the gradient is that of the identity."""
-        return with_gradient_of(x, self.dequantize(self.quantize(x.detach())))
+        """Quantizes and dequantizes; the gradient is that of the identity.
+
+        The result is float64 if `x` is, and otherwise float32.
+        """
+        values = self.dequantize(self.quantize(x.detach()))
+        return with_gradient_of(x, values.to(wide(x).dtype))
 
 
 def affine_grid(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -138,7 +143,7 @@ class UniformQuantizer(Quantizer):
         self.register_buffer("zero_point", zero_point.detach().float())
         self.register_buffer("clusters", clusters)
         self.register_buffer("order", order)
-        back = None if order is None else order.argsort()
+        back = None if order is None else order.argsort(stable=True)
         self.register_buffer("_back", back, persistent=False)
         # Ends of the grid in steps from zero: clamping to them clamps q to 0 .. 2^b - 1.
         self.register_buffer("lowest", -self.zero_point, persistent=False)
@@ -159,12 +164,12 @@ class UniformQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes `dequantize(quantize(x))` in few passes, straight-through inside the range."""
-        x = self._grouped(x.float())
+        x = self._grouped(wide(x))
         return self._ungrouped(fake_quantize(x, self.scale, self.lowest, self.highest, True))
 
     def centered(self, x: Tensor) -> Tensor:
         """Computes q - z: quantized `x` in units of its scale, with the gradient of `forward`."""
-        x = self._grouped(x.float())
+        x = self._grouped(wide(x))
         return self._ungrouped(fake_quantize(x, self.scale, self.lowest, self.highest, False))
 
     def group_index(self, x: Tensor) -> Tensor:
@@ -228,8 +233,8 @@ class TokenQuantizer(Quantizer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        scale, zero_point = self._grid(x.detach())
+        x = wide(x)
+        scale, zero_point = self._grid(x.detach().float())
         return fake_quantize(x, scale, -zero_point, 2**self.bits - 1 - zero_point, True)
 
     def group_index(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qvlm import validation
 from qvlm.errors import UserError
+from qvlm.quantization.precision import settled
 from qvlm.quantization.prompt_quantizer import PromptQuantizer
 from qvlm.quantization.quantizer import (
     Quantizer,
@@ -51,7 +52,7 @@ def minmax(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 def mse(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Estimates ranges as min-max times the ratio of least |x - x_hat|^p, for each group."""
     lo, hi = minmax(groups, spec)
-    best = clipping_errors(groups, spec).argmin(1)
+    best = settled(clipping_errors(groups, spec)).argmin(1)
     ratio = torch.tensor(RATIOS, device=groups.device)[best]
     return lo * ratio, hi * ratio
 
@@ -72,7 +73,8 @@ def percentile(fraction: float) -> RangeEstimator:
 
         def end(largest: bool) -> Tensor:
             outermost = groups.float().topk(beyond, 1, largest).values
-            return outermost[:, -1].lerp(outermost[:, max(-2, -beyond)], weight)
+            last, before = outermost[:, -1].double(), outermost[:, max(-2, -beyond)].double()
+            return settled(last.lerp(before, weight))
 
         lo, hi = end(largest=False), end(largest=True)
         return lo.clamp_max(0), hi.clamp_min(0)
@@ -96,8 +98,11 @@ def clipping_errors(groups: Tensor, spec: QuantSpec) -> Tensor:
             part = slice(top, top + rows)
             grid = UniformQuantizer(spec.bits, scale[part, None], zero_point[part, None])
             for piece in groups[part].detach().split(_PIECE, dim=1):
-                distance = (grid(piece) - piece).abs_().pow_(spec.p)
-                sums[part, column] += distance.sum(1, dtype=torch.float64)
+                values = piece.float()
+                distance = (grid(values) - values).abs_()
+                if spec.p not in (0.5, 1, 2):  # other powers of float32 differ between machines
+                    distance = distance.double()
+                sums[part, column] += distance.pow_(spec.p).sum(1, dtype=torch.float64)
     return sums
 
 
@@ -241,9 +246,11 @@ def _named_estimator(spec: QuantSpec) -> RangeEstimator:
 
 def _token_ratio(samples: Tensor, spec: QuantSpec, estimator: RangeEstimator) -> float:
     if estimator is mse:
-        return RATIOS[int(clipping_errors(samples, spec).sum(0).argmin())]
+        return RATIOS[int(settled(clipping_errors(samples, spec).sum(0)).argmin())]
     full_lo, full_hi = minmax(samples, spec)
     lo, hi = estimator(samples, spec)
     full = (full_hi.double() - full_lo.double()).sum()
     # A share of (nearly) zero would clip every token to zero, so it is bounded from below.
-    return max(float((hi.double() - lo.double()).sum() / full), RATIOS[-1]) if full > 0 else 1.0
+    if not full > 0:
+        return 1.0
+    return max(settled(float((hi.double() - lo.double()).sum() / full)), RATIOS[-1])

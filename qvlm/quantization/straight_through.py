@@ -11,11 +11,12 @@ from torch import Tensor
 
 
 def rounded_steps(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """Computes clamp(round(x / scale), lowest, highest): whole steps from zero.
+    """Computes clamp(round(x / scale), lowest, highest): whole steps from zero, in float32.
 
-    minimum and maximum in place are several times faster on a CPU than clamp with tensor ends.
+    `x` is rounded to float32 before the division (see `precision.py`). minimum and maximum in place
+    are several times faster on a CPU than clamp with tensor ends.
     """
-    steps = (x / scale).round_()
+    steps = (x.float() / scale).round_()
     torch.maximum(steps, lowest, out=steps)
     return torch.minimum(steps, highest, out=steps)
 
@@ -26,14 +27,15 @@ def fake_quantize(
     """Quantizes and dequantizes `x`, with a straight-through gradient where one is needed.
 
     Args:
-        x: Float32 values of any shape.
+        x: Values of any shape in float32 or float64, which is the type of the result. Products of
+            steps and scales are exact in float64.
         scale: Step of the grid; broadcasts to `x`, as do the ends.
         lowest, highest: Ends of the grid in steps from zero.
         scaled: Whether the result is in the units of `x`; otherwise it is in steps of the scale.
     """
     if x.requires_grad and torch.is_grad_enabled():
         return _StraightThrough.apply(x, scale, lowest, highest, scaled)
-    steps = rounded_steps(x, scale, lowest, highest)
+    steps = rounded_steps(x, scale, lowest, highest).to(x.dtype)
     return steps.mul_(scale) if scaled else steps
 
 
@@ -49,11 +51,11 @@ class _StraightThrough(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor, scaled: bool
     ) -> Tensor:
-        steps = (x / scale).round_()
+        steps = (x.float() / scale).round_()
         ctx.save_for_backward((steps >= lowest) & (steps <= highest), scale)
         ctx.scaled = scaled
         torch.maximum(steps, lowest, out=steps)
-        torch.minimum(steps, highest, out=steps)
+        steps = torch.minimum(steps, highest, out=steps).to(x.dtype)
         return steps.mul_(scale) if scaled else steps
 
     @staticmethod

@@ -1,13 +1,14 @@
 """Stages of a cell: a progress bar over them, and the time and memory that each one took.
 
 Host memory is sampled every 20 ms, because the operating system's own high-water mark cannot be
-reset per stage. GPU memory is the exact peak of PyTorch's allocator, summed over the GPUs. The bar
-is silent where stderr is not a terminal.
+reset per stage. GPU memory is the exact peak of PyTorch's allocator, summed over the GPUs. The
+thread that samples also moves the bar every second, whatever the stage does. The bar is silent
+where stderr is not a terminal.
 """
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -57,7 +58,7 @@ class Stages:
         for index in gpus:
             torch.cuda.reset_peak_memory_stats(index)
         start = time.perf_counter()
-        with _PeakMemory() as memory:
+        with _PeakMemory(self._bar.refresh) as memory:
             yield
             if gpu:
                 torch.cuda.synchronize()
@@ -72,12 +73,16 @@ class Stages:
 class _PeakMemory:
     """Samples the resident memory of this process from a thread.
 
+    Args:
+        each_second: Function that the thread calls every second.
+
     Attributes:
         peak: Highest value seen, in bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, each_second: Callable[[], object]) -> None:
         self.peak = 0
+        self._each_second = each_second
         self._process = psutil.Process()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -93,8 +98,12 @@ class _PeakMemory:
         self._sample()
 
     def _watch(self) -> None:
+        shown = time.monotonic()
         while not self._done.wait(INTERVAL):
             self._sample()
+            if time.monotonic() - shown >= 1:
+                shown = time.monotonic()
+                self._each_second()
 
     def _sample(self) -> None:
         self.peak = max(self.peak, self._process.memory_info().rss)

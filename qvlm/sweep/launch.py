@@ -1,6 +1,7 @@
 """Builds the launcher that a configuration names, and runs the cells of a sweep with it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from hydra.utils import get_object
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from qvlm.errors import UserError
 from qvlm.records.locks import Held, find_owner
 from qvlm.sweep.job import Job, Launcher, Outcome
+from qvlm.sweep.progress import SweepProgress
 from qvlm.validation import plain_parameters
 
 if TYPE_CHECKING:  # importing it imports PyTorch
@@ -42,18 +44,30 @@ def build(node: Mapping[str, Any]) -> Launcher:
     return cast(Launcher, OmegaConf.to_object(typed.launcher))
 
 
-def launch(launcher: Launcher, cells: Sequence["Cell"]) -> list[Outcome]:
-    """Runs the cells that are not recorded, and returns the outcome of each cell, in order."""
-    known = [_find(cell) for cell in cells]
-    left = [index for index, outcome in enumerate(known) if outcome is None]
-    outcomes = {index: outcome for index, outcome in enumerate(known) if outcome is not None}
-    if left:
-        with tqdm(total=len(left), desc="cells", disable=None) as bar:
-            for position, outcome in launcher.launch([Job(cells[index]) for index in left]):
-                outcomes[left[position]] = outcome
-                bar.update()
-                if isinstance(outcome, Held):
-                    tqdm.write(f"{outcome}; {LATER}")
+def launch(
+    launcher: Launcher, cells: Sequence["Cell"], progress: SweepProgress | None = None
+) -> list[Outcome]:
+    """Runs the cells that are not recorded, and returns the outcome of each cell, in order.
+
+    Args:
+        launcher: Launcher that runs them.
+        cells: Cells of one batch of a sweep.
+        progress: Bar over the whole sweep; None for one over these cells.
+    """
+    with nullcontext(progress) if progress else SweepProgress(cells) as bar:
+        outcomes = {}
+        for index, cell in enumerate(cells):
+            if (outcome := _find(cell)) is not None:
+                outcomes[index] = outcome
+                if not isinstance(outcome, Held):
+                    bar.done(cell, computed=False)
+        left = [index for index in range(len(cells)) if index not in outcomes]
+        for position, outcome in launcher.launch([Job(cells[i]) for i in left]) if left else ():
+            outcomes[left[position]] = outcome
+            if isinstance(outcome, Held):
+                tqdm.write(f"{outcome}; {LATER}")
+            else:
+                bar.done(cells[left[position]])
     return [outcomes[index] for index in range(len(cells))]
 
 

@@ -7,5 +7,5 @@ also measure packed models. Each is a command, `python -m qvlm.tables.NAME`. Ope
 differ, `report` has the parts that pages share, `command` the options that commands share, `labels`
 the names and the order of methods, and `published` the paper's numbers.
 
-These modules may import everything but `qvlm.sweep`, and nothing imports them.
+These modules may import everything but `qvlm.sweep`. Only `qvlm.summary` imports them.
 """

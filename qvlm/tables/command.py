@@ -17,6 +17,8 @@ from qvlm.records.record import Record, find_records
 from qvlm.records.tracking import log_table
 from qvlm.tables.selection import Selection, select
 
+FINE = ("kl", "kl_error")  # columns of a CSV with five decimals; the others have two
+
 
 @dataclass(frozen=True)
 class Table:
@@ -135,7 +137,10 @@ def write(table: Table, selection: Selection, out: Path, made_with: str) -> tupl
     Raises:
         UserError: If the folder cannot be written.
     """
-    csv = table.long(selection).to_csv(index=False, float_format="%.2f", lineterminator="\n")
+    frame = table.long(selection)
+    for column in frame.columns.intersection(FINE):
+        frame[column] = frame[column].map("{:.5f}".format, na_action="ignore")
+    csv = frame.to_csv(index=False, float_format="%.2f", lineterminator="\n")
     paths = out / f"{table.name}.csv", out / f"{table.name}.md"
     write_files(dict(zip(paths, (csv, table.render(selection, made_with)), strict=True)))
     return paths

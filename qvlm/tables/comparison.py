@@ -109,6 +109,23 @@ def paired(first: Record, second: Record) -> tuple[NDArray[np.bool_], NDArray[np
     return a["correct"].to_numpy(dtype=bool), b["correct"].to_numpy(dtype=bool)
 
 
+def changed(record: Record, reference: Record | None) -> NDArray[np.bool_] | None:
+    """Returns for which questions a record gives another answer than full precision.
+
+    Two answers differ if they name different choices, or if only one of them names a choice.
+
+    Returns:
+        Mask [questions] in the order of the record's predictions, or None if full precision was not
+        asked the same questions.
+    """
+    if reference is None or paired(record, reference) is None:
+        return None
+    own = record.predictions.set_index("question_id")["prediction"]
+    other = reference.predictions.set_index("question_id")["prediction"].reindex(own.index)
+    both = own.astype("Int64").fillna(-1).to_numpy(), other.astype("Int64").fillna(-1).to_numpy()
+    return np.asarray(both[0] != both[1], dtype=bool)
+
+
 def drop(record: Record, reference: Record | None) -> PairedDifference | None:
     """Returns a method's accuracy minus that of full precision, or None if that is not known."""
     answers = paired(record, reference) if reference is not None else None

@@ -3,7 +3,8 @@
 The same records give the same bytes: these parts hold no date and no path of this machine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 from qvlm.evaluation.metrics import PairedDifference
@@ -13,6 +14,7 @@ from qvlm.tables.comparison import Comparison
 from qvlm.tables.selection import LeftOut, Selection
 
 NONE = "-"  # cell of a table whose value does not exist
+NOT_MEASURED = "not measured"  # cell of a table whose value this cell did not measure
 NOT_RECORDED = "not recorded"  # cell of a table whose value older code did not record
 
 
@@ -36,6 +38,18 @@ def interval(row: dict[str, Any]) -> str:
         row: Metrics of a class (see `class_metrics`).
     """
     return f"{row['ci_low']:.1f}-{row['ci_high']:.1f}" if row["n"] else NONE
+
+
+def with_interval(row: Mapping[str, float], digits: int = 4) -> tuple[str, str]:
+    """Returns a mean and its 95 % interval.
+
+    Args:
+        row: `mean` and `standard_error`; see `Divergence.summary`.
+        digits: Number of decimals.
+    """
+    half = NormalDist().inv_cdf(0.975) * row["standard_error"]
+    low, high = max(0.0, row["mean"] - half), row["mean"] + half
+    return f"{row['mean']:.{digits}f}", f"{low:.{digits}f}-{high:.{digits}f}"
 
 
 def paired_interval(difference: PairedDifference) -> str:

@@ -18,7 +18,7 @@ HEAD = """\
 CDM is cross-layer dependency mining: dependent layers are searched jointly. VEO is visual encoder
 optimization. *Layer-wise* is the control, Q-VLM without both. *QLoRA* has NormalFloat weights and
 no search. Accuracy is in percent on all questions, and an answer that names no choice counts as
-wrong. Search is the wall time of choosing ranges, fine-tuning included. Memory is the peak of the
+wrong. Search is the CPU time of choosing ranges, fine-tuning included. Memory is the peak of the
 whole process while it quantizes in simulation, which is not the size of the quantized model.
 
 Rows that begin with *paper* are what the paper prints for a larger model, where the parts are added

@@ -9,14 +9,16 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from qvlm.bits import BitWidths
-from qvlm.evaluation.metrics import CLASSES
+from qvlm.evaluation.metrics import CLASSES, wilson
 from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
 from qvlm.tables import command
-from qvlm.tables.comparison import compare, drop
+from qvlm.tables.comparison import changed, compare, drop
 from qvlm.tables.labels import FP
 from qvlm.tables.published import (
     average_gaps,
@@ -27,6 +29,7 @@ from qvlm.tables.published import (
     table2_values,
 )
 from qvlm.tables.report import (
+    NOT_MEASURED,
     NOT_RECORDED,
     interval,
     left_out,
@@ -35,12 +38,13 @@ from qvlm.tables.report import (
     paired_interval,
     paired_tests,
     signed,
+    with_interval,
 )
 from qvlm.tables.selection import Selection, of_whole_method, select
 
 COLUMNS = (
     *("model", "bits", "method", "class", "n", "accuracy", "ci_low", "ci_high", "unparsable"),
-    *("paper_model", "paper_accuracy", "run"),
+    *("changed", "kl", "kl_error", "paper_model", "paper_accuracy", "run"),
 )
 
 HEAD = """\
@@ -50,6 +54,11 @@ NAT, SOC and LAN are the subjects natural, social and language science. TXT ques
 context, IMG questions an image, NO questions neither. G1-6 and G7-12 are school grades. Avg is over
 all questions. Answers are generated, and an answer that names no choice counts as {unparsable}.
 `WxAy` means weights of x bits and activations of y bits. Intervals are Wilson's.
+
+Two more measures stand beside accuracy. *Changed* is the share of questions whose answer is not
+that of full precision, right or wrong. *KL* is the divergence of the next token's distribution from
+that of full precision, in nats per token of the expected answer, with the interval of a mean over
+problems. It sees differences that no answer shows, on fewer questions.
 
 Rows that begin with *paper* are what the paper prints for the larger model that ours stands for, on
 other questions. Compare the order of the methods and the size of their drops with them, not the
@@ -70,7 +79,9 @@ def build(records: Iterable[Record]) -> pd.DataFrame:
         Frame with the columns `COLUMNS`. Shares are in percent with two decimals, and missing where
         a class has no question. `paper_model` is the paper's model that a row's model stands for.
         `paper_accuracy` is what the paper prints for that model, bit widths, method and class, or
-        missing.
+        missing. `changed` is the share of questions whose answer differs from full precision's,
+        missing where there is no such record. `kl`, in nats per token of the expected answer, and
+        its standard error `kl_error` stand in the rows of class Avg, where they were measured.
     """
     return long(select(records))
 
@@ -78,25 +89,45 @@ def build(records: Iterable[Record]) -> pd.DataFrame:
 def long(selection: Selection) -> pd.DataFrame:
     """Returns the rows of the CSV for a selection (see `build`)."""
     found = []
+    references = _references(selection)
     for record in selection.shown:
         paper = paper_model(record)
         printed = table2_values(paper).get((record.bits, record.method), {}) if paper else {}
-        for name in CLASSES:
+        differs = changed(record, references.get(record.model))
+        kl = record.metrics.get("kl") or {}
+        for name, members in CLASSES.items():
             row = record.metrics["classes"][name]
+            own = members(record.predictions).to_numpy(dtype=bool)
             shares = ("accuracy", "ci_low", "ci_high", "unparsable")
             found.append(
                 {
                     **dict(model=record.model, bits=record.bits, method=record.method),
                     **{"class": name, "n": row["n"]},
                     **{key: None if row[key] is None else round(row[key], 2) for key in shares},
+                    "changed": _share(differs, own),
+                    "kl": kl.get("mean") if name == "Avg" else None,
+                    "kl_error": kl.get("standard_error") if name == "Avg" else None,
                     "paper_model": label(paper) if paper else None,
                     "paper_accuracy": printed.get(name),
                     "run": record.name,
                 }
             )
     frame = pd.DataFrame(found, columns=list(COLUMNS))
-    numbers = ["accuracy", "ci_low", "ci_high", "unparsable", "paper_accuracy"]
-    return frame.astype({"n": "int64", **dict.fromkeys(numbers, "float64")})
+    numbers = ["accuracy", "ci_low", "ci_high", "unparsable", "changed", "kl", "kl_error"]
+    kinds = dict.fromkeys([*numbers, "paper_accuracy"], "float64")
+    return frame.astype({"n": "int64", **kinds}).round({"kl": 5, "kl_error": 5})
+
+
+def _references(selection: Selection) -> dict[str, Record]:
+    """Returns the full-precision record of each model that has one."""
+    return {r.model: r for r in selection.shown if r.bit_widths.is_full_precision}
+
+
+def _share(mask: NDArray[np.bool_] | None, members: NDArray[np.bool_]) -> float | None:
+    """Returns the share of the members of a class that are in a mask, in percent."""
+    if mask is None or not members.any():
+        return None
+    return round(100 * float(mask[members].mean()), 2)
 
 
 def render(selection: Selection, made_with: str) -> str:
@@ -142,17 +173,37 @@ def _model(model: str, cells: dict[BitWidths, list[Record]]) -> list[str]:
 def _accuracy(records: Sequence[Record], reference: Record | None) -> str:
     """Returns the table of accuracies: per record a row, its intervals, and the paper's row."""
     counts = [str(records[0].metrics["classes"][name]["n"]) for name in CLASSES]
-    lines = [["", "questions", *counts, ""]]
+    lines = [["", "questions", *counts, "", "", ""]]
     for record in records:
         classes = [record.metrics["classes"][name] for name in CLASSES]
         fall = None if record is reference else drop(record, reference)
         points = signed(fall.difference) if fall else ""
         measured = [number(row["accuracy"]) for row in classes]
-        lines.append([f"**{record.method}**", "measured", *measured, points])
-        bounds = paired_interval(fall) if fall else ""
-        lines.append(["", "95 % interval", *map(interval, classes), bounds])
+        beside = (
+            [("", "")] * 2 if record is reference else [_changed(record, reference), _kl(record)]
+        )
+        values, bounds = zip(*beside, strict=True)
+        lines.append([f"**{record.method}**", "measured", *measured, points, *values])
+        fall_bounds = paired_interval(fall) if fall else ""
+        lines.append(["", "95 % interval", *map(interval, classes), fall_bounds, *bounds])
         lines += _paper_row(record)
-    return table(["method", "", *CLASSES, "Avg against FP"], lines, left=2)
+    header = ["method", "", *CLASSES, "Avg against FP", "changed, %", "KL"]
+    return table(header, lines, left=2)
+
+
+def _changed(record: Record, reference: Record | None) -> tuple[str, str]:
+    """Returns the share of answers that differ from full precision's, and its interval."""
+    differs = changed(record, reference)
+    if differs is None:
+        return "not known", ""
+    low, high = wilson(int(differs.sum()), len(differs))
+    return f"{100 * differs.mean():.2f}", f"{100 * low:.1f}-{100 * high:.1f}"
+
+
+def _kl(record: Record) -> tuple[str, str]:
+    """Returns the divergence from full precision, and its interval."""
+    kl = record.metrics.get("kl")
+    return with_interval(kl) if kl else (NOT_MEASURED, "")
 
 
 def _paper_row(record: Record) -> list[list[str]]:
@@ -165,7 +216,7 @@ def _paper_row(record: Record) -> list[list[str]]:
     cells = [f"*{own[name]:.2f}*" if name in own else "" for name in CLASSES]
     full = values[FP, FP]["Avg"]
     change = "" if record.bit_widths.is_full_precision else f"*{signed(own['Avg'] - full)}*"
-    return [["", f"*paper, {label(paper)}*", *cells, change]]
+    return [["", f"*paper, {label(paper)}*", *cells, change, "", ""]]
 
 
 def _cost(records: Sequence[Record]) -> str:

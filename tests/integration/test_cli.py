@@ -376,7 +376,7 @@ def test_the_gpu_of_a_mac_is_for_full_precision(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_answers_are_as_long_as_their_format_needs(overrides: list[str], tokens: int) -> None:
-    config = inputs.settle_answer_length(load(*overrides))
+    config = inputs.settle_evaluation(load(*overrides))
     assert config.evaluation.max_new_tokens == tokens
 
 

@@ -26,7 +26,9 @@ from tests.helpers.problems import make_model
 
 pytestmark = [pytest.mark.usefixtures("tracked"), pytest.mark.instruction_set]
 
-QUANTIZED_STAGES = ["load", "calibrate", "quantize", "prove", "evaluate"]
+QUANTIZED_STAGES = [
+    *("load", "calibrate", "reference", "quantize", "prove", "evaluate", "divergence")
+]
 
 
 def test_a_cell_becomes_a_record(cell: Any, tracked: Tracked, tmp_path: Path) -> None:
@@ -54,6 +56,10 @@ def test_a_cell_becomes_a_record(cell: Any, tracked: Tracked, tmp_path: Path) ->
     assert max(row["input_levels"] for row in record.layers) <= 16
 
     assert len(record.predictions) == record.metrics["classes"]["Avg"]["n"] == 12
+    kl = record.metrics["kl"]
+    assert kl["mean"] > 1e-4  # four bits change what the toy predicts
+    assert (kl["clusters"], kl["tokens"]) == (12, record.predictions["answer_tokens"].sum())
+    assert kl["mean"] == pytest.approx(record.predictions["kl"].sum() / kl["tokens"])
     assert record.config["calibration"]["samples"] == 6
     assert record.run["seed"] == 0
     assert record.run["versions"]["torch"] == torch.__version__
@@ -124,7 +130,7 @@ def test_a_packed_model_answers_as_the_simulated_one(cell: Any, tmp_path: Path) 
     path = run(config)
     assert re.fullmatch(r"toy-rtn-w4a4-packed-[0-9a-f]{8}", path.name)
     packed = Record.load(path)
-    assert list(packed.run["stages"]) == [*QUANTIZED_STAGES[:-1], "pack", "evaluate"]
+    assert list(packed.run["stages"]) == [*QUANTIZED_STAGES[:-2], "pack", "evaluate", "divergence"]
     assert packed.run["execution"] == "packed"
     assert sum(packed.run["kernels"].values()) > 0
     assert packed.run["weight_bytes"] < simulated.run["weight_bytes"] / 2
@@ -139,13 +145,17 @@ def test_a_packed_model_answers_as_the_simulated_one(cell: Any, tmp_path: Path) 
     assert list(loaded.run["stages"]) == ["load", "pack", "evaluate"]
     assert loaded.predictions["text"].equals(packed.predictions["text"])
     assert loaded.layers == packed.layers
+    assert packed.metrics["kl"] == pytest.approx(simulated.metrics["kl"], rel=0.02)
+    assert "kl" not in loaded.metrics  # there is no float model to compare with
 
 
 def test_exact_execution_is_quantized_as_simulated_and_evaluated_as_packed(cell: Any) -> None:
-    path = run(cell("execution=exact"))
+    narrow = "model.dtype=float32"
+    path = run(cell("execution=exact", narrow))
     assert re.fullmatch(r"toy-rtn-w4a4-exact-[0-9a-f]{8}", path.name)
     exact, simulated, packed = (
-        Record.load(run(cell(f"execution={name}"))) for name in ("exact", "simulated", "packed")
+        Record.load(run(cell(f"execution={name}", narrow)))
+        for name in ("exact", "simulated", "packed")
     )
     assert exact.run["execution"] == "exact"
     assert exact.run["kernels"] == {}
@@ -153,8 +163,17 @@ def test_exact_execution_is_quantized_as_simulated_and_evaluated_as_packed(cell:
     assert exact.layers == simulated.layers
     assert exact.run["weight_bytes"] > simulated.run["weight_bytes"]  # float64 weights
     assert exact.predictions["text"].equals(packed.predictions["text"])
-    full = Record.load(run(cell("execution=exact", "method=fp")))
+    full = Record.load(run(cell("execution=exact", "method=fp", narrow)))
     assert full.run["execution"] == "simulated"
+
+
+def test_simulated_execution_in_float64_is_exact(cell: Any) -> None:
+    assert run(cell("execution=exact")) == run(cell())
+    simulated, packed = (
+        Record.load(run(cell(f"execution={name}"))) for name in ("simulated", "packed")
+    )
+    assert simulated.config["model"]["dtype"] == "float64"
+    assert simulated.predictions["text"].equals(packed.predictions["text"])
 
 
 def test_a_packed_cell_is_reused_as_long_as_its_checkpoint_is_there(
@@ -190,7 +209,10 @@ def test_a_cell_may_end_once_its_packed_model_is_written(
         (["execution=fast"], "execution=fast .* simulated, exact, packed"),
         (["execution=exact", "save_packed=FULL"], "execution=exact is not for packed"),
         (["execution=exact", "model.packed=nowhere"], "execution=exact is not for packed"),
-        (["execution=packed", "kernel=int4_weight_only", "bits=w6a6"], "serves no layer"),
+        (
+            ["execution=packed", "kernel=int4_weight_only", "bits=w6a6", "model.dtype=float32"],
+            "serves no layer",
+        ),
         (["execution=packed", "kernel=fast"], "kernel=fast .* Choose one of: auto, "),
         (["model.packed=nowhere"], "model.packed: nowhere has no readable qvlm.json"),
         (["save_packed=FULL"], "save_packed=.* is not empty and holds no packed checkpoint"),

@@ -29,7 +29,6 @@ def test_the_table(
     )
     run(cell("method=fp"))
     run(cell("bits=w4a4"))
-    run(cell("bits=w4a4", "execution=exact"))
     for bits in ("w8a8", "w4a4"):
         run(cell(f"bits={bits}", f"save_packed={results}/packed/toy-rtn-{bits}"))
     origin = json.loads((results / "packed" / "toy-rtn-w4a4" / "qvlm.json").read_text())

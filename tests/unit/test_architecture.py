@@ -15,7 +15,9 @@ BELOW: dict[str, set[str]] = {
     "validation": {"errors"},
     "bits": {"errors", "validation"},
     "command": {"errors", "validation"},
-    "config": {"bits", "errors", "validation"},
+    "registration": {"models"},
+    "routes": {"command"},
+    "config": {"bits", "command", "errors", "routes", "validation"},
     "data": {"errors", "validation"},
     "quantization": {"bits", "errors", "validation"},
     "records": {"bits", "config", "data", "errors", "validation"},
@@ -25,11 +27,13 @@ BELOW: dict[str, set[str]] = {
     "methods": {"errors", "quantization", "validation"},
     "evaluation": {"config", "data", "errors", "models", "records", "runtime", "validation"},
 }
-BELOW["cell"] = {*BELOW} - {"command", "markdown"}
+BELOW["cell"] = {*BELOW} - {"command", "markdown", "registration", "routes"}
 BELOW["planning"] = {*BELOW}
 BELOW["tables"] = {*BELOW}
+BELOW["summary"] = {*BELOW}
+BELOW["api"] = {*BELOW} - {"markdown", "planning", "routes", "summary", "tables"}
 BELOW["sweep"] = {"bits", "cell", "config", "errors", "planning", "records", "validation"}
-BELOW["cli"] = {*BELOW} - {"tables"}
+BELOW["cli"] = {*BELOW} - {"api", "tables"}
 
 
 def imported(file: Path) -> Iterator[str]:

@@ -9,14 +9,19 @@ import pytest
 
 from qvlm import __main__ as routes
 from qvlm import cli
+from qvlm.command import program
+from qvlm.routes import ROUTES
 
 ROOT = Path(__file__).resolve().parents[2]
+# Commands without a target in the Makefile, and why.
+WITHOUT_TARGET: dict[str, str] = {}
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """What the routes call, instead of calling it."""
     made: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(sys, "argv", ["/anywhere/bin/qvlm"])
 
     def called(name: str, arguments: list[str]) -> int:
         made.append((name, list(arguments)))
@@ -40,7 +45,7 @@ def test_a_table_is_swept_and_then_made(calls: list[tuple[str, list[str]]]) -> N
             [
                 "--runs=results/paper/runs",
                 "--out=results/paper",
-                "--command=python -m qvlm table2 scale=paper launcher=joblib",
+                "--command=qvlm table2 scale=paper launcher=joblib",
             ],
         ),
     ]
@@ -68,9 +73,9 @@ def test_the_other_routes(calls: list[tuple[str, list[str]]]) -> None:
     assert calls == [
         ("qvlm.planning.footprint", ["--budget", "6"]),
         ("qvlm.tables.table4_scale.__main__", []),
-        ("run", ["-m", "experiment=table2", "scale=paper", "preflight=true"]),
+        ("run", ["-m", "experiment=table2", "preflight=true", "scale=paper"]),
         ("run", ["method=rtn"]),
-        ("run", []),
+        ("run", ["-m", "experiment=demo"]),
     ]
 
 
@@ -80,22 +85,52 @@ def test_an_unknown_option_is_refused_before_the_sweep(
     assert routes.main(["table1", "--nope"]) == 2
     assert capfd.readouterr().err.startswith("error: --nope is not an option of table1.")
     assert routes.main(["table1", "--help"]) == 0
-    assert "python -m qvlm table2" in capfd.readouterr().out
+    assert "usage: qvlm table1 [OVERRIDE ...]" in capfd.readouterr().out
     assert calls == []
 
 
-def test_the_makefile_calls_every_route() -> None:
-    targets = (ROOT / "Makefile").read_text()
-    for name in (*routes.PAGES, "preflight"):
-        _, found, target = targets.partition(f"\n{name}: install")
-        assert found, name
-        recipe = target.partition("\n\n")[0]
-        assert "$(call route,$@" in recipe or "python -m qvlm $@" in recipe, name
+@pytest.mark.parametrize("name", ROUTES)
+def test_the_makefile_calls_every_route(name: str) -> None:
+    _, found, target = (ROOT / "Makefile").read_text().partition(f"\n{name}: install")
+    assert bool(found) is (name not in WITHOUT_TARGET)
+    recipe = target.partition("\n\n")[0]
+    assert not found or "$(call route,$@" in recipe or "python -m qvlm $@" in recipe
 
 
-def test_every_page_is_a_command() -> None:
-    for module in routes.PAGES.values():
-        assert callable(routes.import_module(module).main)
+@pytest.mark.parametrize("name", ROUTES)
+def test_every_route_is_a_command(name: str) -> None:
+    route = ROUTES[name]
+    assert bool(route.module) is not bool(route.overrides)
+    if route.module:
+        assert callable(routes.import_module(route.module).main)
+    for experiment in route.experiments:
+        assert (ROOT / "conf" / "experiment" / f"{experiment}.yaml").is_file()
+
+
+def test_help_lists_the_commands(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/anywhere/bin/qvlm"])
+    assert routes.main(["--help"]) == 0
+    shown = capfd.readouterr().out
+    assert "qvlm -m experiment=table2 " in shown
+    for name, route in ROUTES.items():
+        assert f"  qvlm {name:<12} {route.does}\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("started", "said"),
+    [
+        ("/usr/local/bin/qvlm", "qvlm"),
+        ("/somewhere/qvlm/__main__.py", "python -m qvlm"),
+        ("run.py", "python run.py"),
+    ],
+)
+def test_messages_name_what_was_started(
+    started: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started])
+    assert program() == said
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qvlm.quantization.precision import settled, wide
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 from qvlm.quantization.ranges import RangeEstimator, minmax, weight_quantizer
 from qvlm.quantization.spec import QuantSpec
@@ -43,14 +44,14 @@ def clipped_quantizer(
     size = spec.group if spec.granularity == "per_group" else weight.shape[1]
     order = slice(None) if default.order is None else default.order
     # [groups, tokens, size]
-    parts = seen.float()[:, order].unflatten(1, (-1, size)).transpose(0, 1)
+    parts = wide(seen)[:, order].unflatten(1, (-1, size)).transpose(0, 1)
     gram = parts.mT @ parts
 
     def errors(quantizer: UniformQuantizer) -> Tensor:
         """Error of each scale's share, in the shape of the scales."""
         lost = (quantizer(weight) - weight)[:, order].unflatten(1, (-1, size)).transpose(0, 1)
         shares = ((lost @ gram) * lost).sum(2).T  # [out, groups]
-        return shares.view(default.scale.shape) if default.scale.ndim else shares.sum()
+        return settled(shares.view(default.scale.shape) if default.scale.ndim else shares.sum())
 
     least, scale, zero_point = errors(default), default.scale, default.zero_point
     for ratio in ratios:
@@ -63,7 +64,7 @@ def clipped_quantizer(
     if spec.granularity == "per_group":
         chosen = default.with_scales(scale, zero_point)
         output_errors = [
-            (seen.float() @ (quantizer(weight) - weight).T).square().sum(0)
+            settled((wide(seen) @ (quantizer(weight) - weight).T).square().sum(0))
             for quantizer in (chosen, default)
         ]
         better = (output_errors[0] <= output_errors[1])[:, None, None]

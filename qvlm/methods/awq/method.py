@@ -109,9 +109,9 @@ class AWQ:
         seconds, candidates = 0.0, 0
         blocks: list[dict[str, Any]] = []
         for block in walk.blocks():
-            start = time.perf_counter()
+            start = time.process_time()
             tried, details = self.quantize_block(block)
-            seconds += time.perf_counter() - start
+            seconds += time.process_time() - start
             candidates += tried
             blocks.append(details)
         details = {"blocks": blocks, "uncalibrated": list(walk.uncalibrated)}

@@ -26,6 +26,7 @@ from qvlm.methods.objective import mean_squared_error
 from qvlm.quantization.block import Block, Call
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.linear import folded_weight
+from qvlm.quantization.precision import settled, wide
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 from qvlm.quantization.ranges import minmax, weight_quantizer
 
@@ -112,7 +113,7 @@ class ScaleSearch:
                 inputs = block.input_quantizer(name, samples[name] / seen_scale)
             elif input_spec.granularity == "per_channel_group":
                 inputs = block.input_quantizer(name, samples[name] / seen_scale, minmax)
-            weight = (linear.weight * scale).detach().float()
+            weight = settled((linear.weight * scale).detach()).to(wide(linear.weight).dtype)
             if inputs is not None:
                 weight = folded_weight(weight, inputs)
             rounded = weight_quantizer(weight, weight_spec, inputs=inputs)(weight)
@@ -138,10 +139,10 @@ def channel_scale(activity: Tensor, alpha: float) -> Tensor:
         alpha: Exponent, from 0 to 1.
 
     Returns:
-        Scale of each channel, [in].
+        Scale of each channel, [in] float32.
     """
-    scale = activity.float().clamp_min(_LEAST_ACTIVITY).pow(alpha)
-    return scale / (scale.max() * scale.min()).sqrt()
+    scale = settled(activity).double().clamp_min(_LEAST_ACTIVITY).pow(alpha)
+    return settled(scale / (scale.max() * scale.min()).sqrt())
 
 
 def input_scale(inputs: Quantizer | None) -> Tensor:

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from qvlm.errors import UserError
 from qvlm.quantization import Block, Quantizer, UniformQuantizer, Walk, activation_quantizer
+from qvlm.quantization.precision import settled
 
 # Number of elements of an assignment [tokens, features, M] that are in memory at a time.
 _PIECE = 2**22
@@ -120,14 +121,14 @@ class Activation:
     def error(self) -> float:
         """Squared rounding error, as a share of the activation's energy."""
         difference = (self.quantizer(self.samples) - self.samples).square().sum()
-        return float(difference / self.samples.square().sum().clamp_min(1e-30))
+        return settled(float(difference / self.samples.square().sum().clamp_min(1e-30)))
 
 
 Joint = Callable[[Activation, Activation], Tensor]
 """Computes the joint distribution [M, M'] of two activations of the same tokens."""
 
 Dependency = Callable[[Activation, Activation], float]
-"""Computes D(k, k+1) of two activations of the same tokens."""
+"""Computes D(k, k+1) of two activations of the same tokens, rounded to float32."""
 
 
 def element_joint(first: Activation, second: Activation) -> Tensor:
@@ -155,7 +156,7 @@ JOINTS: Mapping[str, Joint] = {"elements": element_joint, "tokens": token_joint}
 
 def entropy(joint: Joint) -> Dependency:
     """The dependency that is the conditional entropy of a joint distribution."""
-    return lambda first, second: float(conditional_entropy(joint(first, second)))
+    return lambda first, second: settled(float(conditional_entropy(joint(first, second))))
 
 
 def quantization_error(first: Activation, second: Activation) -> float:

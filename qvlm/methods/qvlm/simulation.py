@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from qvlm.methods.qvlm.vision_loss import Layers
 from qvlm.quantization import QuantLinear, UniformQuantizer, Walk
+from qvlm.quantization.precision import settled
 from qvlm.quantization.targets import vision_layers
 
 
@@ -36,11 +37,8 @@ def unwind(model: PreTrainedModel, floats: Mapping[str, nn.Linear]) -> None:
         assert isinstance(layer, QuantLinear)
         if layer.float_weight is not None:
             weight, inputs = layer.float_weight, layer.input_quantizer
-            linear.weight.copy_(
-                weight / inputs.scale
-                if isinstance(inputs, UniformQuantizer) and inputs.folds
-                else weight
-            )
+            folds = isinstance(inputs, UniformQuantizer) and inputs.folds
+            linear.weight.copy_(settled(weight / inputs.scale if folds else weight))
             if linear.bias is not None and layer.bias is not None:
                 linear.bias.copy_(layer.bias)
         model.set_submodule(full_name, linear)

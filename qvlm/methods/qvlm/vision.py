@@ -6,8 +6,9 @@ set to minimize eq. (10), which is in `vision_loss.py`.
 
 Rounding has a straight-through gradient, and grids are constants, in the dependencies too. The
 parameters are those of the tower's layers (weights and biases of linears and norms) that are
-float32. The released code contains no training; it tries the ratios 1, 0.999 and 0.998 for the
-tower's ranges.
+float32 or float64. Tuned parameters are rounded to float32, so that any machine goes on from the
+same tower (see `qvlm.quantization.precision`). The released code contains no training; it tries the
+ratios 1, 0.999 and 0.998 for the tower's ranges.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from qvlm.methods.qvlm.vision_loss import (
     jacobian_norms,
     loss_terms,
 )
+from qvlm.quantization.precision import settled
 from qvlm.quantization.targets import vision_layers
 
 
@@ -98,6 +100,9 @@ def fine_tune(
                 group["lr"] = tuning.learning_rate * 0.5 * (1 + cos(pi * position / len(steps)))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.copy_(settled(parameter))
     count = sum(len(batch["input_ids"]) for batch in batches)
     return {
         "pairs": count,
@@ -116,11 +121,11 @@ def _only_tower_trains(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         parameter
         for layer in vision_layers(model).values()
         for parameter in layer.parameters()
-        if parameter.dtype == torch.float32
+        if parameter.dtype in (torch.float32, torch.float64)
     ]
     if not tower:
         raise UserError(
-            "method.veo=true is not possible: the vision tower is not in float32. "
+            "method.veo=true is not possible: the vision tower is not in float32 or float64. "
             "Choose model.dtype=float32, or method.veo=false"
         )
     try:

@@ -61,7 +61,25 @@ def preferred(layer: PackedLinear, rows: int, dtype: torch.dtype) -> Kernel:
         rows: Number of rows of the input.
         dtype: Type of the input.
     """
-    return next(kernel for kernel in KERNELS if kernel.is_preferred(layer, rows, dtype))
+    return next(
+        kernel
+        for kernel in KERNELS
+        if fits_dtype(kernel, layer, dtype) and kernel.is_preferred(layer, rows, dtype)
+    )
 
 
-__all__ = ["AUTO", "KERNELS", "Kernel", "kernel_named", "names", "preferred", "serving"]
+def fits_dtype(kernel: Kernel, layer: PackedLinear, dtype: torch.dtype) -> bool:
+    """Whether a kernel's sums are as precise as inputs of type `dtype` ask for."""
+    return dtype != torch.float64 or kernel.sums_in_float64(layer)
+
+
+__all__ = [
+    "AUTO",
+    "KERNELS",
+    "Kernel",
+    "fits_dtype",
+    "kernel_named",
+    "names",
+    "preferred",
+    "serving",
+]

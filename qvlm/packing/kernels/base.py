@@ -30,9 +30,12 @@ class Kernel(ABC):
 
     Attributes:
         name: Value of the option `kernel` that forces this kernel, and its name in records.
+        can_sum_in_float64: Whether it sums unrounded products in float64 for inputs in float64. In
+            a model in float64 only such kernels run, so that all of them give the same answers.
     """
 
     name: ClassVar[str]
+    can_sum_in_float64: ClassVar[bool] = False
 
     @abstractmethod
     def obstacle(self, layer: PackedLinear) -> str | None:
@@ -50,6 +53,10 @@ class Kernel(ABC):
             dtype: Type of the input, which is that of the model.
         """
         return self.obstacle(layer) is None
+
+    def sums_in_float64(self, layer: PackedLinear) -> bool:
+        """Whether it does so for this layer; see `can_sum_in_float64`."""
+        return self.can_sum_in_float64
 
     @abstractmethod
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor:

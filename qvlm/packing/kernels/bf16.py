@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 class _BF16(Reference):
     name = "bf16"
+    can_sum_in_float64 = False
     dtype = torch.bfloat16
 
     def is_preferred(self, layer: PackedLinear, rows: int, dtype: torch.dtype) -> bool:

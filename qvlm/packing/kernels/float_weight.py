@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,20 +15,28 @@ if TYPE_CHECKING:
 PIECE = 2**22
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Dequantizes a uniform weight.
 
     Args:
         codes: Codes, [out, in] uint8.
         scale, zero_point: Parameters of each group, [out, groups] float32.
         group_size: Number of neighboring channels in a group; the last group may be smaller.
+        dtype: Float64 for products without a rounding; any other type stands for float32.
 
     Returns:
-        Weight in float32, [out, in].
+        Weight in float64 or float32, [out, in].
     """
     width = codes.shape[1]
     groups = F.pad(codes, (0, -width % group_size)).unflatten(1, (-1, group_size))
-    values = (groups - zero_point[..., None]).mul_(scale[..., None])
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    values = (groups - zero_point[..., None]).to(exact).mul_(scale[..., None])
     return values.flatten(1)[:, :width]
 
 

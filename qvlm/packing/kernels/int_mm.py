@@ -48,6 +48,7 @@ class ScaleRun:
 
 class _IntMM(Kernel):
     name = "int_mm"
+    can_sum_in_float64 = True
 
     def obstacle(self, layer: PackedLinear) -> str | None:
         if layer.form.weight != "uniform":

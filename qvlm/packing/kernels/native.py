@@ -28,6 +28,7 @@ FLOAT_ROWS = 32
 
 class _Native(Kernel):
     name = "native"
+    can_sum_in_float64 = True
 
     def obstacle(self, layer: PackedLinear) -> str | None:
         form = layer.form
@@ -38,6 +39,9 @@ class _Native(Kernel):
         if form.weight != "uniform" and layer.in_features % form.group_size:
             return f"its blocks of {form.group_size} weights cross rows"
         return library.obstacle()
+
+    def sums_in_float64(self, layer: PackedLinear) -> bool:
+        return layer.has_integer_product()
 
     def is_preferred(self, layer: PackedLinear, rows: int, dtype: torch.dtype) -> bool:
         if self.obstacle(layer) is not None:

@@ -8,7 +8,7 @@ measures each checkpoint.
   architecture answer the same questions in turn, one question at a time, `--repeats` times. A ratio
   compares two models within a repeat, and its spread is over the repeats.
 - Agreement is the share of questions of the whole split on which packed execution chose the same
-  answer as simulated and as exact execution, where such a cell is recorded too.
+  answer as simulated execution, where such a cell is recorded too.
 - Memory is measured in a fresh process per model, which loads it and answers the same questions.
   It is the peak resident set, or the peak of the allocator on a GPU.
 

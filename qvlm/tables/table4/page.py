@@ -23,10 +23,9 @@ is kept. {questions} questions are asked one at a time, of all models of a kind 
 highest), and above 1 is faster than full precision. Full precision is bfloat16. *hours* is the time
 of {test:,} questions at this speed. Peak memory is that of a fresh process. The last column is what
 its libraries take without a model. At this size they are nearly all of the peak, so compare the
-weights. Accuracy is in percent, of the packed model on all questions of the test split, and in
-float32 for full precision. *as simulated* is the share of questions with the answer of simulated
-execution, whose sums float32 rounds. *as exact* is the share with the answer of the same cell
-simulated in float64. Both are shown where such a cell was recorded.
+weights. Accuracy is in percent, on all questions of the test split, in float64 but for the codes.
+*as simulated* is the share of questions with the answer of the same cell in simulated execution,
+where such a cell was recorded.
 
 Rows that begin with *paper* are what the paper prints for a larger model on a GPU."""
 

@@ -10,6 +10,14 @@ from tests.helpers.configs import load
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        *(
+            (
+                f"execution=packed kernel={kernel}",
+                f"kernel={kernel} does not sum in float64, as model.dtype=float64 asks for. Choose "
+                "one of: auto, native, int_mm, reference, or give model.dtype=float32.",
+            )
+            for kernel in ("bf16", "int4_weight_only", "triton")
+        ),
         ("execution=packed kernel=fast", "kernel=fast is not a known value. Choose one of: auto,"),
         ("stream=true save_packed=x method=qvlm", "stream=true is not possible with Q-VLM"),
         ("device=tpu", "device=tpu is not on this machine. Choose one of: auto, cpu"),
@@ -28,6 +36,9 @@ def test_a_wrong_option_is_one_sentence(words: str, sentence: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("words", ["", "method=fp", "execution=packed kernel=reference"])
+NARROW = "execution=packed kernel=bf16 model.dtype=bfloat16"
+
+
+@pytest.mark.parametrize("words", ["", "method=fp", "execution=packed kernel=reference", NARROW])
 def test_what_can_start_is_accepted(words: str) -> None:
     check_options(load(*words.split()))

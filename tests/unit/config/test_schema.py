@@ -71,6 +71,7 @@ def identity(*overrides: str) -> str:
         *("quantizer.p=1", "quantizer.language.granularity=per_tensor", "seed=1", "data.seed=1"),
         *("calibration.samples=63", "evaluation.limit=5", "evaluation.unparsable=random"),
         *("quantizer.vision_tower=false", "evaluation.batch_size=1", "execution=exact"),
+        "model.dtype=float32",
     ],
 )
 def test_what_changes_a_number_changes_the_identity(override: str) -> None:

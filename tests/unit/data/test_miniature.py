@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -71,9 +72,23 @@ def test_splits_are_disjoint_on_the_rendered_problem_whatever_the_seed() -> None
                 content = repr((p["question"], p["hint"], p["choices"], p["answer"])).encode()
                 content += p["image"].tobytes() if p["image"] is not None else b""
                 rendered[split].add(hashlib.md5(content).hexdigest())
-    assert not rendered["train"] & rendered["test"]
-    assert not rendered["train"] & rendered["validation"]
-    assert not rendered["validation"] & rendered["test"]
+    for one, other in combinations(miniature.SPLITS, 2):
+        assert not rendered[one] & rendered[other]
+
+
+def test_a_large_claims_split_fills_up_what_rare_skills_lack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A skill with few different problems gives all of them, and the others share the rest."""
+    rare, common = "Dominant and recessive alleles", "Synonyms and antonyms"
+    some = {name: miniature.SKILLS[name] for name in (rare, common)}
+    monkeypatch.setattr(miniature, "SKILLS", some)
+    problems = miniature.generate("claims", 300)
+    assert len({miniature.fingerprint(p) for p in problems}) == 300
+    assert {miniature.split_of(p) for p in problems} == {"claims"}
+    assert 10 < Counter(p["skill"] for p in problems)[rare] < 40
+    with pytest.raises(ValueError, match=f"test has too few different problems of skill {rare!r}"):
+        miniature.generate("test", 1000)
 
 
 def test_no_problem_stands_twice(problems: list[dict[str, Any]]) -> None:

@@ -51,7 +51,7 @@ def test_every_measure_equals_its_definition() -> None:
 def test_windows_score_every_token_once_as_lm_eval_does() -> None:
     model = loaded()
     windows = windows_of(model, DOCUMENTS, 4)
-    assert max(len(window.inputs) for window in windows) == 4
+    assert max(len(window.passage.ids) - 1 for window in windows) == 4
     ids = model.tokenizer(DOCUMENTS[0].text)["input_ids"]
     own = [window for window in windows if window.document == "a"]
     assert torch.cat([window.targets for window in own]).tolist() == ids
@@ -77,7 +77,7 @@ def test_full_precision_is_read_from_its_reference(tmp_path: Path) -> None:
     file = tmp_path / "reference.safetensors"
     reference = refer(model, windows, file)
     again = refer(loaded(1), windows, file)  # read, not computed by this other model
-    assert all(map(torch.equal, reference.hidden, again.hidden))
+    assert all(map(torch.equal, reference.states, again.states))
     assert torch.equal(reference.head, again.head)
     whole = evaluate_text(model, windows).metrics["text"]
     read = evaluate_text(model, windows, again, is_reference=True).metrics["text"]

@@ -1,6 +1,7 @@
 """NormalFloat against bitsandbytes, to the bit, and against the normal distribution."""
 
 from statistics import NormalDist
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -36,9 +37,15 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """bitsandbytes' NF4 codes and dequantized values of x, of its shape.
 
     It gets the weight flattened: its CPU kernel takes a wrong absmax for the rows of a matrix
-    whose width is no multiple of the block. And not compiled, which it tries for odd sizes.
+    whose width is no multiple of the block. And not compiled, which it tries for odd sizes. The
+    mean of its absmax values is summed in float64 here: in float32, as bitsandbytes does it, its
+    last bit depends on the instruction set.
     """
-    with torch.compiler.set_stance("force_eager"):
+    mean = Tensor.mean
+    with (
+        torch.compiler.set_stance("force_eager"),
+        patch.object(Tensor, "mean", lambda absmax: mean(absmax.double()).float()),
+    ):
         packed, state = bnb.quantize_4bit(x.flatten(), quant_type="nf4", compress_statistics=True)
         values = bnb.dequantize_4bit(packed, state)
     bytes_ = packed.flatten()

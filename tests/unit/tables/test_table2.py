@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from qvlm.errors import UserError
-from qvlm.records.record import find_records, write_record
-from qvlm.tables.table2 import COLUMNS, build
+from qvlm.records.record import Record, find_records, write_record
+from qvlm.tables.table2 import COLUMNS, build, write
 from tests.helpers.pages import cells, section, table2_page
 from tests.helpers.records import STANDS_FOR, make_record
 
@@ -73,7 +74,7 @@ def test_the_page_shows_values_intervals_and_counts(runs: Path) -> None:
     lines = section(table2_page(runs), "### mini_llava, W4A4").splitlines()
     rows = [cells(line) for line in lines if line.startswith("|")]
     classes = record.metrics["classes"]
-    assert rows[2] == ["", "questions", *(str(row["n"]) for row in classes.values()), ""]
+    assert rows[2] == ["", "questions", *(str(row["n"]) for row in classes.values()), *[""] * 3]
     (at,) = (i for i, row in enumerate(rows) if row[0] == "**RTN**")
     assert rows[at][2:11] == [f"{row['accuracy']:.2f}" for row in classes.values()]
     assert rows[at + 1][2:11] == [
@@ -88,6 +89,52 @@ def test_the_page_shows_values_intervals_and_counts(runs: Path) -> None:
         *(f"{classes['Avg']['unparsable']:.2f}", "not recorded", "2.0", "7", "1.5", "700", "5"),
         *("16 / 15", "0", "0"),
     ]
+
+
+def with_kl(record: Record, mean: float, error: float) -> Record:
+    metrics = {**record.metrics, "kl": {"mean": mean, "standard_error": error}}
+    parts = record.config, record.run, metrics, record.predictions, record.layers
+    return write_record(record.path, *parts)
+
+
+def test_changed_answers_and_divergence_stand_beside_accuracy(runs: Path) -> None:
+    reference = make_record(runs, bits="FP", accuracy=90)
+    record = with_kl(make_record(runs, accuracy=60, seed=3), 0.0312345, 0.001)
+    make_record(runs, "AWQ", accuracy=61)  # of older code, which did not measure it
+    frame = build(find_records(runs)).set_index(["method", "class"])
+    own, other = (r.predictions["prediction"].fillna(-1) for r in (record, reference))
+    pictured = record.predictions["has_image"]
+    assert frame["changed"]["RTN", "Avg"] == round(100 * (own != other).mean(), 2)
+    assert frame["changed"]["RTN", "IMG"] == round(100 * (own != other)[pictured].mean(), 2)
+    assert frame["changed"]["FP", "Avg"] == 0
+    assert frame["kl"]["RTN", "Avg"] == 0.03123
+    assert frame["kl"]["AWQ", :].isna().all()
+
+    lines = section(table2_page(runs), "### mini_llava, W4A4").splitlines()
+    rows = [cells(line) for line in lines if line.startswith("|")]
+    at = {row[0]: index for index, row in enumerate(rows) if row[0].startswith("**")}
+    assert rows[at["**RTN**"]][-2:] == [f"{100 * (own != other).mean():.2f}", "0.0312"]
+    low, high = (float(bound) for bound in rows[at["**RTN**"] + 1][-2].split("-"))
+    assert low < 100 * (own != other).mean() < high
+    assert rows[at["**RTN**"] + 1][-1] == "0.0293-0.0332"
+    assert rows[at["**AWQ**"]][-1] == "not measured"
+    assert rows[at["**FP**"]][-2:] == ["", ""]
+
+
+def test_changed_answers_are_not_known_without_full_precision(runs: Path) -> None:
+    make_record(runs)
+    assert build(find_records(runs))["changed"].isna().all()
+    assert "not known" in section(table2_page(runs), "### mini_llava, W4A4")
+
+
+def test_the_csv_has_all_digits_of_the_divergence(runs: Path) -> None:
+    make_record(runs, bits="FP")
+    with_kl(make_record(runs), 0.00123456, 0.0001)
+    csv, _ = write(find_records(runs), runs.parent / "out", "make table2")
+    rows = pd.read_csv(csv).set_index(["method", "class"])
+    assert rows.loc[("RTN", "Avg"), "kl"] == 0.00123
+    assert rows.loc[("RTN", "Avg"), "kl_error"] == 0.0001
+    assert ",0.00123,0.00010," in csv.read_text()
 
 
 def test_the_share_of_cut_answers_is_shown(runs: Path) -> None:

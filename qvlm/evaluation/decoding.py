@@ -1,0 +1,84 @@
+"""Batched decoding in which finished rows leave the batch.
+
+Transformers' `generate` computes every row until the longest answer of a batch ends. Here it is
+stopped when some of the rows have finished, these leave the batch and its key-value cache, and it
+goes on with the others. A row's tokens do not depend on the other rows, except through rounding.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+# Share of the rows that must have finished before they leave, because selecting rows of the cache
+# and starting anew costs about as much as a few tokens.
+LEAVING = 0.25
+
+
+class _SomeFinished(StoppingCriteria):
+    """Stops all rows once at least `LEAVING` of them have finished."""
+
+    def __init__(self, eos: int) -> None:
+        self.eos = eos
+        self.finished: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Returns for each row of [rows, tokens] whether it stops, [rows]."""
+        ended = input_ids[:, -1] == self.eos
+        self.finished = ended if self.finished is None else self.finished | ended
+        enough = self.finished.float().mean() >= LEAVING
+        return enough.expand(len(input_ids))
+
+
+def decode(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    limit: int,
+    eos: int,
+    options: Callable[[list[int]], Mapping[str, Any]],
+) -> Tensor:
+    """Generates the tokens of every row.
+
+    Args:
+        model: Model with transformers' `generate`.
+        inputs: Batch of left-padded prompts, as `LoadedModel.encode_prompts` makes it.
+        limit: Largest number of new tokens of a row.
+        eos: Token that ends an answer.
+        options: Function from the rows that are still in the batch to further arguments of
+            `generate`, among them `pad_token_id`.
+
+    Returns:
+        New tokens [rows, tokens], the longest answer first to fit; shorter ones are padded.
+    """
+    rows = list(range(len(inputs["input_ids"])))
+    parts: list[tuple[list[int], Tensor]] = []
+    left, batch, cache = limit, dict(inputs), None
+    pad = options(rows)["pad_token_id"]
+    while rows:
+        made = model.generate(
+            **batch,
+            **options(rows),
+            past_key_values=cache,
+            max_new_tokens=left,
+            eos_token_id=eos,
+            stopping_criteria=StoppingCriteriaList([_SomeFinished(eos)]),
+            return_dict_in_generate=True,
+        )
+        new = made.sequences[:, batch["input_ids"].shape[1] :]
+        parts.append((rows, new))
+        left -= new.shape[1]
+        going = (new != eos).all(1).nonzero()[:, 0] if left else new.new_empty(0)
+        rows = [rows[index] for index in going.tolist()]
+        if rows:
+            cache = made.past_key_values
+            cache.batch_select_indices(going)
+            mask = torch.cat([batch["attention_mask"], torch.ones_like(new)], dim=1)
+            batch = {"input_ids": made.sequences[going], "attention_mask": mask[going]}
+    answers = inputs["input_ids"].new_full((len(inputs["input_ids"]), limit - left), pad)
+    begin = 0
+    for indices, new in parts:
+        answers[indices, begin : begin + new.shape[1]] = new
+        begin += new.shape[1]
+    return answers

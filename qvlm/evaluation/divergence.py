@@ -1,0 +1,203 @@
+"""How far a quantized model is from the model that it was made of, token by token.
+
+Accuracy sees a difference only where an answer changes. The Kullback-Leibler divergence of the
+next-token distribution, KL(full precision || quantized), sees every token and ranks methods on a
+few hundred problems. Both models read the same text, the expected answer, so that their
+distributions can be compared token by token (teacher forcing).
+
+The float model is gone once it is quantized. What is kept of it are the final states of the scored
+tokens and its output head, from which its logits follow exactly. States take a tenth of the memory
+that the logits would: a few MiB for a miniature, about 0.5 GiB for 256 answers of a LLaVA-13B.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from qvlm.errors import RunError
+from qvlm.evaluation import likelihood
+from qvlm.evaluation.likelihood import Passage, log_softmax
+from qvlm.models.loaded import LoadedModel
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far one model is from another on some passages.
+
+    Attributes:
+        nats: Sum of the divergence over the scored tokens of each passage, [passages].
+        agreeing: Number of scored tokens for which both models find the same token most likely,
+            [passages].
+        tokens: Number of scored tokens, [passages].
+    """
+
+    nats: NDArray[np.float64]
+    agreeing: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+
+    def summary(self, clusters: ArrayLike | None = None) -> dict[str, float | int]:
+        """Returns the means per token, with their standard errors.
+
+        Args:
+            clusters: Problem or document that each passage belongs to, [passages]. None stands for
+                one passage each.
+
+        Returns:
+            `mean`, nats per scored token, and its `standard_error`; `agreement`, the share of
+            tokens in percent, and its `agreement_standard_error`; `clusters` and `tokens`, their
+            numbers.
+        """
+        mean, error = ratio(self.nats, self.tokens, clusters)
+        share, share_error = ratio(100 * self.agreeing, self.tokens, clusters)
+        count = len(self.tokens) if clusters is None else len(np.unique(np.asarray(clusters)))
+        return {
+            "mean": mean,
+            "standard_error": error,
+            "agreement": share,
+            "agreement_standard_error": share_error,
+            "clusters": count,
+            "tokens": int(self.tokens.sum()),
+        }
+
+
+def ratio(
+    values: ArrayLike, sizes: ArrayLike, clusters: ArrayLike | None = None
+) -> tuple[float, float]:
+    """Returns the mean of what clusters of different sizes add up to, and its standard error.
+
+    The mean is `sum(values) / sum(sizes)`. Its standard error is that of a ratio of totals of
+    independently drawn clusters (W. G. Cochran, Sampling Techniques, 1977, section 2.11):
+    `sqrt(k / (k - 1) * sum((values - mean * sizes)^2)) / sum(sizes)` over k clusters.
+
+    Args:
+        values: Sum over each passage, [passages].
+        sizes: Number of tokens of each passage, [passages].
+        clusters: Cluster of each passage, [passages]. None stands for one passage each.
+
+    Returns:
+        Mean and standard error. The error of a single cluster is infinite.
+    """
+    totals, counts = (np.asarray(array, dtype=np.float64) for array in (values, sizes))
+    if clusters is not None:
+        _, index = np.unique(np.asarray(clusters), return_inverse=True)
+        totals, counts = (np.bincount(index, weights=array) for array in (totals, counts))
+    mean = float(totals.sum() / counts.sum())
+    if len(totals) < 2:
+        return mean, float("inf")
+    spread = float(((totals - mean * counts) ** 2).sum()) * len(totals) / (len(totals) - 1)
+    return mean, sqrt(spread) / float(counts.sum())
+
+
+class Reference:
+    """What full precision predicts for some passages; make it before the model is quantized.
+
+    Args:
+        loaded: Model in full precision. Its weights may change afterwards.
+        passages: Passages to compare models on.
+        batch_size: Number of passages per batch.
+
+    Raises:
+        RunError: If the model's logits do not follow from its states and its output head.
+    """
+
+    def __init__(self, loaded: LoadedModel, passages: Sequence[Passage], batch_size: int) -> None:
+        self.passages = list(passages)
+        self.batch_size = batch_size
+        self._head = _copy(likelihood.output_head(loaded))
+        self._states: dict[int, Tensor] = {}
+        for rows in likelihood.batches(self.passages, batch_size):
+            batch = [self.passages[row] for row in rows]
+            states = likelihood.states_of(loaded, batch)
+            if not self._states:
+                self._require_head(loaded, batch[:1], states[0])
+            for row, state in zip(rows, states, strict=True):
+                self._states[row] = state.cpu().clone()
+
+    @torch.inference_mode()
+    def divergence(self, loaded: LoadedModel) -> Divergence:
+        """Returns how far another state of the model is from this reference.
+
+        Raises:
+            RunError: If a divergence is not finite.
+        """
+        nats = np.zeros(len(self.passages))
+        agreeing = np.zeros(len(self.passages), dtype=np.int64)
+        for rows in likelihood.batches(self.passages, self.batch_size):
+            logits = likelihood.logits_of(loaded, [self.passages[row] for row in rows])
+            for row, others in zip(rows, logits, strict=True):
+                own = self._logits(self._states[row]).to(others.device)
+                nats[row] = float(kl(own, others).sum())
+                agreeing[row] = int((own.argmax(1) == others.argmax(1)).sum())
+                if not isfinite(nats[row]):
+                    raise RunError(
+                        f"model {loaded.name}: the logits for text {row} of those that it is "
+                        "compared with full precision on are not finite; check its weights for "
+                        "NaN or Inf and the scales of its quantized layers"
+                    )
+        tokens = np.array([passage.scored for passage in self.passages], dtype=np.int64)
+        return Divergence(nats, agreeing, tokens)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        logits: Tensor = self._head(states.to(self._head.weight.device))
+        return logits
+
+    def _require_head(self, loaded: LoadedModel, passages: list[Passage], states: Tensor) -> None:
+        """Refuses a model that changes its logits behind the output head."""
+        (expected,) = likelihood.logits_of(loaded, passages)
+        with torch.inference_mode():
+            found = self._logits(states).to(expected.device)
+        near = 0.01 * float(expected.abs().max())
+        if not torch.allclose(found, expected, rtol=0.0, atol=near):
+            raise RunError(
+                f"model {loaded.name}: its logits are not those of its output head, so its "
+                "divergence from full precision cannot be measured. Give evaluation.kl_problems=0."
+            )
+
+
+def kl(reference: Tensor, other: Tensor) -> Tensor:
+    """Returns KL(reference || other) per token in nats, [tokens].
+
+    Args:
+        reference, other: Logits [tokens, vocabulary].
+    """
+    p, q = log_softmax(reference).double(), log_softmax(other).double()
+    return (p.exp() * (p - q)).sum(1)
+
+
+def answer_passages(loaded: LoadedModel, problems: Sequence[Mapping[str, Any]]) -> list[Passage]:
+    """Returns each problem's prompt followed by its expected answer, which is scored.
+
+    Args:
+        loaded: Model that the passages are for.
+        problems: Problems in ScienceQA's schema, images decoded.
+    """
+    return [
+        likelihood.continuation(
+            loaded,
+            loaded.prompting.prompt(problem),
+            loaded.prompting.target(problem),
+            problem["image"],
+        )
+        for problem in problems
+    ]
+
+
+def _copy(head: nn.Module) -> nn.Linear:
+    """Copies an output head, without the hooks of the model that it is part of."""
+    assert isinstance(head, nn.Linear)
+    copy = nn.Linear(
+        head.in_features,
+        head.out_features,
+        bias=head.bias is not None,
+        device="meta",
+    )
+    copy.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    if head.bias is not None:
+        copy.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=False)
+    return copy

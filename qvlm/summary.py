@@ -1,0 +1,265 @@
+"""What a command prints at its end: the numbers of a cell, or the comparison of a sweep's cells.
+
+Both are functions of records, like tables, and check them by the rules of tables. They show what
+was run, whatever the experiment; `qvlm.tables` decides what may stand side by side on a page.
+
+rich draws the tables: with lines and colors on a terminal, and as plain text elsewhere.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qvlm.errors import RunError
+from qvlm.evaluation.metrics import CLASSES
+from qvlm.records.record import Record, read_run
+from qvlm.tables.comparison import drop
+from qvlm.tables.labels import bits_order, method_order
+from qvlm.tables.proof import fault
+from qvlm.tables.report import NONE, interval, number, paired_interval, signed
+from qvlm.validation import shown
+
+PLAIN_WIDTH = 120  # columns, where no terminal says how many there are
+DESCRIBED_WIDTH = 92  # columns that the table of a cell needs with descriptions of the classes
+WHAT = {
+    "NAT": "natural science",
+    "SOC": "social science",
+    "LAN": "language science",
+    "TXT": "with a text",
+    "IMG": "with an image",
+    "NO": "with neither",
+    "G1-6": "grades 1 to 6",
+    "G7-12": "grades 7 to 12",
+    "Avg": "all questions",
+}
+
+
+def print_summary(paths: Sequence[Path]) -> None:
+    """Prints the summary of one recorded cell, or the comparison of several.
+
+    Args:
+        paths: Folders that the cells left. A packed model without a record is left out.
+    """
+    try:
+        records = [Record.load(path) for path in dict.fromkeys(paths) if _is_recorded(path)]
+    except RunError as error:  # the cells are recorded, and tables say what is wrong with them
+        print(f"warning: there is no summary, because {error}", file=sys.stderr)
+        return
+    if records:
+        console = Console(highlight=False)
+        console.width = console.width if console.is_terminal else PLAIN_WIDTH
+        if len(records) == 1:
+            console.print(cell_summary(records[0], described=console.width >= DESCRIBED_WIDTH))
+        else:
+            console.print(sweep_summary(records))
+
+
+def _is_recorded(path: Path) -> bool:
+    return (path / "run.json").is_file()
+
+
+def cell_summary(record: Record, described: bool = True) -> RenderableType:
+    """Returns accuracy by class, what quantization cost, the proof of bits, and the folder.
+
+    Args:
+        record: Record of the cell.
+        described: Whether the classes are described beside their names.
+    """
+    reference = find_reference(record)
+    rows = record.metrics["classes"]
+    full = reference.metrics["classes"] if reference else {}
+    table = _table("class", "questions", "accuracy, %")
+    if reference:
+        table.add_column("FP, %", justify="right", no_wrap=True)
+        table.add_column("difference, points", justify="right", no_wrap=True)
+    for name in CLASSES:
+        cells = [f"{rows[name]['n']:,}", _accuracy(rows[name])]
+        if reference:
+            cells += [number(full[name]["accuracy"]), _difference(record, reference, name)]
+        title = f"{name:<5} {WHAT[name]}" if described else name
+        if name == "Avg":
+            table.add_section()
+        table.add_row(title, *cells, style="bold" if name == "Avg" else "")
+    title = " ".join(dict.fromkeys([record.method, record.bits]))
+    lines = [Text.assemble((f"{record.model}, {title}", "bold"), f" on {_questions(record)}")]
+    if not record.bit_widths.is_full_precision and reference is None:
+        lines.append(Text("What it cost is not known. method=fp measures full precision."))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("unparsable", f"{number(rows['Avg']['unparsable'])} %")
+    facts.add_row("bits", _proof(record))
+    facts.add_row("seconds", _stages(record))
+    facts.add_row("record", Text(str(record.path), overflow="fold"))
+    return Group(Text(), *lines, table, facts)
+
+
+def sweep_summary(records: Sequence[Record]) -> RenderableType:
+    """Returns a table for each model and data set, one row for each cell."""
+    groups: defaultdict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.model, _questions(record)].append(record)
+    parts: list[RenderableType] = []
+    for (model, questions), cells in groups.items():
+        cells.sort(key=lambda cell: (*bits_order(cell.bit_widths), *method_order(cell.method)))
+        proven = {row["layer"]: cell.name for cell in cells for row in cell.layers}
+        faults = {cell.name: reason for cell in cells if (reason := fault(cell, proven))}
+        parts += [Text(), Text.assemble((model, "bold"), f" on {questions}")]
+        parts.append(_comparison(cells, faults))
+        parts += [
+            _refused(f"{cell.method} {cell.bits}", faults[cell.name])
+            for cell in cells
+            if cell.name in faults
+        ]
+    folders = dict.fromkeys(str(record.path.parent) for record in records)
+    return Group(*parts, Text(f"records: {', '.join(folders)}"))
+
+
+def _comparison(records: Sequence[Record], faults: Mapping[str, str]) -> Table:
+    """Returns the table of one model's cells: numbers, proofs, and the options that differ.
+
+    Args:
+        records: Records of the cells, in order.
+        faults: Reason why tables refuse a record, by the name of each that they refuse.
+    """
+    options = _varying(records)
+    named = [name.replace(".", ".\n") for name in options]
+    table = _table("method", "bits", *named, left=2 + len(options))
+    for column in ("accuracy, %", "against FP, points", "time, s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("bits proven", justify="right")
+    for record in records:
+        row, same = record.metrics["classes"]["Avg"], record.bit_widths.is_full_precision
+        reference = None if same else find_reference(record, records)
+        table.add_row(
+            record.method,
+            "" if same else record.bits,
+            *(values.get(record.name, "") for values in options.values()),
+            _accuracy(row),
+            "" if same else _difference(record, reference, "Avg"),
+            f"{_seconds(record):.1f}",
+            Text("NO", "bold red") if record.name in faults else "" if same else "yes",
+        )
+    return table
+
+
+def find_reference(record: Record, among: Iterable[Record] = ()) -> Record | None:
+    """Finds the newest record in full precision of the same model, questions and seed.
+
+    Args:
+        record: Record of a quantized cell, or of any other.
+        among: Records that are looked at first; then those in the folder of `record`.
+    """
+    if record.bit_widths.is_full_precision:
+        return None
+    here = [other for other in among if _is_reference(other.run, record)]
+    if here:
+        return max(here, key=lambda other: other.run["finished"])
+    found = []
+    for folder in record.path.parent.glob(f"{record.model}-fp-fp-*"):
+        try:
+            if _is_reference(run := read_run(folder), record):
+                found.append((run["finished"], Record.load(folder)))
+        except (OSError, ValueError, KeyError, TypeError, RunError):
+            continue  # a damaged record is told when a table needs it
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _is_reference(run: Mapping[str, Any], record: Record) -> bool:
+    own, other = record.run["influences"], run["influences"]
+    return (
+        other["bits"]["weights"] is None
+        and all(own.get(part) == other[part] for part in ("model", "data", "evaluation", "seed"))
+        and run["files_hashed"] == record.run["files_hashed"]
+    )
+
+
+def _difference(record: Record, reference: Record | None, name: str) -> str:
+    """Returns what quantization changed in a class, with its paired interval."""
+    if reference is None:
+        return "not recorded"
+    if record.metrics["classes"][name]["n"] == 0:
+        return NONE
+    change = drop(_of_class(record, name), _of_class(reference, name))
+    return f"{signed(change.difference)} ({paired_interval(change)})" if change else NONE
+
+
+def _of_class(record: Record, name: str) -> Record:
+    answers = record.predictions[CLASSES[name](record.predictions)]
+    return Record(record.path, record.config, record.run, record.metrics, answers, record.layers)
+
+
+def _varying(records: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """Returns the options in which cells differ beside model, method and bits.
+
+    Returns:
+        Value for each record that has the option, by the record's name, by the option's name.
+    """
+    own = {record.name: dict(_flat(record.run["influences"])) for record in records}
+    found: dict[str, dict[str, str]] = {}
+    for key in dict.fromkeys(chain.from_iterable(own.values())):
+        if key.startswith(("model.", "bits.")) or key == "method._target_":
+            continue
+        having = [record for record in records if key in own[record.name]]
+        methods = {record.method for record in having} if key.startswith("method.") else {""}
+        for method in methods:
+            values = {r.name: shown(own[r.name][key]) for r in having if method in ("", r.method)}
+            if len(set(values.values())) > 1:
+                found[key] = found.get(key, {}) | values
+    return found
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _proof(record: Record) -> Text:
+    """Says whether the layers of a record prove its bits."""
+    if (reason := fault(record, {})) is not None:
+        return _refused("not proven", reason)
+    if record.bit_widths.is_full_precision:
+        return Text("nothing is quantized")
+    weights = max(row["weight_levels"] for row in record.layers)
+    inputs = max(row["input_levels"] for row in record.layers)
+    values = f"at most {weights} weight and {inputs} input values per scale"
+    return Text(f"proven in {len(record.layers)} layers: {values}", "green")
+
+
+def _refused(what: str, reason: str) -> Text:
+    return Text(f"{what}: tables refuse this record. {reason}", "bold red")
+
+
+def _questions(record: Record) -> str:
+    data = record.config["data"]
+    return f"{len(record.predictions):,} questions of {data['name']}, split {data['split']}"
+
+
+def _stages(record: Record) -> str:
+    parts = [f"{name} {stage['seconds']:.1f}" for name, stage in record.run["stages"].items()]
+    return ", ".join(parts)
+
+
+def _seconds(record: Record) -> float:
+    return sum(stage["seconds"] for stage in record.run["stages"].values())
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    """Returns the accuracy of a class and its interval."""
+    return f"{number(row['accuracy'])} ({interval(row)})" if row["n"] else NONE
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    return table
