@@ -27,17 +27,22 @@ Batches = list[dict[str, Tensor]]
 
 
 class Material(Protocol):
-    """What a cell evaluates on.
+    """What a cell evaluates on."""
 
-    Attributes:
-        problems: Problems that are answered, or None for text.
-        compares: Whether the evaluation compares with full precision, and so needs `refer`.
-        referred: Whether `compare` has something to add to the evaluation.
-    """
+    @property
+    def problems(self) -> datasets.Dataset | None:
+        """Problems that are answered, or None for text."""
+        ...
 
-    problems: datasets.Dataset | None
-    compares: bool
-    referred: bool
+    @property
+    def compares(self) -> bool:
+        """Whether the evaluation compares with full precision, and so needs `refer`."""
+        ...
+
+    @property
+    def referred(self) -> bool:
+        """Whether `compare` has something to add to the evaluation."""
+        ...
 
     def calibration(self) -> tuple[Batches, list[int]]:
         """Draws batches to calibrate on, and returns which rows of their split they are."""
