@@ -115,7 +115,13 @@ def checkpoint_folder(config: RunConfig) -> Path:
     """
     if config.model.packed is not None:
         return local_folder(config.model.packed, "model.packed")
-    return embedded(config.model.path) or local_folder(config.model.path, "model.path")
+    path, made_by = config.model.path, config.model.made_by
+    if made_by is not None and not Path(path).is_dir():
+        raise UserError(
+            f"model.path: {path} is not a folder. Give the command {made_by}, or a folder with the "
+            "checkpoint."
+        )
+    return embedded(path) or local_folder(path, "model.path")
 
 
 def gains_no_threads(config: RunConfig) -> bool:

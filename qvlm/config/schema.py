@@ -39,6 +39,7 @@ class ModelConfig:
     Attributes:
         name: Name in records and tables.
         path: Folder, name of an embedded miniature, or repository on the Hugging Face Hub.
+        made_by: Command that makes the folder of `path`, where neither this package nor the Hub has it.
         stands_for: Model of the paper whose numbers tables print beside this model's.
         prompt_format: Parts of prompt and answer, in ScienceQA's notation; see `qvlm.data.prompts`.
         conversation: Name of the conversation template.
@@ -60,6 +61,7 @@ class ModelConfig:
 
     name: str = MISSING
     path: str = MISSING
+    made_by: str | None = None
     stands_for: str | None = None
     prompt_format: str = "QCM-LEA"
     conversation: str = "vicuna_v1"
@@ -440,6 +442,6 @@ def influences(config: RunConfig) -> dict[str, Any]:
     if config.packed:
         parts.append("kernel")
     whole = asdict(config)
-    for path in ("path", "packed", "vision_tower", "stands_for"):
+    for path in ("path", "made_by", "packed", "vision_tower", "stands_for"):
         del whole["model"][path]
     return {part: whole[part] for part in parts}

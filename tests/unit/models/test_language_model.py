@@ -22,6 +22,7 @@ from qvlm.methods.rtn import RTN
 from qvlm.models import load_model
 from qvlm.packing import packed_layers
 from qvlm.planning.estimates import find_shape, memory
+from qvlm.planning.preflight import preflight
 from qvlm.quantization import (
     QuantizationConfig,
     QuantSpec,
@@ -226,3 +227,17 @@ def test_its_memory_is_predicted(cell: Any) -> None:
     assert shape is not None
     assert shape.tower_parameters == 0
     assert memory(config, shape) > 4 * shape.parameters
+
+
+def test_preflight_reads_nothing_heavy(cell: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    preflight([cell("method=rtn", "bits=w4a4")])
+    shown = capsys.readouterr().out
+    assert "model llama" in shown
+    assert "data text" in shown
+    assert "vision tower" not in shown.partition("Memory is")[0]
+
+
+def test_a_missing_folder_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    config = load("model=smollm2", f"model.path={tmp_path}/absent", "data=text", "device=cpu")
+    with pytest.raises(UserError, match="Give the command make real"):
+        Cell.of(config)
