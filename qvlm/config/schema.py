@@ -39,7 +39,7 @@ class ModelConfig:
     Attributes:
         name: Name in records and tables.
         path: Folder, name of an embedded miniature, or repository on the Hugging Face Hub.
-        made_by: Command that makes the folder of `path`, where neither this package nor the Hub has it.
+        made_by: Command that makes the folder of `path`, if neither the package nor the Hub has it.
         stands_for: Model of the paper whose numbers tables print beside this model's.
         prompt_format: Parts of prompt and answer, in ScienceQA's notation; see `qvlm.data.prompts`.
         conversation: Name of the conversation template.
