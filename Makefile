@@ -20,6 +20,7 @@ SCALE ?= miniature
 LAUNCHER ?= auto
 BUDGET ?= 6
 MODEL ?= mini_llava
+RERUN ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -43,8 +44,9 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 \
-	table4-scale table5 real table-real outliers gpu claims figure2 fit verify-portable test test-fast \
-	test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+	table4-scale table5 real table-real outliers gpu claims report ablation verify audit figure2 fit \
+	verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava \
+	preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -106,11 +108,23 @@ table-real: real  ## measures granularities and methods on SmolLM2 and plain tex
 outliers: install  ## shows the outliers of MODEL, such as MODEL='smollm2 data=text' after make real
 	$(BIN)/python -m qvlm.tables.$@ model=$(MODEL) --command='make $@ MODEL=NAME'
 
+ablation: install  ## regenerates the ablation of RoCo: its parts, each added to the others
+	$(call route,$@,$(WHERE))
+
 claims: install  ## which claims of the paper hold, over questions and over calibration draws
 	$(call route,$@,$(WHERE))
 
 verify-portable: install  ## computes whole cells under other instruction sets and threads, and compares (hours)
 	$(BIN)/python -m qvlm $@
+
+report: install  ## makes results/report/index.html of all records, to open in a browser
+	$(BIN)/python -m qvlm $@ --command='make $@'$(if $(OPTION), --results=results/$(SCALE))
+
+verify: install  ## recomputes every committed page from its answers; RERUN=2 runs two cells anew
+	$(BIN)/python -m qvlm $@ --rerun $(RERUN)
+
+audit: install  ## checks the paper's printed numbers against each other and published answers
+	$(BIN)/python -m qvlm $@ --command='make $@'
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python experiments/dependency_figure.py

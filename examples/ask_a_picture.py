@@ -1,4 +1,4 @@
-"""From a float model to an answer about an image: quantize, prove, save, and ask through transformers.
+"""From a float model to an answer about an image: quantize, prove, save and ask it.
 
     python examples/ask_a_picture.py [FOLDER]
 

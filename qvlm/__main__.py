@@ -52,7 +52,7 @@ def _begun(line: str) -> list[str]:
 
 
 def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
-    """Runs what is missing of the experiments of a page, and makes it of what is recorded."""
+    """Runs what is missing of a page, makes it of what is recorded, and then the report."""
     overrides = [word for word in words if not word.startswith("-")]
     options = [word for word in words if word.startswith("-")]
     if others := [option for option in options if not option.startswith(COMMAND)]:
@@ -69,7 +69,9 @@ def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
             return code
     results = _results_folder(overrides)
     said = options or [COMMAND + " ".join([program(), name, *overrides])]
-    return _page(route)([f"--runs={results / 'runs'}", f"--out={results}", *said])
+    if code := _page(route)([f"--runs={results / 'runs'}", f"--out={results}", *said]):
+        return code
+    return _page(ROUTES["report"])([f"--results={results}", *said])
 
 
 def _help(name: str, route: Route) -> str:
@@ -78,8 +80,8 @@ def _help(name: str, route: Route) -> str:
     experiments = " and ".join(f"experiment={experiment}" for experiment in route.experiments)
     return (
         f"usage: {program()} {name} [OVERRIDE ...]\n\n{does}\n\nRuns the cells of {experiments} "
-        "that are not recorded, and makes\nthe page of all records. Overrides are those of a run, "
-        "such as scale=paper."
+        "that are not recorded, and makes\nthe page and the report of all records. Overrides are "
+        "those of a run, such as scale=paper."
     )
 
 

@@ -1,7 +1,5 @@
 """What a cell finds out, and how a record holds it."""
 
-import shlex
-import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +10,7 @@ from qvlm.cell.identity import Cell
 from qvlm.evaluation import Evaluation
 from qvlm.methods.base import MethodReport
 from qvlm.quantization import LayerBits, check_bits
-from qvlm.records.environment import surroundings
+from qvlm.records.environment import command_line, surroundings
 from qvlm.records.locks import Owner
 from qvlm.runtime import workers
 
@@ -87,7 +85,7 @@ def describe_run(
         "processes": workers.world_size(),
         "questions_per_process": evaluation.shares,
         "threads": torch.get_num_threads(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "started": owner.started,
         "slurm_job": owner.job or None,
         "slurm_restarts": owner.restarts,

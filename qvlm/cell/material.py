@@ -14,7 +14,7 @@ from torch import Tensor
 from qvlm.cell import inputs, text
 from qvlm.cell.identity import Cell
 from qvlm.config.schema import RunConfig
-from qvlm.evaluation import Evaluation, Reference, answer_passages, evaluate
+from qvlm.evaluation import Evaluation, Reference, Watch, answer_passages, evaluate
 from qvlm.evaluation.text import SavedStates, evaluate_text
 from qvlm.models.loaded import LoadedModel
 from qvlm.packing import kernels_used
@@ -56,7 +56,7 @@ class Material(Protocol):
         """Takes what a comparison needs of the model in full precision, while it is that."""
         ...
 
-    def evaluate(self, cell: Cell, answers: Path | None) -> Evaluation:
+    def evaluate(self, cell: Cell, answers: Path | None, watch: Watch | None) -> Evaluation:
         """Evaluates the model as it is now; `answers` is a folder to resume from."""
         ...
 
@@ -117,10 +117,11 @@ class _Problems:
         size = self.config.calibration.batch_size
         self._reference = Reference(self.loaded, passages, size)
 
-    def evaluate(self, cell: Cell, answers: Path | None) -> Evaluation:
+    def evaluate(self, cell: Cell, answers: Path | None, watch: Watch | None) -> Evaluation:
         options: dict[str, Any] = asdict(self.config.evaluation)
         for option in ("limit", "window", "kl_problems"):  # the problems are limited already
             del options[option]
+        options["watch"] = watch
         if self.config.packed:
             options["observe"] = kernels_used
         return evaluate(
@@ -155,7 +156,7 @@ class _Texts:
         files = cell.files_hashed
         self._reference = text.reference_of(self.config, files, self.loaded, self.windows)
 
-    def evaluate(self, cell: Cell, answers: Path | None) -> Evaluation:
+    def evaluate(self, cell: Cell, answers: Path | None, watch: Watch | None) -> Evaluation:
         if self._reference is None:  # full precision itself, or a model that was packed before
             self.refer(cell)
         observe = kernels_used if self.config.packed else None

@@ -27,6 +27,7 @@ from qvlm.cell.method import method_of
 from qvlm.cell.origin import describe_origin, expected_of, require_bits
 from qvlm.cell.streaming import stream_cell
 from qvlm.cell.walk import ProgressWalk
+from qvlm.evaluation import Watch
 from qvlm.methods.base import Method
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model
@@ -43,15 +44,21 @@ from qvlm.quantization import (
     expected_layers,
     measure_bits,
 )
-from qvlm.records.environment import hardware, versions
+from qvlm.records.environment import command_line, hardware, versions
 from qvlm.records.locks import Lock
-from qvlm.records.record import answers_folder, write_record
-from qvlm.records.tracking import track
+from qvlm.records.record import Record, answers_folder, write_record
+from qvlm.records.tracking import Tracker
 from qvlm.runtime import workers
 from qvlm.runtime.stages import Stages
 
 
-def compute(cell: Cell, method: Method, device: str, answers: Path | None = None) -> Findings:
+def compute(
+    cell: Cell,
+    method: Method,
+    device: str,
+    answers: Path | None = None,
+    watch: Watch | None = None,
+) -> Findings:
     """Runs a cell without looking for its record or writing it.
 
     Args:
@@ -59,6 +66,7 @@ def compute(cell: Cell, method: Method, device: str, answers: Path | None = None
         method: Method of the cell.
         device: Device to run on, as `find_device` resolves it.
         answers: Folder that keeps the answers given so far, by this cell on this kind of machine.
+        watch: Function that is told how far the evaluation is.
 
     Raises:
         UserError: if checkpoint or data cannot be used.
@@ -98,7 +106,7 @@ def compute(cell: Cell, method: Method, device: str, answers: Path | None = None
             compute_in_float64(loaded.model)
         if config.evaluate:
             with stages.stage("evaluate"):
-                found.evaluation = material.evaluate(cell, answers)
+                found.evaluation = material.evaluate(cell, answers, watch)
         if found.evaluation is not None and material.referred:
             with stages.stage("divergence"):
                 found.evaluation = material.compare(found.evaluation)
@@ -140,7 +148,24 @@ def _compute_and_record(cell: Cell, lock: Lock) -> None:
     answers = _answers_folder(cell, device)
     if config.force:
         shutil.rmtree(answers, ignore_errors=True)
-    found = compute(cell, method, device, answers)
+    with Tracker(
+        config.tracking,
+        config.group,
+        path.name,
+        [config.model.name, method.name, config.bits.label],
+        command_line(),
+        asdict(config),
+    ) as tracker:
+        found = compute(cell, method, device, answers, tracker.progress)
+        record = _record(cell, method, device, found, lock)
+        if record is not None:
+            shutil.rmtree(answers, ignore_errors=True)
+            tracker.finish(record, found.problems)
+
+
+def _record(cell: Cell, method: Method, device: str, found: Findings, lock: Lock) -> Record | None:
+    """Writes the record of a cell, unless the cell was not evaluated, and returns it."""
+    config, path = cell.config, cell.path
     if found.exceeding:
         tqdm.write(
             f"warning: {path.name}: {len(found.exceeding)} layers take more values than their bits "
@@ -148,14 +173,12 @@ def _compute_and_record(cell: Cell, lock: Lock) -> None:
             file=sys.stderr,
         )
     if found.evaluation is None:
-        return
+        return None
     run = describe_run(cell, found, method.name, device, lock.owner)
     layers = [asdict(layer) for layer in found.layers]
     metrics, predictions = found.evaluation.metrics, found.evaluation.predictions
     lock.confirm()
-    record = write_record(path, asdict(config), run, metrics, predictions, layers)
-    shutil.rmtree(answers, ignore_errors=True)
-    track(record, found.problems, config.tracking, config.group)
+    return write_record(path, asdict(config), run, metrics, predictions, layers)
 
 
 def _pack(

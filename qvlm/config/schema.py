@@ -297,7 +297,8 @@ class RunConfig:
         threads: Number of PyTorch's CPU threads. Null leaves the number to PyTorch.
         force: Whether to compute a cell that is recorded already.
         preflight: Whether to print what cells will read, need and take, and stop.
-        group: Name that groups cells in Weights & Biases.
+        group: Name of the sweep in Weights & Biases. A sweep that is left with the default is named
+            after its options.
         method_name: Name of the method's YAML file, which is part of the record's folder name.
     """
 

@@ -7,6 +7,7 @@ names, `answers.py` keeps answers on disk so that an interrupted evaluation can 
 `divergence.py` compares a model with what it was before. Nothing here knows of quantization.
 """
 
+from qvlm.evaluation.adapter import Watch
 from qvlm.evaluation.divergence import Divergence, Reference, answer_passages
 from qvlm.evaluation.evaluator import Evaluation, evaluate
 from qvlm.evaluation.metrics import (
@@ -28,6 +29,7 @@ __all__ = [
     "McNemar",
     "PairedDifference",
     "Reference",
+    "Watch",
     "answer_passages",
     "class_metrics",
     "evaluate",

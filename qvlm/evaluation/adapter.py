@@ -11,7 +11,7 @@ the number of ranks, so neither padding nor answers do. lm-eval itself sees a si
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
@@ -27,10 +27,21 @@ from qvlm.evaluation import likelihood
 from qvlm.evaluation.answers import Answer, KeptAnswers
 from qvlm.evaluation.decoding import decode
 from qvlm.evaluation.likelihood import Likelihood, Passage
+from qvlm.evaluation.metrics import wilson
+from qvlm.evaluation.task import score
 from qvlm.models.loaded import LoadedModel
 from qvlm.runtime.workers import WorkQueue, is_rank_zero, run_on_all_ranks
 
 _IMAGE = datasets.Image(mode="RGB")
+
+
+class Watch(Protocol):
+    """A function that is told how far an evaluation is: of rank 0, if there are several."""
+
+    def __call__(
+        self, answered: int, total: int, accuracy: float, ci_low: float, ci_high: float
+    ) -> None:
+        """Takes numbers of questions, and the accuracy so far with its interval, in percent."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class InMemoryModel(LM):
         kept: Store of answers: those of an earlier evaluation are reused, new ones are added.
         progress: Whether to show a bar over the questions. It shows on a terminal only.
         observe: Function that is called with each rank's model after the last question.
+        watch: Function that is called after each batch of rank 0.
 
     Attributes:
         ranks: Answers of each rank, once all questions are answered.
@@ -74,6 +86,7 @@ class InMemoryModel(LM):
         kept: KeptAnswers | None = None,
         progress: bool = True,
         observe: Callable[[nn.Module], Any] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__()
         self.loaded = loaded
@@ -82,8 +95,13 @@ class InMemoryModel(LM):
         self.kept = kept
         self.progress = progress
         self.observe = observe
+        self.watch = watch
         self.ranks: list[RankAnswers] = []
         self.cut: list[bool] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what only rank 0 needs, so that the other ranks can be sent the rest."""
+        return {**self.__dict__, "watch": None}
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Generates one text per request, in the order of the requests.
@@ -110,6 +128,8 @@ class InMemoryModel(LM):
         """Answers the batches that this rank takes. The bar shows the progress of all ranks."""
         starts = list(batches)
         answers = {}
+        asked = right = 0
+        watch = self.watch if is_rank_zero() else None
         with (
             tqdm(
                 total=sum(map(len, batches.values())),
@@ -122,6 +142,11 @@ class InMemoryModel(LM):
             for start in map(starts.__getitem__, numbers):
                 bar.update(start - bar.n)
                 answers[start] = self._answers(start, batches[start])
+                if watch is not None:
+                    asked += len(batches[start])
+                    right += _count_right(batches[start], answers[start])
+                    low, high = wilson(right, asked)
+                    watch(asked, bar.total, 100 * right / asked, 100 * low, 100 * high)
             bar.update(bar.total - bar.n)
         observed = self.observe(self.loaded.model) if self.observe else None
         return RankAnswers(answers, self.kept.resumed if self.kept else 0, observed)
@@ -254,6 +279,11 @@ def _not_finite(model: str, what: str) -> RunError:
         f"model {model}: the logits for {what} are not finite; check its weights for NaN or Inf "
         "and the scales of its quantized layers"
     )
+
+
+def _count_right(requests: Sequence[Instance], answers: Sequence[Answer]) -> int:
+    pairs = zip(requests, answers, strict=True)
+    return sum(score(r.doc, [answer.text])["predictions"]["correct"] for r, answer in pairs)
 
 
 def _size(request: Instance) -> tuple[bool, int]:

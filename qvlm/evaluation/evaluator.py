@@ -26,7 +26,7 @@ from torch import nn
 
 from qvlm.config.schema import UNPARSABLE
 from qvlm.errors import RunError, UserError
-from qvlm.evaluation.adapter import InMemoryModel
+from qvlm.evaluation.adapter import InMemoryModel, Watch
 from qvlm.evaluation.answers import KeptAnswers
 from qvlm.evaluation.divergence import Divergence
 from qvlm.evaluation.metrics import class_metrics
@@ -46,10 +46,11 @@ class Evaluation:
             in percent that reached the limit of new tokens. With a divergence also `kl`, its
             `summary`.
         predictions: One row per question in the data set's order, with the columns `question_id`,
-            `subject`, `grade`, `skill`, `has_image`, `has_text`, `n_choices`, `answer`,
-            `prediction` (missing if unparsable), `correct`, `text`, `cut`. With a divergence also
-            `kl`, nats over all tokens of the expected answer, and `answer_tokens`, their number;
-            both are missing for a question that it was not measured on.
+            `official_id` (missing where the source has none), `subject`, `grade`, `skill`,
+            `has_image`, `has_text`, `n_choices`, `answer`, `prediction` (missing if unparsable),
+            `correct`, `text`, `cut`. With a divergence also `kl`, nats over all tokens of the
+            expected answer, and `answer_tokens`, their number; both are missing for a question that
+            it was not measured on.
         resumed: Number of answers that an earlier evaluation had kept.
         shares: Number of questions that each rank answered.
         observed: Return value of `observe` on each rank.
@@ -87,6 +88,7 @@ def evaluate(
     temperature: float = 0.0,
     answers: Path | None = None,
     observe: Callable[[nn.Module], Any] | None = None,
+    watch: Watch | None = None,
 ) -> Evaluation:
     """Asks every question, on all ranks, and scores the answers.
 
@@ -106,6 +108,7 @@ def evaluate(
         answers: Folder that keeps the answers while the evaluation runs. Answers that it already
             holds, of the same model and options, are reused.
         observe: Function that is called with each rank's model after the last question.
+        watch: Function that is called after each batch of rank 0; see `Watch`.
 
     Raises:
         UserError: If an option is outside its range, there are no questions, or an image does not
@@ -130,7 +133,7 @@ def evaluate(
         tasks["tasks"][_TASK].set_config(
             "generation_kwargs", {"max_gen_toks": max_new_tokens, **sampling}, update=True
         )
-        model = InMemoryModel(loaded, batch_size, seed, kept, progress, observe)
+        model = InMemoryModel(loaded, batch_size, seed, kept, progress, observe, watch)
         results = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)
     predictions = pd.DataFrame(results["results"][_TASK]["predictions,none"])
     predictions["prediction"] = predictions["prediction"].astype("Int64")

@@ -32,8 +32,9 @@ def documents(
         seed: Seed of that fallback.
 
     Returns:
-        `{"test": rows}` with four more columns: `question_id`, `prompt`, `format`, and `guess`,
-        which is the choice that is scored if the answer is unparsable (None scores it as wrong).
+        `{"test": rows}` with five more columns: `question_id`, `official_id` (None where the source
+        has none), `prompt`, `format`, and `guess`, which is the choice that is scored if the answer
+        is unparsable (None scores it as wrong).
     """
     rows = dataset.select_columns(list(COLUMNS)).cast_column("image", datasets.Image(decode=False))
     if "question_id" in dataset.column_names:
@@ -41,6 +42,9 @@ def documents(
     else:  # a data set that was made in Python
         prefix = f"{dataset.split}-" if dataset.split is not None else ""
         ids = [f"{prefix}{index}" for index in range(len(rows))]
+    official = [None] * len(rows)
+    if "official_id" in dataset.column_names:
+        official = list(dataset["official_id"])
     prompts, guesses = [], []
     for question_id, row in zip(ids, rows, strict=True):
         prompts.append(prompting.prompt(row))
@@ -49,6 +53,7 @@ def documents(
         )
     added = {
         "question_id": (ids, "string"),
+        "official_id": (official, "string"),
         "prompt": (prompts, "string"),
         "format": ([prompting.format] * len(rows), "string"),
         "guess": (guesses, "int64"),
@@ -84,6 +89,7 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     return {
         "predictions": {
             "question_id": doc["question_id"],
+            "official_id": doc["official_id"],
             "subject": doc["subject"],
             "grade": doc["grade"],
             "skill": doc["skill"],

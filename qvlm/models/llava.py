@@ -23,11 +23,18 @@ from qvlm.models import attention
 
 
 class LlavaArchitecture(LlavaConfig):
-    """`LlavaConfig` plus the type of its projector: "linear" or "mlp2x_gelu"."""
+    """`LlavaConfig` plus what transformers' LLaVA has no option for.
+
+    Attributes:
+        projector_type: "linear" or "mlp2x_gelu".
+        head_bias: Whether the output head has a bias. A method that folds the shift of the last
+            norm into the head gives it one.
+    """
 
     model_type = "qvlm_llava"
 
     projector_type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    head_bias: bool = False
 
 
 def image_token_count(vision: CLIPVisionConfig, strategy: str) -> int:
@@ -96,6 +103,9 @@ class Llava(LlavaForConditionalGeneration):
                 config.text_config.hidden_size,
                 bias=config.multimodal_projector_bias,
             )
+            self.post_init()
+        if config.head_bias:
+            self.lm_head = nn.Linear(text.hidden_size, text.vocab_size)
             self.post_init()
         prepared_for_decoding(self)
 

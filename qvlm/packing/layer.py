@@ -25,6 +25,7 @@ from qvlm.packing.form import Form, buffers, pack_numbers
 from qvlm.packing.formats import pack, unpack
 from qvlm.packing.kernels import AUTO, Kernel, fits_dtype, kernel_named, preferred, serving
 from qvlm.packing.kernels.reference import float_weight
+from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import (
@@ -39,7 +40,8 @@ class PackedLinear(nn.Module):
     """y = x_hat W_hat^T + b, from packed codes.
 
     Methods take and return channels in their own order, which is that of the input. Those whose
-    names say `stored` use the order of the codes; kernels compute with these.
+    names say `stored` use the order of the codes; kernels compute with these, on an input that is
+    already transformed if the form says `hadamard`.
 
     Args:
         form: Sizes and kinds of the layer. The buffers are empty until numbers are loaded into
@@ -146,7 +148,7 @@ class PackedLinear(nn.Module):
         kernel = self.choose(len(rows), x.dtype)
         self.used[kernel] += 1
         bias = None if self.bias is None else self.bias.view(torch.float32)
-        y = kernel_named(kernel).linear(self, rows, bias)
+        y = kernel_named(kernel).linear(self, self.transformed(rows), bias)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def working_bytes(self, rows: int) -> int:
@@ -176,12 +178,16 @@ class PackedLinear(nn.Module):
             Steps q - z, [rows, in] float32; scale and zero point z in float32, which broadcast to
             the steps. The scale is one where it is folded into the weight.
         """
-        steps, scale, zero_point = self.stored_steps(x)
+        steps, scale, zero_point = self.stored_steps(self.transformed(x))
         return (
             self._in_own_order(steps),
             self._in_own_order(scale),
             self._in_own_order(zero_point),
         )
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """Returns what the kernels read of an input [rows, in]: its transform, or itself."""
+        return hadamard_transform(x) if self.form.hadamard else x
 
     def weight_scales(self) -> tuple[Tensor, Tensor]:
         """Returns scale and zero point of a uniform weight, both [out, groups] float32."""
@@ -224,7 +230,9 @@ class PackedLinear(nn.Module):
             zero_point = self._in_own_order(self.input_zero_point.float())
             inputs = UniformQuantizer(form.input_bits, scale, zero_point, folds=form.folds)
         bias = None if self.bias is None else self.bias.view(torch.float32)
-        return QuantLinear(self.dequantized(), bias, weights, inputs, self.layer_name)
+        return QuantLinear(
+            self.dequantized(), bias, weights, inputs, self.layer_name, form.hadamard
+        )
 
     def as_stored(self, x: Tensor) -> Tensor:
         """Returns an input [rows, in] with its channels in the order of the codes."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qvlm.errors import RunError
 from qvlm.quantization.first_token import FirstToken
+from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.precision import settled
@@ -180,6 +181,7 @@ class Block:
         input_quantizer: Quantizer | None = None,
         weights: Callable[[Tensor], Quantizer] | None = None,
         keep_float: bool = False,
+        hadamard: bool = False,
     ) -> QuantLinear:
         """Quantizes a linear and leaves the block as it is (see `replace`).
 
@@ -190,6 +192,8 @@ class Block:
             weights: Function from the weight to be quantized [out, in] to its quantizer, instead
                 of the default of the weight spec.
             keep_float: See `QuantLinear`.
+            hadamard: Whether the layer transforms its input by a Hadamard matrix. An
+                `input_quantizer` is then that of the transformed input.
 
         Raises:
             RunError: If the weight or a sample is not finite; the message names the layer.
@@ -198,13 +202,15 @@ class Block:
         layer = self.layer_name(name)
         if not bool(torch.isfinite(linear.weight).all()):
             raise RunError(f"the weight of {layer} is not finite")
+        if input_quantizer is None and hadamard:
+            samples = hadamard_transform(samples)
         inputs = input_quantizer or self.input_quantizer(name, samples)
-        weight = folded_weight(linear.weight, inputs)
+        weight = folded_weight(linear.weight, inputs, hadamard)
         if weights:
             quantizer = weights(weight)
         else:
             quantizer = weight_quantizer(weight, self.spec(name)[0], inputs=inputs)
-        quantized = QuantLinear.from_linear(linear, quantizer, inputs, keep_float, layer)
+        quantized = QuantLinear.from_linear(linear, quantizer, inputs, keep_float, layer, hadamard)
         quantized.first_token = self._first_token
         return quantized
 

@@ -4,7 +4,9 @@ None of it identifies a record. `qvlm.records.provenance` hashes what does.
 """
 
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -48,6 +50,11 @@ def revision() -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     return {"revision": commit, "dirty": bool(changed) if commit else None}
+
+
+def command_line() -> str:
+    """Returns the command that this process runs, for a shell."""
+    return shlex.join(["python", *sys.argv])
 
 
 def hardware() -> dict[str, Any]:

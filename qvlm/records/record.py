@@ -198,8 +198,12 @@ def find_record(path: Path, identity: str) -> tuple[Record | None, str]:
     return record, ""
 
 
-def find_records(runs_dir: str | Path) -> list[Record]:
-    """Returns every record of a folder, sorted by name.
+def find_records(runs_dir: str | Path, on_text: bool = False) -> list[Record]:
+    """Returns the records of a folder on problems, or those on plain text, sorted by name.
+
+    Args:
+        runs_dir: Folder of records.
+        on_text: Whether to return those on plain text.
 
     Raises:
         RunError: If one of them is damaged.
@@ -208,7 +212,8 @@ def find_records(runs_dir: str | Path) -> list[Record]:
     if not runs.is_dir():
         return []
     folders = (path for path in runs.iterdir() if path.is_dir() and path.name[0] != ".")
-    return [Record.load(path) for path in sorted(folders)]
+    records = [Record.load(path) for path in sorted(folders)]
+    return [record for record in records if record.on_text == on_text]
 
 
 def identify(influences: Mapping[str, Any], code: str, weights: Mapping[str, str]) -> str:

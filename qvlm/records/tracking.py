@@ -1,90 +1,127 @@
 """Weights & Biases: one run per cell, and one run per table with the table as its artifact.
 
-Tracking starts when a record or a table is complete, so it cannot cost a result: whatever goes
-wrong is one warning. `tracking=offline` is the default. It needs no account and makes no network
-call; `wandb sync` uploads the folders later. `tracking=online` becomes offline if there is no API
-key or no connection.
+The run of a cell begins with its evaluation, so that a long one can be watched, and ends with its
+record. Tracking cannot cost a result: whatever goes wrong is one warning, after which the cell goes
+on without it. `tracking=offline` is the default. It needs no account and makes no network call;
+`wandb sync` uploads the folders later. `tracking=online` becomes offline if there is no API key or
+no connection.
 
 W&B is imported only where it is used, so never with `tracking=off`. It collects nothing by itself
 (no console, no system metrics, no code, no host name): hardware, revision and timings come from the
 record. Its working files go below `tracking.dir` instead of the home folder, unless the environment
-variables of W&B say otherwise.
+variables of W&B say otherwise. What a run shows is in `qvlm.records.tracked`.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import datasets
 import pandas as pd
-from PIL.Image import Image
 from tqdm import tqdm
 
 from qvlm.config.schema import TrackingConfig
-from qvlm.data.prompts import LETTERS
-from qvlm.records.record import Record
+from qvlm.records import tracked
+from qvlm.records.record import Record, plain
 
 CONNECT_SECONDS = 30
 UPLOAD_SECONDS = 120
+STEPS = 50  # entries of the history of an evaluation, at most
+_KEPT = (
+    *("hash", "code", "git", "versions", "hardware", "device", "processes", "threads", "command"),
+    *("started", "finished"),
+)
 
 
-def track(
-    record: Record, problems: datasets.Dataset | None, tracking: TrackingConfig, group: str
-) -> None:
-    """Logs one cell as a W&B run.
+class Tracker:
+    """The W&B run of a cell, as a context manager around its computation.
 
-    The run has the name of the record, tags for model, method and bits, the configuration, and the
-    accuracy per class as summary and as the table `classes`. Timings, memory and the measured bits
-    are in the summary. The table `examples` shows the same few problems for every cell, so that
-    methods can be compared answer by answer.
+    The run has the name of the record, its command as notes, and tags for model, method and bits.
+    It opens when the first answers are there, or else with the record. If the cell fails, the run
+    is marked as failed.
 
     Args:
-        record: Complete record on disk.
-        problems: Problems that were asked, in the order of the record's predictions; None for text.
         tracking: Mode, project and folder, and the number of examples.
-        group: Name of the group of cells that the run belongs to.
+        group: Name of the sweep that the cell belongs to.
+        name: Name of the record.
+        tags: Model, method and bits.
+        command: Command that runs the cell.
+        config: Configuration of the cell.
     """
-    if tracking.mode == "off":
-        return
 
-    def log(run: Any) -> None:
-        if record.on_text:
-            tables = {"documents": _table(record.predictions)}
-        else:
-            classes = pd.DataFrame.from_dict(record.metrics["classes"], orient="index")
-            tables = {"classes": _table(classes.rename_axis("class").reset_index())}
-        if problems is not None and tracking.examples:
-            tables["examples"] = _examples(record, problems, tracking.examples)
-        run.log(tables)
-        run.summary.update(summary(record))
+    def __init__(
+        self,
+        tracking: TrackingConfig,
+        group: str,
+        name: str,
+        tags: Sequence[str] = (),
+        command: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tracking = tracking
+        about = dict(name=name, group=group, job_type="cell", tags=list(tags), notes=command)
+        about["config"] = plain(config or {})
+        self._run = _Run(tracking, about) if tracking.mode != "off" else None
+        self._logged = 0
 
-    kept = (
-        "hash",
-        "git",
-        "versions",
-        "hardware",
-        "device",
-        "processes",
-        "threads",
-        "command",
-        "finished",
-    )
-    _log(
-        log,
-        tracking,
-        name=record.name,
-        group=group,
-        job_type="cell",
-        tags=[record.model, record.method, record.bits],
-        config={**record.config, "run": {key: record.run.get(key) for key in kept}},
-    )
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self._run is not None:
+            self._run.close(failed=kind is not None)
+
+    def progress(
+        self, answered: int, total: int, accuracy: float, ci_low: float, ci_high: float
+    ) -> None:
+        """Logs how far an evaluation is, at most `STEPS` times.
+
+        Args:
+            answered: Number of questions that are answered.
+            total: Number of questions.
+            accuracy: Accuracy so far, in percent.
+            ci_low, ci_high: Ends of its 95 % interval, in percent.
+        """
+        if self._run is None or not answered or answered * STEPS < self._logged * total:
+            return
+        self._logged = answered * STEPS // total + 1
+        shown = dict(answered=answered, accuracy=accuracy, ci_low=ci_low, ci_high=ci_high)
+        entry = {f"progress/{key}": value for key, value in shown.items()}
+        self._run.do(lambda run: run.log(entry))
+
+    def finish(self, record: Record, problems: datasets.Dataset | None) -> None:
+        """Logs a complete record and closes the run.
+
+        Args:
+            record: Complete record on disk.
+            problems: Problems that were asked, in the order of the record's predictions; None for
+                text.
+        """
+        if self._run is None:
+            return
+        about = {key: record.run.get(key) for key in _KEPT}
+
+        def log(run: Any) -> None:
+            run.config.update({"run": about})
+            tracked.log_record(run, record, problems, self._tracking.examples)
+
+        self._run.do(log)
+        self._run.close()
 
 
-def log_table(csv: Path, page: Path, tracking: TrackingConfig, group: str) -> None:
+def log_table(
+    csv: Path, page: Path, tracking: TrackingConfig, group: str, records: Sequence[Record] = ()
+) -> None:
     """Logs a finished table: both of its files as an artifact, and the CSV as a W&B table.
 
     Args:
@@ -92,6 +129,7 @@ def log_table(csv: Path, page: Path, tracking: TrackingConfig, group: str) -> No
         page: Table as a page.
         tracking: Mode, project and folder.
         group: Name of the group of cells that the table shows.
+        records: Records that the table shows, for charts that compare them.
     """
     if tracking.mode == "off":
         return
@@ -99,121 +137,74 @@ def log_table(csv: Path, page: Path, tracking: TrackingConfig, group: str) -> No
     def log(run: Any) -> None:
         import wandb
 
-        run.log({csv.stem: _table(pd.read_csv(csv))})
+        run.log({csv.stem: tracked.table(pd.read_csv(csv)), **tracked.comparison(records)})
         artifact = wandb.Artifact(csv.stem, type="table")
         for path in (csv, page):
             artifact.add_file(str(path), name=path.name)
         run.log_artifact(artifact)
 
-    _log(
-        log,
-        tracking,
-        name=f"{group}-{csv.stem}",
-        group=group,
-        job_type="table",
-        tags=["table"],
-        config={},
-    )
+    about = dict(name=f"{group}-{csv.stem}", group=group, job_type="table", tags=["table"])
+    run = _Run(tracking, about)
+    run.do(log)
+    run.close()
 
 
-def summary(record: Record) -> dict[str, float]:
-    """Returns the numbers of a record by flat names: `accuracy/NAT`, `seconds/evaluate`, ..."""
-    numbers: dict[str, float | None] = {}
-    for name, row in record.metrics.get("classes", {}).items():
-        numbers |= {f"{key}/{name}": row[key] for key in row}
-    for name in ("perplexity", "kl", "agreement") if record.on_text else ():
-        measure = record.metrics["text"][name]
-        numbers[name] = measure and measure["value"]
-    for stage, costs in record.run["stages"].items():
-        numbers |= {f"{key}/{stage}": cost for key, cost in costs.items()}
-    numbers["search/seconds"] = record.run["report"]["search_seconds"]
-    numbers["search/candidates"] = record.run["report"]["candidates"]
-    if record.layers:
-        layers = pd.DataFrame(record.layers)
-        numbers["bits/layers"] = len(layers)
-        numbers["bits/most_weight_levels"] = int(layers["weight_levels"].max())
-        numbers["bits/most_input_levels"] = int(layers["input_levels"].max())
-        numbers["bits/exceeding"] = len(record.run["exceeding"])
-    return {key: value for key, value in numbers.items() if value is not None}
-
-
-def example_rows(has_image: list[bool], count: int) -> list[int]:
-    """Chooses evenly spaced rows, half of them with an image where there are enough of both kinds.
+class _Run:
+    """A W&B run that opens when it is first used. After a failure, which is told, it does nothing.
 
     Args:
-        has_image: For each row, whether it has an image.
-        count: Number of rows to choose, at most.
+        tracking: Mode, project and folder.
+        about: Further arguments of `wandb.init`; "name" is needed.
     """
-    with_image = [row for row, image in enumerate(has_image) if image]
-    without = [row for row, image in enumerate(has_image) if not image]
-    half = max(count - len(without), min(count // 2, len(with_image)))
-    return sorted(_spaced(with_image, half) + _spaced(without, count - half))
 
+    def __init__(self, tracking: TrackingConfig, about: Mapping[str, Any]) -> None:
+        self._tracking = tracking
+        self._about = about
+        self._run: Any = None
+        self._failed = False
+        self._open = ExitStack()
 
-def _spaced(rows: list[int], count: int) -> list[int]:
-    count = min(count, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
+    def do(self, work: Callable[[Any], None]) -> None:
+        """Does something with the run. Any failure becomes a warning and ends the run."""
+        if self._failed:
+            return
+        import wandb
 
+        try:
+            if self._run is None:
+                self._open.enter_context(_environment(self._tracking))
+                self._open.callback(wandb.teardown)  # its service process would outlive its runs
+                mode: Any = self._tracking.mode
+                # Without a mode W&B posts telemetry; unless it is silent it asks for an API key.
+                wandb.setup(wandb.Settings(silent=True, mode=mode))
+                self._run = _open(self._tracking, self._about)
+            work(self._run)
+        except Exception as error:  # the exceptions of W&B have no common base class
+            self._fail(error)
 
-def _examples(record: Record, problems: datasets.Dataset, count: int) -> Any:
-    import wandb
+    def close(self, failed: bool = False) -> None:
+        """Ends the run, if it is open.
 
-    columns = ["question_id", "skill", "image", "question", "choices", "answer", "prediction"]
-    table = wandb.Table(columns=[*columns, "correct", "text"])
-    for row in example_rows(record.predictions["has_image"].tolist(), count):
-        problem, answer = problems[row], record.predictions.iloc[row]
-        choices = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(problem["choices"])]
-        table.add_data(
-            str(answer["question_id"]),
-            problem["skill"],
-            _image(problem["image"]),
-            "\n".join(part for part in (problem["hint"], problem["question"]) if part),
-            " ".join(choices),
-            LETTERS[problem["answer"]],
-            None if pd.isna(answer["prediction"]) else LETTERS[answer["prediction"]],
-            bool(answer["correct"]),
-            answer["text"],
-        )
-    return table
+        Args:
+            failed: Whether what the run is about failed.
+        """
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish(exit_code=int(failed))
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._open.close()
 
-
-def _image(image: Image | None) -> Any:
-    """Returns a W&B image; None if there is none, or if it cannot be shown in RGB."""
-    import wandb
-
-    if image is None:
-        return None
-    try:
-        return wandb.Image(image.convert("RGB"))
-    except (OSError, ValueError):
-        return None
-
-
-def _table(frame: pd.DataFrame) -> Any:
-    """Returns a W&B table in which missing values are None instead of NaN."""
-    import wandb
-
-    rows = frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
-    return wandb.Table(columns=[str(column) for column in frame.columns], data=rows)
-
-
-def _log(log: Callable[[Any], None], tracking: TrackingConfig, **about: Any) -> None:
-    """Opens a run, lets `log` fill it and closes it. Any failure becomes a warning."""
-    import wandb
-
-    try:
-        with _environment(tracking):
-            mode: Any = tracking.mode
-            # Without a mode W&B posts telemetry; unless it is silent it asks for an API key.
-            wandb.setup(wandb.Settings(silent=True, mode=mode))
-            run = _open(tracking, about)
-            try:
-                log(run)
-            finally:
-                run.finish()
-                wandb.teardown()  # ends W&B's service process, which otherwise outlives its runs
-    except Exception as error:  # the exceptions of W&B have no common base class
-        _warn(f"Weights & Biases did not log {about['name']} ({_reason(error)})")
+    def _fail(self, error: Exception) -> None:
+        if not self._failed:
+            name = self._about["name"]
+            _warn(f"Weights & Biases did not log {name} ({_reason(error)})")
+        self._failed = True
+        self.close(failed=True)
+        self._open.close()
 
 
 def _open(tracking: TrackingConfig, about: Mapping[str, Any]) -> Any:

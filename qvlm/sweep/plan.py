@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,6 +16,7 @@ from qvlm.config.schema import RunConfig, canonical
 from qvlm.errors import UserError
 from qvlm.sweep.launch import build
 from qvlm.sweep.local import Here
+from qvlm.validation import LONGEST_NAME
 
 if TYPE_CHECKING:  # importing it imports PyTorch
     from qvlm.cell.identity import Cell
@@ -39,7 +41,12 @@ def plan(
     Raises:
         UserError: if any cell is wrong.
     """
-    configs = _distinct(combinations, compose)
+    configs = [
+        (replace(config, group=sweep_name(combinations)), overrides)
+        if config.group == RunConfig.group
+        else (config, overrides)
+        for config, overrides in _distinct(combinations, compose)
+    ]
     launchers = [config.launcher for config, _ in configs]
     if any(launcher != launchers[0] for launcher in launchers):
         raise UserError("launcher is not a single value. A sweep has one launcher.")
@@ -67,6 +74,31 @@ def plan(
     for first in (True, False):
         if batch := [planned for planned in cells if planned[1].config.full_precision is first]:
             yield batch
+
+
+def sweep_name(combinations: Sequence[Sequence[str]]) -> str:
+    """Names a sweep after what it sweeps over, such as "method-awq-qvlm_bits-w4a4".
+
+    Args:
+        combinations: Overrides of each cell.
+
+    Returns:
+        A name that `group` accepts. It has the options that take several values, and the model,
+        method and bits where they are given. A single cell is "cells".
+    """
+    if len(combinations) < 2:
+        return RunConfig.group
+    values: dict[str, list[str]] = {}
+    for key, _, value in (override.partition("=") for one in combinations for override in one):
+        values.setdefault(key.lstrip("+"), []).append(value)
+    named = {key: [*dict.fromkeys(given)] for key, given in values.items()}
+    parts = [
+        "-".join([key, *given])
+        for key, given in named.items()
+        if len(given) > 1 or key in ("model", "method", "bits")
+    ]
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", "_".join(parts)).strip("-.")[:LONGEST_NAME]
+    return name or RunConfig.group
 
 
 def other_ranks() -> int:

@@ -11,18 +11,25 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qvlm.command import run_command
 from qvlm.evaluation.metrics import paired_difference
 from qvlm.markdown import bullets, table
-from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.records.record import Record
-from qvlm.tables.command import add_runs, made_with, records_of, table_parser, write_files
+from qvlm.tables.command import (
+    add_runs,
+    keep_answers,
+    made_with,
+    records_of,
+    table_parser,
+    write_files,
+)
 from qvlm.tables.comparison import paired
 from qvlm.tables.labels import BASELINE, CDM, ERROR_PROXY, LAYERWISE, QVLM, VEO
 from qvlm.tables.published import published
+from qvlm.tables.report import revision
 from qvlm.tables.selection import is_draw, is_ordinary, select
 
 TOKEN = "ZeroQuant-V2, per token"
@@ -178,6 +185,12 @@ def newest(records: Sequence[Record]) -> list[Record]:
     return list(found.values())
 
 
+def concerned(records: Sequence[Record]) -> list[Record]:
+    """Returns the records that the page is a function of."""
+    drawn = [record for record in records if is_draw(record)]
+    return [*select(records, is_ordinary).all(), *newest(drawn)]
+
+
 def page(records: Sequence[Record], made_with: str) -> str:
     """Returns the Markdown page.
 
@@ -187,7 +200,6 @@ def page(records: Sequence[Record], made_with: str) -> str:
     """
     settled = select(records, is_ordinary).shown
     drawn = newest([record for record in records if is_draw(record)])
-    about: Mapping[str, Mapping[str, object]] = surroundings()
     parts = [
         "# Does Q-VLM hold up?",
         "Differences of accuracy are in points, paired on the questions of the test split. The "
@@ -210,7 +222,7 @@ def page(records: Sequence[Record], made_with: str) -> str:
             [
                 f"Command: `{made_with}`",
                 f"Questions: {', '.join(map(str, sorted({len(r.predictions) for r in settled})))}",
-                f"Revision of this page: {revision_in_words(about['git'])}",
+                f"Code: {'; or '.join(dict.fromkeys(map(revision, [*settled, *drawn])))}",
             ]
         )
     )
@@ -226,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = records_of(options.runs, "table2")
         text = page(records, made_with(parser, options, "runs", "out"))
         write_files({options.out / "claims.md": text})
+        keep_answers(options.out, "claims", concerned(records))
         print(text, end="")
 
     return run_command(parser, work, arguments)

@@ -2,10 +2,12 @@
 
 import argparse
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -15,6 +17,7 @@ from qvlm.errors import UserError
 from qvlm.records import files
 from qvlm.records.record import Record, find_records
 from qvlm.records.tracking import log_table
+from qvlm.tables.answers import folder_of, obstacle, write_answers
 from qvlm.tables.selection import Selection, select
 
 FINE = ("kl", "kl_error")  # columns of a CSV with five decimals; the others have two
@@ -52,6 +55,7 @@ def run(table: Table, arguments: Sequence[str] | None = None) -> int:
     def work(options: argparse.Namespace) -> None:
         selection = select(records_of(options.runs, table.name), table.wanted)
         csv, page = write(table, selection, options.out, made_with(parser, options, "runs", "out"))
+        keep_answers(options.out, table.name, selection.all())
         print(page.read_text(encoding="utf-8"), end="")
         for entry in selection.refused:
             print(f"warning: refused {entry.record.name}: {entry.reason}", file=sys.stderr)
@@ -59,7 +63,7 @@ def run(table: Table, arguments: Sequence[str] | None = None) -> int:
             newest = max(selection.shown, key=lambda record: record.run["finished"]).config
             tracking = TrackingConfig(**newest["tracking"])
             mode = options.tracking or tracking.mode
-            log_table(csv, page, replace(tracking, mode=mode), newest["group"])
+            log_table(csv, page, replace(tracking, mode=mode), newest["group"], selection.shown)
 
     return run_command(parser, work, arguments)
 
@@ -108,18 +112,19 @@ def made_with(parser: argparse.ArgumentParser, options: argparse.Namespace, *nam
     return options.command or shlex.join(words)
 
 
-def records_of(runs: Path, experiment: str) -> list[Record]:
+def records_of(runs: Path, experiment: str, on_text: bool = False) -> list[Record]:
     """Returns the records of a folder.
 
     Args:
         runs: Folder of records.
         experiment: Experiment whose sweep writes the records that the table needs.
+        on_text: Whether those on plain text are wanted, and not those on problems.
 
     Raises:
         UserError: If there are none.
         RunError: If one of them is damaged.
     """
-    records = find_records(runs)
+    records = find_records(runs, on_text)
     if not records:
         raise UserError(
             f"--runs: {runs} holds no records. Give the folder that "
@@ -137,13 +142,47 @@ def write(table: Table, selection: Selection, out: Path, made_with: str) -> tupl
     Raises:
         UserError: If the folder cannot be written.
     """
+    texts = texts_of(table, selection, made_with)
+    write_files({out / name: text for name, text in texts.items()})
+    return out / f"{table.name}.csv", out / f"{table.name}.md"
+
+
+def texts_of(table: Table, selection: Selection, made_with: str) -> dict[str, str]:
+    """Returns the text of a table's two files by their names."""
     frame = table.long(selection)
     for column in frame.columns.intersection(FINE):
         frame[column] = frame[column].map("{:.5f}".format, na_action="ignore")
     csv = frame.to_csv(index=False, float_format="%.2f", lineterminator="\n")
-    paths = out / f"{table.name}.csv", out / f"{table.name}.md"
-    write_files(dict(zip(paths, (csv, table.render(selection, made_with)), strict=True)))
-    return paths
+    return {f"{table.name}.csv": csv, f"{table.name}.md": table.render(selection, made_with)}
+
+
+def keep_answers(
+    out: Path, page: str, records: Sequence[Record], facts: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the answers behind a page beside it, so that `make verify` can check the page.
+
+    If a record cannot be kept, then none is: the page could not be checked as a whole. The command
+    says so, and the answers of an older page are removed.
+
+    Args:
+        out: Folder of the page.
+        page: Name of the page.
+        records: Records that the page shows or names.
+        facts: What else the page shows, as JSON can hold it, or None.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    folder = folder_of(out, page)
+    for record in records:
+        if reason := obstacle(record):
+            shutil.rmtree(folder, ignore_errors=True)
+            print(
+                f"note: {page} is not kept for make verify: {record.name}: {reason}",
+                file=sys.stderr,
+            )
+            return
+    write_answers(folder, records, facts)
 
 
 def write_files(texts: Mapping[Path, str]) -> None:

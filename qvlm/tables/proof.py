@@ -7,9 +7,11 @@ values per scale that entered its product (see `qvlm.quantization.verification`)
 import math
 from collections.abc import Iterator, Mapping
 
-from qvlm.evaluation.metrics import CLASSES
+from qvlm.evaluation.metrics import CLASSES, class_metrics
 from qvlm.evaluation.text import summarize
 from qvlm.records.record import Record
+
+_SHARES = ("accuracy", "ci_low", "ci_high", "unparsable")
 
 
 def fault(record: Record, proven: Mapping[str, str]) -> str | None:
@@ -67,7 +69,7 @@ def _metrics_fault(record: Record) -> str | None:
         row = record.metrics.get("classes", {}).get(name)
         if row is None:
             return f"class {name} is missing from its metrics"
-        for key in ("accuracy", "ci_low", "ci_high", "unparsable") if row["n"] else ():
+        for key in _SHARES if row["n"] else ():
             value = row[key]
             if value is None or not (math.isfinite(value) and 0 <= value <= 100):
                 return f"{key} of class {name} is {value}"
@@ -75,4 +77,9 @@ def _metrics_fault(record: Record) -> str | None:
     right, n = int(record.predictions["correct"].sum()), len(record.predictions)
     if overall["n"] != n or (n and abs(overall["accuracy"] - 100 * right / n) > 1e-6):
         return f"its metrics do not follow from its predictions ({right} of {n} right)"
+    for name, counted in class_metrics(record.predictions).items():
+        row = record.metrics["classes"][name]
+        off = (abs(row[key] - counted[key]) > 1e-6 for key in _SHARES if counted["n"])
+        if row["n"] != counted["n"] or any(off):
+            return f"its metrics of class {name} do not follow from its predictions"
     return None

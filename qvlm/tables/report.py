@@ -156,7 +156,7 @@ def hardware(record: Record) -> str:
 
 
 def revision(record: Record) -> str:
-    """Names the revision that a record was computed with."""
+    """Returns the revision of the code that a record was made with."""
     git = record.run["git"]
     if git["revision"] is None:
         return "not in a git repository"

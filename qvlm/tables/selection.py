@@ -46,6 +46,10 @@ class Selection:
     refused: list[LeftOut] = field(default_factory=list)
     set_aside: list[LeftOut] = field(default_factory=list)
 
+    def all(self) -> list[Record]:
+        """Returns all records of the selection: a page is a pure function of them."""
+        return [*self.shown, *(left.record for left in (*self.refused, *self.set_aside))]
+
     def by_cell(self) -> dict[str, dict[BitWidths, list[Record]]]:
         """Returns the shown records by model and bit widths, in the order of `shown`."""
         cells: dict[str, dict[BitWidths, list[Record]]] = {}

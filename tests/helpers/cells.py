@@ -1,5 +1,6 @@
 """Fixtures for cells that run in seconds: a tiny checkpoint, small splits, a recording tracker."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 
 from qvlm.cell import inputs, pipeline
 from qvlm.cell.identity import Cell
-from qvlm.config.schema import RunConfig
+from qvlm.config.schema import RunConfig, TrackingConfig
 from qvlm.data.sources import Split
+from qvlm.records.record import Record
+from qvlm.records.tracking import Tracker
 from tests.helpers.configs import load
 from tests.helpers.problems import make_dataset, make_model, make_problems
 from tests.helpers.splits import split_of
@@ -55,7 +58,18 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> Tracked:
 
     monkeypatch.setattr(inputs, "load_scienceqa", load_split)
     monkeypatch.setattr(inputs, "open_scienceqa", open_split)
-    monkeypatch.setattr(pipeline, "track", lambda *arguments: calls.append(arguments))
+
+    class Recording(Tracker):
+        """Keeps what it is given instead of logging it."""
+
+        def __init__(self, tracking: TrackingConfig, group: str, *_: Any) -> None:
+            super().__init__(replace(tracking, mode="off"), group, "")
+            self.given = (tracking, group)
+
+        def finish(self, record: Record, problems: datasets.Dataset) -> None:
+            calls.append((record, problems, *self.given))
+
+    monkeypatch.setattr(pipeline, "Tracker", Recording)
     return calls
 
 

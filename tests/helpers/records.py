@@ -2,12 +2,15 @@
 
 import random
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from qvlm.data import miniature
+from qvlm.data.scienceqa import MINIATURE_SIZES
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.evaluation.text import summarize
 from qvlm.records.record import (
@@ -50,6 +53,26 @@ def make_predictions(accuracy: float, n: int = 300, seed: int = 0) -> pd.DataFra
     return pd.DataFrame(rows).astype({"prediction": "Int64"})
 
 
+@lru_cache(maxsize=1)
+def generated_problems() -> list[dict[str, Any]]:
+    """The test split of the miniature."""
+    return miniature.generate("test", MINIATURE_SIZES["test"], 0)
+
+
+def make_answers(accuracy: float, n: int = 300, seed: int = 0) -> pd.DataFrame:
+    """The same as `make_predictions`, for the first `n` problems that are generated."""
+    rows: list[dict[str, Any]] = make_predictions(accuracy, n, seed).to_dict("records")
+    for row, problem in zip(rows, generated_problems(), strict=False):
+        missing = pd.isna(row["prediction"])
+        row |= {key: problem[key] for key in ("subject", "grade", "skill", "answer")}
+        row["has_image"] = problem["image"] is not None
+        row["has_text"] = problem["hint"].strip() != ""
+        row["n_choices"] = len(problem["choices"])
+        shifted = (row["answer"] + (not row["correct"])) % row["n_choices"]
+        row |= {"prediction": None if missing else shifted, "cut": missing}
+    return pd.DataFrame(rows).astype({"prediction": "Int64"})
+
+
 def make_layers(bits: str) -> list[dict[str, Any]]:
     """A proof that holds."""
     if bits == "FP":
@@ -87,6 +110,7 @@ def make_record(
     parameters: dict[str, Any] | None = None,
     weights: str = "w",
     documents: pd.DataFrame | None = None,
+    generated: bool = False,
     **setting: Any,
 ) -> Record:
     """Writes the record of a cell and reads it back.
@@ -94,9 +118,10 @@ def make_record(
     Args:
         metrics: changes the classes before they are written.
         documents: sums of documents, which make it a record on plain text.
+        generated: whether the problems are those of the miniature, so that answers can be kept.
         setting: replaces parts of what the cell depends on: data, evaluation, seed, ...
     """
-    predictions = make_predictions(accuracy, n, seed)
+    predictions = (make_answers if generated else make_predictions)(accuracy, n, seed)
     classes = class_metrics(predictions)
     metrics(classes)
     if bits == "FP":
@@ -111,6 +136,8 @@ def make_record(
         "evaluation": {"limit": None},
         "seed": 0,
     }
+    if generated:
+        config["data"]["source"] = "miniature"
     if bits != "FP":
         config["quantizer"] = {"weight": {"granularity": "per_group", "group_size": 64}, "p": 0.5}
         config["calibration"] = {"split": "train", "samples": 3}

@@ -1,4 +1,4 @@
-"""The Python API: the same numbers as the command line's, and packed models without this package."""
+"""The Python API gives the command line's numbers, and transformers opens its packed models."""
 
 import re
 import subprocess

@@ -174,6 +174,14 @@ def test_a_sweep_runs_full_precision_first(elsewhere: Path, runs: Runs) -> None:
     assert os.listdir(elsewhere) == []
 
 
+def test_a_sweep_has_a_name(runs: Runs) -> None:
+    assert main(["-m", "method=rtn,awq", "bits=w4a4"]) == 0
+    assert {cell.group for cell in runs.cells} == {"method-rtn-awq_bits-w4a4"}
+    runs.cells.clear()
+    assert main(["-m", "method=rtn,awq", "group=mine"]) == 0
+    assert {cell.group for cell in runs.cells} == {"mine"}
+
+
 def test_a_sweep_runs_each_cell_once(runs: Runs) -> None:
     assert main(["-m", "method=rtn,fp", "bits=w6a6,fp,w4a4", "seed=0,1"]) == 0
     assert [cell.full_precision for cell in runs.cells] == [True] * 2 + [False] * 4

@@ -1,4 +1,4 @@
-"""What a stranger gets: the wheel, in a folder of its own, from an empty folder, without the clone."""
+"""What a stranger gets: the wheel, run from an empty folder without the clone."""
 
 import os
 import re

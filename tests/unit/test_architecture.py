@@ -31,9 +31,10 @@ BELOW["cell"] = {*BELOW} - {"command", "markdown", "registration", "routes"}
 BELOW["planning"] = {*BELOW}
 BELOW["tables"] = {*BELOW}
 BELOW["summary"] = {*BELOW}
-BELOW["api"] = {*BELOW} - {"markdown", "planning", "routes", "summary", "tables"}
+BELOW["report"] = {*BELOW}
+BELOW["api"] = {*BELOW} - {"markdown", "planning", "report", "routes", "summary", "tables"}
 BELOW["sweep"] = {"bits", "cell", "config", "errors", "planning", "records", "validation"}
-BELOW["cli"] = {*BELOW} - {"api", "tables"}
+BELOW["cli"] = {*BELOW} - {"api", "report", "tables"}
 
 
 def imported(file: Path) -> Iterator[str]:

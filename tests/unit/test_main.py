@@ -14,7 +14,7 @@ from qvlm.routes import ROUTES
 
 ROOT = Path(__file__).resolve().parents[2]
 # Commands without a target in the Makefile, and why.
-WITHOUT_TARGET: dict[str, str] = {}
+WITHOUT_TARGET = {"diff": "it needs two runs", "gate": "it needs a run"}
 
 
 @pytest.fixture
@@ -48,6 +48,13 @@ def test_a_table_is_swept_and_then_made(calls: list[tuple[str, list[str]]]) -> N
                 "--command=qvlm table2 scale=paper launcher=joblib",
             ],
         ),
+        (
+            "qvlm.report.__main__",
+            [
+                "--results=results/paper",
+                "--command=qvlm table2 scale=paper launcher=joblib",
+            ],
+        ),
     ]
 
 
@@ -56,7 +63,8 @@ def test_the_makefile_names_itself(calls: list[tuple[str, list[str]]]) -> None:
     assert [arguments[1] for name, arguments in calls if name == "run"] == [
         f"experiment={name}" for name in ("table2", "table1", "table5", "draws")
     ]
-    assert calls[-1][1] == ["--runs=mine/runs", "--out=mine", "--command=make claims"]
+    assert calls[-2][1] == ["--runs=mine/runs", "--out=mine", "--command=make claims"]
+    assert calls[-1][1] == ["--results=mine", "--command=make claims"]
 
 
 def test_a_failed_sweep_makes_no_page(calls: list[tuple[str, list[str]]]) -> None:
@@ -115,7 +123,7 @@ def test_help_lists_the_commands(
     shown = capfd.readouterr().out
     assert "qvlm -m experiment=table2 " in shown
     for name, route in ROUTES.items():
-        assert f"  qvlm {name:<12} {route.does}\n" in shown
+        assert f"  qvlm {name:<15} {route.does}\n" in shown
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qvlm.methods.qvlm.candidates import weights_of
+from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.methods.qvlm.vision_loss import Layers
 from qvlm.quantization import QuantLinear, UniformQuantizer, Walk
 from qvlm.quantization.precision import settled
 from qvlm.quantization.targets import vision_layers
 
 
-def simulate(walk: Walk) -> dict[str, nn.Linear]:
+def simulate(walk: Walk, options: SearchOptions) -> dict[str, nn.Linear]:
     """Quantizes the walk's model with the ranges that every method starts from.
 
     The quantized linears of the vision tower stay trainable.
+
+    Args:
+        walk: Walk over the model.
+        options: Options of the search, which say how weights are quantized.
 
     Returns:
         Float linears by full name, for `unwind`.
@@ -25,7 +31,9 @@ def simulate(walk: Walk) -> dict[str, nn.Linear]:
         for name, samples in block.linear_inputs().items():
             floats[block.layer_name(name)] = block.linears[name]
             keep = block.kind == "vision"
-            block.replace(name, block.quantize_linear(name, samples, keep_float=keep))
+            weights = weights_of(block.spec(name)[0], options)
+            layer = block.quantize_linear(name, samples, weights=weights, keep_float=keep)
+            block.replace(name, layer)
     return floats
 
 

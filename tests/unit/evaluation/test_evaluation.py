@@ -88,6 +88,7 @@ def test_predictions_describe_the_dataset_in_its_order(
     expected = pd.DataFrame(
         {
             "question_id": [f"test-{i}" for i in range(len(problems))],
+            "official_id": None,
             "subject": [p["subject"] for p in problems],
             "grade": [p["grade"] for p in problems],
             "skill": [p["skill"] for p in problems],
@@ -125,6 +126,16 @@ def test_a_split_without_a_name_is_numbered(
 ) -> None:
     unnamed = make_dataset(problems[:20], split=None)
     assert run(loaded, unnamed)["question_id"].tolist() == [str(i) for i in range(20)]
+
+
+def test_ids_of_the_authors_are_kept(
+    loaded: LoadedModel, problems: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    named = make_dataset(problems[:6]).add_column("official_id", list("abcdef"))
+    predictions = run(loaded, named)
+    assert predictions["official_id"].tolist() == list("abcdef")
+    predictions.to_parquet(tmp_path / "predictions.parquet")
+    assert pd.read_parquet(tmp_path / "predictions.parquet")["official_id"][3] == "d"
 
 
 def test_predictions_survive_parquet(predictions: pd.DataFrame, tmp_path: Path) -> None:
@@ -248,6 +259,20 @@ def test_sampling_is_seeded_and_leaves_the_callers_random_state(
 
 class Interrupted(Exception):
     """In place of a kill."""
+
+
+def test_an_evaluation_can_be_watched(
+    loaded: LoadedModel, dataset: datasets.Dataset, predictions: pd.DataFrame
+) -> None:
+    seen: list[dict[str, float]] = []
+    watched = evaluate(
+        loaded, dataset, 16, 4, watch=lambda *given: seen.append(dict(enumerate(given)))
+    )
+    pd.testing.assert_frame_equal(watched.predictions, predictions)
+    assert [entry[0] for entry in seen] == [16, 32, 48, 64, 66]
+    average = watched.metrics["classes"]["Avg"]
+    wanted = [66, 66, *(average[key] for key in ("accuracy", "ci_low", "ci_high"))]
+    assert list(seen[-1].values()) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

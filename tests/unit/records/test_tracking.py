@@ -19,7 +19,8 @@ from wandb.proto.wandb_internal_pb2 import Record as Entry
 from qvlm.config.schema import TrackingConfig
 from qvlm.data.scienceqa import COLUMNS
 from qvlm.records.record import Record
-from qvlm.records.tracking import example_rows, log_table, track
+from qvlm.records.tracked import example_rows
+from qvlm.records.tracking import Tracker, log_table
 from qvlm.tables.table2 import main
 from tests.helpers.records import make_record
 
@@ -62,20 +63,36 @@ class Run:
         self.summary: dict[str, Any] = {}
         self.tables: dict[str, Any] = {}
         self.artifacts: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
         read = list(entries(file))
         assert read[-1].WhichOneof("record_type") == "exit"  # nothing is still being written
+        self.exit_code = read[-1].exit.exit_code
         for entry in read:
             kind = entry.WhichOneof("record_type")
             if kind == "run":
                 self.about = entry.run
                 self.config = {u.key: json.loads(u.value_json) for u in entry.run.config.update}
+            elif kind == "config":
+                for update in entry.config.update:
+                    key = update.key or ".".join(update.nested_key)
+                    self.config[key] = json.loads(update.value_json)
+            elif kind == "history":
+                self.history.append(
+                    {
+                        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                        for item in entry.history.item
+                    }
+                )
             elif kind == "summary":
                 for update in entry.summary.update:
                     key = update.key or ".".join(update.nested_key)
                     self.summary[key] = json.loads(update.value_json)
             elif kind == "artifact":
-                kind, name = entry.artifact.type, entry.artifact.name.split("-")[-1]
-                (self.tables if kind == "run_table" else self.artifacts)[name] = entry.artifact
+                artifact = entry.artifact
+                if artifact.type == "run_table":  # run-<id>-<key>
+                    self.tables[artifact.name.split("-")[-1]] = artifact
+                else:
+                    self.artifacts[artifact.name] = artifact
 
     def table(self, name: str) -> pd.DataFrame:
         (content,) = (
@@ -105,6 +122,14 @@ def make_questions(record: Record) -> datasets.Dataset:
         )
     ]
     return datasets.Dataset.from_list(rows, features=COLUMNS)
+
+
+def track(record: Record, problems: Any, tracking: TrackingConfig, group: str) -> None:
+    """Logs a record as the pipeline does."""
+    tags = [record.model, record.method, record.bits]
+    command = record.run["command"]
+    with Tracker(tracking, group, record.name, tags, command, record.config) as tracker:
+        tracker.finish(record, problems)
 
 
 def test_a_cell_is_read_back_from_disk(
@@ -141,6 +166,21 @@ def test_a_cell_is_read_back_from_disk(
     assert run.summary["bits/most_input_levels"] == 15
     assert run.summary["bits/exceeding"] == 0
 
+    assert run.about.notes == record.run["command"]
+    artifact = run.artifacts[record.name]
+    assert artifact.type == "record"
+    files = {content.path: Path(content.local_path) for content in artifact.manifest.contents}
+    assert {name: file.read_bytes() for name, file in files.items()} == {
+        file.name: file.read_bytes() for file in record.path.iterdir()
+    }
+
+    drawn = run.table("accuracy_by_class_table").set_index("class")["accuracy"]
+    assert drawn["NAT"] == record.metrics["classes"]["NAT"]["accuracy"]
+    stages = run.table("seconds_by_stage_table").set_index("stage")["seconds"]
+    assert dict(stages) == {"load": 1.5, "quantize": 1.5, "evaluate": 1.5}
+    for chart in ("accuracy_by_class", "seconds_by_stage"):
+        assert run.config[f"_wandb.visualize.{chart}"]["panel_type"] == "Vega2"
+
     classes = run.table("classes").set_index("class")
     assert list(classes.index) == list(record.metrics["classes"])
     assert classes.loc["Avg", "accuracy"] == record.metrics["classes"]["Avg"]["accuracy"]
@@ -175,7 +215,7 @@ def test_full_precision_has_no_bits(tmp_path: Path) -> None:
     track(record, make_questions(record), tracking, "cells")
     (run,) = runs_in(tmp_path / "elsewhere" / "wandb")
     assert not any(key.startswith("bits/") for key in run.summary)
-    assert set(run.tables) == {"classes"}
+    assert set(run.tables) == {"classes", "accuracy_by_class_table", "seconds_by_stage_table"}
     classes = run.table("classes").set_index("class")
     empty = [name for name, row in record.metrics["classes"].items() if not row["n"]]
     assert empty
@@ -204,6 +244,76 @@ def test_the_sweep_ends_with_its_table(tmp_path: Path, capfd: pytest.CaptureFixt
     assert list(long.columns) == list(frame.columns)
     assert long["accuracy"].tolist() == frame["accuracy"].tolist()
     assert [value for value in long["paper_accuracy"] if value is not None] == []
+    compared = run.table("accuracy_by_cell_table")
+    assert compared["cell"].tolist() == ["mini_llava RTN W4A4"]
+    assert compared["accuracy"].tolist() == [record.metrics["classes"]["Avg"]["accuracy"]]
+
+
+def test_memory_is_drawn_against_accuracy_where_it_is_known(tmp_path: Path) -> None:
+    records = [make_record(tmp_path / "runs", method, n=30) for method in ("RTN", "AWQ")]
+    records[1].run["weight_bytes"] = 3 * 2**20
+    for name in ("t.csv", "t.md"):
+        (tmp_path / name).write_text("a,b\n1,2\n")
+    tracking = TrackingConfig(dir=str(tmp_path / "wandb"))
+    log_table(tmp_path / "t.csv", tmp_path / "t.md", tracking, "g", records)
+    (run,) = runs_in(tmp_path / "wandb")
+    drawn = run.table("accuracy_against_memory_table")
+    assert drawn["weights_mib"].tolist() == [3.0]
+    assert drawn["accuracy"].tolist() == [records[1].metrics["classes"]["Avg"]["accuracy"]]
+    assert run.config["_wandb.visualize.accuracy_against_memory"]["panel_type"] == "Vega2"
+
+
+def test_a_run_is_watched_from_its_first_answers(tmp_path: Path) -> None:
+    record = make_record(tmp_path / "runs", n=30)
+    tracking = TrackingConfig(dir=str(tmp_path / "wandb"), examples=0)
+    with Tracker(tracking, "g", record.name, command="qvlm method=rtn") as tracker:
+        for answered in range(1, 1001):
+            tracker.progress(answered, 1000, answered / 10, 10.0, 90.0)
+        assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+        tracker.finish(record, make_questions(record))
+    (run,) = runs_in(tmp_path / "wandb")
+    steps = [entry for entry in run.history if "progress/answered" in entry]
+    answered = [entry["progress/answered"] for entry in steps]
+    assert 20 <= len(steps) <= 51
+    assert answered == sorted(answered)
+    assert (answered[0], answered[-1]) == (1, 1000)
+    assert [entry["progress/accuracy"] for entry in steps] == [n / 10 for n in answered]
+    assert {entry["progress/ci_high"] for entry in steps} == {90.0}
+    assert run.about.notes == "qvlm method=rtn"
+    assert run.summary["n/Avg"] == 30
+    assert run.exit_code == 0
+
+
+def test_a_cell_that_fails_is_marked_as_failed(tmp_path: Path) -> None:
+    tracking = TrackingConfig(dir=str(tmp_path / "wandb"))
+    with pytest.raises(RuntimeError), Tracker(tracking, "g", "name") as tracker:
+        tracker.progress(1, 10, 100.0, 20.0, 100.0)
+        raise RuntimeError("the model is gone")
+    (run,) = runs_in(tmp_path / "wandb")
+    assert run.exit_code == 1
+    with pytest.raises(RuntimeError), Tracker(tracking, "g", "name"):
+        raise RuntimeError("before the first answer, there is no run yet")
+    assert len(runs_in(tmp_path / "wandb")) == 1
+
+
+def test_a_failure_on_the_way_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    record = make_record(tmp_path / "runs", n=3)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("disk full")
+
+    with Tracker(TrackingConfig(dir=str(tmp_path / "wandb")), "g", record.name) as tracker:
+        tracker.progress(1, 10, 100.0, 20.0, 100.0)
+        monkeypatch.setattr(wandb.Run, "log", broken)
+        for answered in range(2, 10):
+            tracker.progress(answered, 10, 100.0, 20.0, 100.0)
+        tracker.finish(record, make_questions(record))
+    err = capfd.readouterr().err
+    assert err == (f"warning: Weights & Biases did not log {record.name} (ValueError: disk full)\n")
 
 
 def test_off_never_imports_wandb(tmp_path: Path) -> None:
@@ -213,9 +323,11 @@ import sys
 from pathlib import Path
 from qvlm.config.schema import TrackingConfig
 from qvlm.records.record import Record
-from qvlm.records.tracking import log_table, track
+from qvlm.records.tracking import Tracker, log_table
 tracking = TrackingConfig(mode="off", dir=sys.argv[2])
-track(Record.load(sys.argv[1]), [], tracking, "g")
+with Tracker(tracking, "g", "name") as tracker:
+    tracker.progress(1, 2, 100.0, 20.0, 100.0)
+    tracker.finish(Record.load(sys.argv[1]), [])
 log_table(Path("t.csv"), Path("t.md"), tracking, "g")
 sys.exit(any(name.partition(".")[0] == "wandb" for name in sys.modules))
 """

@@ -1,0 +1,150 @@
+"""`python -m qvlm verify`: every number of the committed pages, computed again from the answers.
+
+Each page is made anew from the answers that are committed with it (`qvlm.tables.answers`), by the
+functions that made it from records, and the two texts are compared. No model runs, so this takes
+seconds. What a cell measured, such as its seconds of search, is compared with the committed facts
+of the cell.
+
+    python -m qvlm verify               all pages
+    python -m qvlm verify --rerun 2     runs two of their cells anew, too, and compares the answers
+    python -m qvlm verify --write       writes what the answers give, after a change of wording
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qvlm.command import folder, run_command
+from qvlm.errors import RunError
+from qvlm.tables import audit, claims, table1, table2, table5
+from qvlm.tables.answers import folder_of, read_answers
+from qvlm.tables.command import Table, texts_of, write_files
+from qvlm.tables.differences import Difference, differences
+from qvlm.tables.selection import select
+from qvlm.validation import whole_number
+
+_COMMAND = re.compile(r"^- Command: `(.+)`$", re.M)
+_SHOWN = 20  # differences of a page that are printed
+
+
+@dataclass(frozen=True)
+class Page:
+    """A committed page and how it follows from committed data.
+
+    Attributes:
+        name: Name of its file without the suffix, and of its folder of answers.
+        render: Function that returns the texts of its files, by their paths in the folder of
+            results, for that folder and the command that the page names.
+        answered: Whether it is made of committed answers.
+    """
+
+    name: str
+    render: Callable[[Path, str], Mapping[str, str]]
+    answered: bool = True
+
+
+def _of(table: Table) -> Page:
+    def render(results: Path, command: str) -> Mapping[str, str]:
+        records = read_answers(folder_of(results, table.name))
+        return texts_of(table, select(records, table.wanted), command)
+
+    return Page(table.name, render)
+
+
+def _claims(results: Path, command: str) -> Mapping[str, str]:
+    return {"claims.md": claims.page(read_answers(folder_of(results, "claims")), command)}
+
+
+def _audit(results: Path, command: str) -> Mapping[str, str]:
+    return {"audit.md": audit.page(command)}
+
+
+PAGES = (
+    *map(_of, (table1.TABLE, table2.TABLE, table5.TABLE)),
+    Page("claims", _claims),
+    Page("audit", _audit, answered=False),
+)
+
+
+def check(page: Page, results: Path, write: bool = False) -> list[Difference]:
+    """Compares the files of a page with what its answers give.
+
+    Args:
+        page: Page to check.
+        results: Folder of the page.
+        write: Whether to write what the answers give. Then nothing differs any more.
+
+    Raises:
+        RunError: If the answers are damaged, or of problems that are no longer generated.
+        UserError: If a file cannot be written.
+    """
+    file = results / f"{page.name}.md"
+    printed = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if page.answered and not folder_of(results, page.name).is_dir():
+        absent = "nothing, since no answers are committed with it"
+        return [Difference(file.name, "the whole page", absent)] if printed else []
+    if not page.answered and not printed:
+        return []  # results of somebody's own
+    named = _COMMAND.search(printed)
+    texts = page.render(results, named[1] if named else f"make {page.name}")
+    if write:
+        write_files({results / name: text for name, text in texts.items()})
+        return []
+    found = []
+    for name, text in texts.items():
+        path = results / name
+        found += differences(name, path.read_text("utf-8") if path.is_file() else "", text)
+    return found
+
+
+def _count(found: Sequence[Difference]) -> str:
+    """Returns how many values differ in words, or "" if none does."""
+    many = f"{len(found)} values differ" if found[1:] else "1 value differs"
+    return many if found else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qvlm verify",
+        description="Computes every number of the committed pages again from their answers.",
+    )
+    parser.add_argument(
+        "--results",
+        type=folder,
+        default=Path("results"),
+        help="folder of the pages (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rerun",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also run N random cells anew and compare their answers",
+    )
+    parser.add_argument("--write", action="store_true", help="write what the answers give")
+
+    def work(options: argparse.Namespace) -> None:
+        whole_number("--rerun", options.rerun, 0)
+        found: list[Difference] = []
+        for page in PAGES:
+            own = check(page, options.results, options.write)
+            print(f"{page.name}: {_count(own) or 'every value follows from its answers'}")
+            for difference in own[:_SHOWN]:
+                print(f"  {difference}")
+            found += own
+        if options.rerun:
+            from qvlm.tables.rerun import rerun
+
+            found += rerun([folder_of(options.results, page.name) for page in PAGES], options.rerun)
+        if found:
+            raise RunError(f"{_count(found)}, the first in {found[0]}")
+
+    return run_command(parser, work, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""A page is checked against its committed answers, and one changed digit is found and named."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qvlm.errors import RunError
+from qvlm.records.record import Record
+from qvlm.tables import claims, table1, table2, table5
+from qvlm.tables.answers import folder_of
+from qvlm.tables.differences import Difference, differences
+from qvlm.tables.labels import CDM, ERROR_PROXY, VEO
+from qvlm.tables.rerun import compare, configuration
+from qvlm.tables.verify import PAGES, check, main
+from tests.helpers.records import make_layers, make_record
+
+ACCURACY = {"RTN": 60.0, "AWQ": 55.0, "QLoRA": 62.0, "Layer-wise": 64.0, "Q-VLM": 70.0}
+ACCURACY |= {CDM: 66.0, VEO: 65.0, ERROR_PROXY: 63.0}
+COMMANDS = {
+    module.__name__.rpartition(".")[2]: module for module in (table1, table2, table5, claims)
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of results: every page of these records, with its answers."""
+    results = tmp_path_factory.mktemp("made") / "results"
+    runs = results / "runs"
+    for model in ("mini_llava", "mini_moe_llava"):
+        make_record(runs, bits="FP", model=model, accuracy=90.0, generated=True, n=200)
+    for seed, (method, accuracy) in enumerate(ACCURACY.items()):
+        make_record(runs, method, accuracy=accuracy, seed=seed, generated=True, n=200)
+    make_record(runs, "AWQ", name="older", finished="2025", generated=True, n=200)
+    make_record(runs, "ZeroQuant", layers=[], generated=True, n=200)
+    for name, module in COMMANDS.items():
+        said = ["--runs", str(runs), "--out", str(results), "--command", f"make {name}"]
+        assert module.main(said) == 0
+    shutil.rmtree(runs)  # what is committed is enough
+    return results
+
+
+@pytest.fixture
+def results(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "results"))
+
+
+def test_every_page_follows_from_its_answers(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--results", str(made)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for name in COMMANDS:
+        assert f"{name}: every value follows from its answers" in out
+        assert (made / f"{name}.md").is_file()
+    assert "older" in (made / "table2.md").read_text()
+
+
+def digits(name: str, text: str) -> list[int]:
+    """The positions of some digits in the rows of a file's tables, from its first to its last."""
+    rows = r"(?<=\n).*,.*$" if name.endswith(".csv") else r"^\| .*\|$"
+    found = [
+        line.start() + digit.start()
+        for line in re.finditer(rows, text, re.M)
+        for digit in re.finditer(r"[0-9]", line[0])
+        if digit.start() > line[0].find("|", 2)  # the first cell names the row
+    ]
+    return found[:: max(1, len(found) // 40)]
+
+
+@pytest.mark.parametrize(
+    "name", ["table1.md", "table1.csv", "table2.md", "table2.csv", "table5.md", "claims.md"]
+)
+def test_one_changed_digit_is_found(made: Path, name: str) -> None:
+    text = (made / name).read_text()
+    (page,) = (page for page in PAGES if page.name == Path(name).stem)
+    computed = page.render(made, f"make {page.name}")[name]
+    places = digits(name, text)
+    assert len(places) >= 30
+    for place in places:
+        changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+        (found,) = differences(name, changed, computed)
+        line = text[:place].count("\n") + 1
+        assert found.place.startswith(f"{name}, line {line}, row "), found
+        assert found.printed != found.computed
+
+
+def test_a_difference_names_page_row_column_and_both_values(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = results / "table2.md"
+    text = file.read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| **AWQ**"))
+    value = row.split("|")[4].strip()
+    assert re.fullmatch(r"[0-9]+\.[0-9][0-9]", value)
+    cells = row.split("|")
+    cells[4] = cells[4].replace(value, "12.34")
+    file.write_text(text.replace(row, "|".join(cells), 1))
+    assert main(["--results", str(results)]) == 1
+    out, err = capsys.readouterr()
+    assert "table1: every value follows" in out
+    line = text[: text.index(row)].count("\n") + 1
+    expected = f"table2.md, line {line}, row **AWQ**, column SOC: 12.34 is printed, {value} follows"
+    assert f"  {expected}" in out
+    assert err == f"error: 1 value differs, the first in {expected}\n"
+
+
+def test_a_page_without_answers_is_not_taken_on_trust(results: Path) -> None:
+    shutil.rmtree(folder_of(results, "table2"))
+    (found,) = check(PAGES[1], results)
+    assert "no answers are committed" in found.computed
+    (results / "table2.md").unlink()
+    assert check(PAGES[1], results) == []
+
+
+def test_an_answer_that_was_changed_changes_the_page(results: Path) -> None:
+    folder = folder_of(results, "table2")
+    one, other = (folder / f"mini_llava-{m}-w4a4-00000000.json.gz" for m in ("awq", "qlora"))
+    one.write_bytes(other.read_bytes())
+    assert check(PAGES[1], results)
+
+
+def test_a_page_of_another_wording_is_written_anew(results: Path) -> None:
+    file = results / "table2.md"
+    text = file.read_text()
+    file.write_text(text.replace("accuracy in percent", "accuracy"))
+    assert check(PAGES[1], results)
+    assert main(["--results", str(results), "--write"]) == 0
+    assert file.read_text() == text
+
+
+def test_lines_cells_and_ends_are_compared() -> None:
+    page = "# A\n\n| a | b |\n| :- | -: |\n| x | 1 |\n|  | 2 |\n"
+    assert differences("p.md", page, page) == []
+    assert differences("p.md", page, page.replace("2", "3")) == [
+        Difference("p.md, line 6, row x, column b", "2", "3")
+    ]
+    assert differences("p.md", page, page + "more\n") == [
+        Difference("p.md, line 7", "nothing", "more")
+    ]
+    assert differences("p.md", page, page.replace("| x | 1 |\n", "")) != []
+    assert differences("p.md", page, page[:-1]) != []
+    table = "a,b,c,d\nx,y,z,1\n"
+    assert differences("t.csv", table, table.replace("1", "2")) == [
+        Difference("t.csv, line 2, row x y z, column d", "1", "2")
+    ]
+    assert differences("t.csv", table, "a,b,c,d\n") == [
+        Difference("t.csv, line 2", "x, y, z, 1", "nothing")
+    ]
+
+
+def test_records_that_cannot_be_kept_leave_no_answers(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = runs.parent / "out"
+    make_record(runs, "RTN", generated=True)
+    assert table2.main(["--runs", str(runs), "--out", str(out)]) == 0
+    assert folder_of(out, "table2").is_dir()
+    make_record(runs, "AWQ")
+    capsys.readouterr()
+    assert table2.main(["--runs", str(runs), "--out", str(out)]) == 0
+    assert "its problems are not generated" in capsys.readouterr().err
+    assert not folder_of(out, "table2").exists()
+
+
+def test_answers_are_compared_question_by_question(runs: Path) -> None:
+    first = make_record(runs, "RTN", generated=True, layers=make_layers("W4A4"))
+    again = make_record(runs.parent / "again", "RTN", generated=True)
+    assert compare(first, again) == []
+    again.predictions.loc[7, "prediction"] = (again.predictions["prediction"][7] + 1) % 2
+    (found,) = compare(first, again)
+    assert found.place == f"{first.name}, question test-7"
+    shorter = make_record(runs.parent / "shorter", "RTN", generated=True, n=100)
+    assert compare(first, shorter)[0].printed == "300 questions"
+
+
+def test_only_methods_of_this_package_are_run_anew(runs: Path) -> None:
+    record: Record = make_record(runs, "RTN", generated=True)
+    with pytest.raises(RunError, match=r"methods\.RTN is not a method of this package"):
+        configuration(record, "results")
