@@ -18,12 +18,14 @@ from qvlm.models.checkpoints.tokenizer import load_tokenizer
 from qvlm.models.checkpoints.weights import Weights
 
 ARCHITECTURE = "LlamaForCausalLM"
+# The second is what transformers calls the first where it saves our own class.
+KINDS = (ARCHITECTURE, "LanguageModel")
 
 
 def is_language_model(content: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a LLaMA alone."""
     kinds = content.get("architectures") or [ARCHITECTURE]
-    return content.get("model_type") == LlamaConfig.model_type and kinds[0] == ARCHITECTURE
+    return content.get("model_type") == LlamaConfig.model_type and kinds[0] in KINDS
 
 
 def load_language_model(

@@ -36,7 +36,10 @@ from tests.helpers.configs import load
 from tests.helpers.language_models import save_language_model, tiny_language_model, write_texts
 
 PROMPTING = Prompting("CQM-A", "smollm2")
-PROBLEM = {"question": "one ?", "choices": ["two", "ten"], "hint": "", "answer": 1, "image": None}
+PROBLEM = {
+    **{"question": "one ?", "choices": ["two", "ten"], "hint": "", "answer": 1, "image": None},
+    **{"lecture": "", "solution": ""},
+}
 LINEARS = 2 * 7
 
 
