@@ -117,8 +117,7 @@ class LoadedModel:
         batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         present = [image for image in images if image is not None]
         if present:
-            if self.image_processor is None:
-                raise ValueError(f"model {self.name} reads no image")
+            assert self.image_processor is not None  # or there were no ids
             if self.image_fit == "pad":
                 present = [
                     pad_to_square(image, self.image_processor.image_mean) for image in present
@@ -138,11 +137,14 @@ class LoadedModel:
             Token ids of each text. An image takes `image_tokens` positions.
 
         Raises:
-            ValueError: If a text does not hold exactly one `<image>` for each image.
+            ValueError: If a text does not hold exactly one `<image>` for each image, or there is an
+                image and the model reads none.
         """
         for prompt, image in zip(prompts, images, strict=True):
             if prompt.count(IMAGE_TOKEN) != (image is not None):
                 raise ValueError("a prompt needs exactly one <image> for each image")
+            if image is not None and not self.reads_images:
+                raise ValueError(f"model {self.name} reads no image")
         pieces = [text.replace(IMAGE_TOKEN, self.image_text).split(IMAGE_TOKEN) for text in prompts]
         flat = [piece for row in pieces for piece in row]
         encoded = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"])

@@ -13,18 +13,18 @@ from transformers import LlamaConfig
 
 from qvlm.errors import UserError, first_line
 from qvlm.models.checkpoints.checkpoint import Checkpoint, build_model
+from qvlm.models.checkpoints.families.transformers_llava import LANGUAGE_MODEL
 from qvlm.models.checkpoints.tensors import find_tensors
 from qvlm.models.checkpoints.tokenizer import load_tokenizer
 from qvlm.models.checkpoints.weights import Weights
 
-ARCHITECTURE = "LlamaForCausalLM"
 # The second is what transformers calls the first where it saves our own class.
-KINDS = (ARCHITECTURE, "LanguageModel")
+KINDS = (LANGUAGE_MODEL, "LanguageModel")
 
 
 def is_language_model(content: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a LLaMA alone."""
-    kinds = content.get("architectures") or [ARCHITECTURE]
+    kinds = content.get("architectures") or [LANGUAGE_MODEL]
     return content.get("model_type") == LlamaConfig.model_type and kinds[0] in KINDS
 
 
