@@ -87,8 +87,9 @@ def reference_of(
 ) -> SavedStates | None:
     """Returns what the model in full precision makes of the windows.
 
-    It is computed once for all cells of a results folder. A model that is packed already cannot
-    compute it and takes what another cell left.
+    It is computed once for all cells of a results folder. A model that is streamed cannot compute
+    it and takes what another cell left. A checkpoint that was packed before does not say which
+    weights it was made of, so that nothing can be compared with it.
 
     Args:
         config: Configuration of the cell.
@@ -96,11 +97,13 @@ def reference_of(
         loaded: Model in full precision or, if the cell is given a packed one, packed.
         windows: Windows to score.
     """
+    if config.model.packed is not None:
+        return None
     parts = [files_hashed["model"], config.model.dtype, config.model.expert_capacity]
     parts += [[w.document, w.passage.ids, w.passage.scored] for w in windows]
     identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     file = Path(config.results_dir) / REFERENCES / f"{config.model.name}-{identity}.safetensors"
-    if config.packed_source is not None:
+    if config.stream:
         return read_states(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     return refer(loaded, windows, file)
