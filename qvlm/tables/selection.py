@@ -65,10 +65,10 @@ def of_whole_method(record: Record) -> bool:
 
 def is_ordinary(record: Record) -> bool:
     """Whether a record is of simulated execution and not of the claims, which have own pages."""
-    return execution(record) == "simulated" and not is_of_claims(record)
+    return execution(record) == "simulated" and not is_draw(record)
 
 
-def is_of_claims(record: Record) -> bool:
+def is_draw(record: Record) -> bool:
     """Whether a record is of the claims, whose cells vary draws and trainings."""
     return record.config["group"] == "claims"
 

@@ -1,6 +1,7 @@
 """The paper's claims, each with a verdict: a designed experiment and one analysis of it.
 
-`catalog.py` lists the claims, `design.py` says what runs, what it costs and what it can see,
+`catalog.py` lists the claims, `design.py` says what it costs and what it can see,
+`plan.py` says which cells run over which trainings,
 `components.py` takes the uncertainty of a difference apart, and `page.py` makes the page.
 """
 
