@@ -50,13 +50,21 @@ ROUTES = {
         "measures the paper's architectures at full size", "qvlm.tables.table4_scale.__main__"
     ),
     "table5": Route("makes Table 5: entropy as proxy", "qvlm.tables.table5", ("table5",)),
+    "ablation": Route("takes the parts of RoCo apart", "qvlm.tables.ablation", ("ablation",)),
     "claims": Route(
         "says which claims of the paper hold",
-        "qvlm.tables.claims.__main__",
+        "qvlm.tables.claims",
         ("claims",),
         "qvlm.tables.claims.plan",
     ),
+    "table-real": Route(
+        "measures a real language model on plain text",
+        "qvlm.tables.table_real",
+        ("table_real", "table_real_first", "table_real_methods", "table_real_search"),
+    ),
+    "outliers": Route("shows the outliers of a model", "qvlm.tables.outliers"),
     "report": Route("makes a page of all records, to look at in a browser", "qvlm.report.__main__"),
+    "workspace": Route("arranges the runs in a W&B account", "qvlm.report.workspace"),
     "gpu": Route("measures packed models on a GPU", "qvlm.tables.gpu.__main__"),
     "fit": Route("says which models fit a memory budget", "qvlm.planning.footprint"),
     "verify": Route("recomputes the committed pages", "qvlm.tables.verify"),

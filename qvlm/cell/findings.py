@@ -42,6 +42,7 @@ class Findings:
         evaluation: Answers and metrics, or None if the model was not evaluated.
         weight_bytes: Bytes of all parameters and buffers of the model that was evaluated.
         kernels: Number of calls during the evaluation by kernel.
+        kernel_choices: What packed layers chose and what they measured, in the first process.
     """
 
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Findings:
     evaluation: Evaluation | None = None
     weight_bytes: int = 0
     kernels: dict[str, int] = field(default_factory=dict)
+    kernel_choices: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def exceeding(self) -> list[str]:
@@ -80,6 +82,7 @@ def describe_run(
         "seed": config.seed,
         "execution": config.execution,
         "kernels": findings.kernels,
+        "kernel_choices": findings.kernel_choices,
         "weight_bytes": findings.weight_bytes,
         "device": device,
         "processes": workers.world_size(),

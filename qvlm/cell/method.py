@@ -16,7 +16,7 @@ from qvlm.packing import read_origin
 from qvlm.quantization import Walk
 from qvlm.validation import plain_parameters
 
-STREAMABLE = "rtn, awq, layerwise, qlora, zeroquant"
+STREAMABLE = "rtn, awq, layerwise, qlora, zeroquant, smoothquant, gptq, quarot"
 
 
 def method_class(node: Mapping[str, Any]) -> Any:

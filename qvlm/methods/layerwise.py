@@ -12,7 +12,7 @@ from typing import Any
 
 from qvlm.methods.base import MethodReport
 from qvlm.methods.qvlm.search import search_block, unsearched
-from qvlm.methods.qvlm.search_options import PERCENTILES, SearchOptions
+from qvlm.methods.qvlm.search_options import PERCENTILES, SearchOptions, with_weights
 from qvlm.quantization import Walk
 
 
@@ -20,14 +20,13 @@ class LayerWise:
     """Chooses the clipping percentile of every linear on its own.
 
     Args:
-        percentiles, normalise, output, clip, clip_weights, search_tokens: See `SearchOptions`. As
-            a control, this method needs the values of the Q-VLM run that it is compared with.
+        percentiles, normalise, output, clip, clip_weights, search_tokens, weights: See
+            `SearchOptions`. As a control, this method needs the values of the Q-VLM run that it is
+            compared with.
 
     Raises:
         UserError: If an option has a value that is not accepted; the message names both.
     """
-
-    name = "Layer-wise"
 
     def __init__(
         self,
@@ -37,10 +36,12 @@ class LayerWise:
         clip: str = "percentile",
         clip_weights: bool = True,
         search_tokens: int = 4096,
+        weights: str = "uniform",
     ) -> None:
         self.search_options = SearchOptions(
-            percentiles, normalise, output, clip, clip_weights, search_tokens
+            percentiles, normalise, output, clip, clip_weights, search_tokens, weights
         )
+        self.name = with_weights("Layer-wise", weights)
 
     def quantize(self, walk: Walk) -> MethodReport:
         """Quantizes the walk's model in place; the details state the result of each layer."""

@@ -8,6 +8,8 @@ NormalFloat blocks run along the flattened weight, as in QLoRA's own code, so th
 shared weight quantizer has no effect here.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from qvlm import validation
@@ -51,11 +53,21 @@ class QLoRA:
         for block in walk.blocks():
             for name, samples in block.linear_inputs().items():
                 bits = block.spec(name)[0].bits
-
-                def normal_float(weight: Tensor, bits: int = bits) -> NormalFloatQuantizer:
-                    return NormalFloatQuantizer.from_weight(
-                        weight, bits, self.block_size, self.nested_block_size
-                    )
-
-                block.replace(name, block.quantize_linear(name, samples, weights=normal_float))
+                weights = normal_float(bits, self.block_size, self.nested_block_size)
+                block.replace(name, block.quantize_linear(name, samples, weights=weights))
         return MethodReport(details={"uncalibrated": list(walk.uncalibrated)})
+
+
+def normal_float(
+    bits: int, block_size: int = 64, nested_block_size: int | None = 256
+) -> Callable[[Tensor], NormalFloatQuantizer]:
+    """The function from a weight [out, in] to its NormalFloat quantizer.
+
+    Args:
+        bits: Number of bits, 2 to 8.
+        block_size: Number of weights that share an absmax.
+        nested_block_size: Number of absmax values that share an 8-bit scale; None keeps them float.
+    """
+    return lambda weight: NormalFloatQuantizer.from_weight(
+        weight, bits, block_size, nested_block_size
+    )

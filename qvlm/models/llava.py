@@ -10,7 +10,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    PreTrainedModel,
+)
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
@@ -18,18 +23,18 @@ from qvlm.models import attention
 
 
 class LlavaArchitecture(LlavaConfig):
-    """`LlavaConfig` plus the type of its projector: "linear" or "mlp2x_gelu"."""
+    """`LlavaConfig` plus what transformers' LLaVA has no option for.
+
+    Attributes:
+        projector_type: "linear" or "mlp2x_gelu".
+        head_bias: Whether the output head has a bias. A method that folds the shift of the last
+            norm into the head gives it one.
+    """
 
     model_type = "qvlm_llava"
 
     projector_type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-
-
-def image_tokens(architecture: LlavaArchitecture) -> int:
-    """Returns the number of positions that one image takes in the language model."""
-    return image_token_count(
-        architecture.vision_config, architecture.vision_feature_select_strategy
-    )
+    head_bias: bool = False
 
 
 def image_token_count(vision: CLIPVisionConfig, strategy: str) -> int:
@@ -99,9 +104,18 @@ class Llava(LlavaForConditionalGeneration):
                 bias=config.multimodal_projector_bias,
             )
             self.post_init()
-        self.lm_head.register_forward_pre_hook(_make_contiguous)
-        if text._attn_implementation == "sdpa":  # transformers' default
-            text._attn_implementation = attention.NAME
+        if config.head_bias:
+            self.lm_head = nn.Linear(text.hidden_size, text.vocab_size)
+            self.post_init()
+        prepared_for_decoding(self)
+
+
+def prepared_for_decoding(model: PreTrainedModel) -> None:
+    """Makes head and attention of a model fast for the single tokens of an answer."""
+    model.lm_head.register_forward_pre_hook(_make_contiguous)
+    text = model.config.get_text_config()
+    if text._attn_implementation == "sdpa":  # transformers' default
+        text._attn_implementation = attention.NAME
 
 
 AutoConfig.register(LlavaArchitecture.model_type, LlavaArchitecture, exist_ok=True)

@@ -29,6 +29,8 @@ class MixtureConfig(PretrainedConfig):
         moe_layers: Indices of the layers with a mixture; None is every other layer, from the first.
         capacity_factor: DeepSpeed's `eval_capacity_factor`; None sets no limit.
         min_capacity: Least number of tokens that an expert takes where there is a limit.
+        router_bias: Whether routers have a bias. A method that folds the shift of a norm into the
+            router gives it one.
     """
 
     num_experts: int = 4
@@ -36,6 +38,7 @@ class MixtureConfig(PretrainedConfig):
     moe_layers: list[int] | None = None
     capacity_factor: float | None = None
     min_capacity: int = 0
+    router_bias: bool = False
 
 
 def set_expert_capacity(config: PretrainedConfig, rule: str) -> None:
@@ -98,7 +101,7 @@ class MixtureOfExperts(nn.Module):
         self.top_k = config.num_experts_per_token
         self.capacity_factor = config.capacity_factor
         self.min_capacity = config.min_capacity
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=config.router_bias)
         self.experts = nn.ModuleList(expert(config) for _ in range(config.num_experts))
         self.balance_loss: Tensor | None = None
 

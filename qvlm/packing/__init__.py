@@ -16,6 +16,7 @@ from qvlm.packing.kernels.bounds import accumulation_bound
 from qvlm.packing.layer import PackedLinear
 from qvlm.packing.model import (
     force_kernel,
+    kernel_choices,
     kernels_used,
     pack_model,
     packed_layers,
@@ -38,6 +39,7 @@ __all__ = [
     "accumulation_bound",
     "force_kernel",
     "is_packed",
+    "kernel_choices",
     "kernel_named",
     "kernels_used",
     "load_packed",

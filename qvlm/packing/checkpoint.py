@@ -32,9 +32,10 @@ from qvlm.packing.model import packed_layers
 from qvlm.records.strict import build
 
 METHOD = "qvlm_packed"
-VERSION = 2
-# Version 1 stored channels in their own order, which is the default of a form.
-READABLE = (1, 2)
+VERSION = 3
+# Forms of version 1 have no order of channels, and those of version 2 no transform of inputs; both
+# are what a form has by default.
+READABLE = (1, 2, 3)
 
 
 @register_quantization_config(METHOD)
@@ -86,8 +87,7 @@ class PackedQuantizer(HfQuantizer):
                 linear = model.get_submodule(name)
             except AttributeError as error:
                 raise ValueError(f"the model has no layer {name}") from error
-            sizes = (form.in_features, form.out_features, form.bias)
-            if not isinstance(linear, nn.Linear) or sizes != _sizes(linear):
+            if not isinstance(linear, nn.Linear) or not _fits(form, linear):
                 raise ValueError(f"the form of {name} is not that of the model's layer")
             with torch.device("meta"):
                 model.set_submodule(name, PackedLinear(form, layer_name=name))
@@ -102,8 +102,10 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
-def _sizes(linear: nn.Linear) -> tuple[int, int, bool]:
-    return linear.in_features, linear.out_features, linear.bias is not None
+def _fits(form: Form, linear: nn.Linear) -> bool:
+    """Whether a packed layer can replace a linear; a method may have given it a bias."""
+    sizes = form.in_features, form.out_features
+    return sizes == (linear.in_features, linear.out_features) and (form.bias or linear.bias is None)
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:

@@ -40,6 +40,8 @@ class Form:
         constant_block_size: Number of absmax codes that share a nested absmax.
         ordered: Whether channels are stored cluster by cluster. Each weight group then lies in one
             cluster of the input, so its channels share both scales.
+        hadamard: Whether the input is transformed by a Hadamard matrix before it is quantized (see
+            `qvlm.quantization.hadamard`).
     """
 
     in_features: int
@@ -57,6 +59,7 @@ class Form:
     constants: tuple[int, ...] = ()
     constant_block_size: int = 1
     ordered: bool = False
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         """Refuses sizes that do not belong together.
@@ -136,6 +139,7 @@ def pack_numbers(layer: QuantLinear) -> tuple[Form, dict[str, Tensor]]:
         "out_features": layer.out_features,
         "bias": layer.bias is not None,
         "weight_bits": quantizer.bits,
+        "hadamard": layer.hadamard,
     }
     numbers = {"codes": pack(codes if order is None else codes[:, order], quantizer.bits)}
     for found, tensors in (_weight_scales(layer, name), _input_scales(layer, order, name)):

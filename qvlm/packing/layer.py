@@ -6,8 +6,9 @@ sums are rounded, by at most `kernels.bounds.accumulation_bound`. In a model in 
 `native` and `int_mm` round each output once, as `QuantLinear.compute_in_float64` does. In a model
 in float64, every kernel that runs sums in float64, as the simulation does.
 
-A kernel is chosen at each call (`choose`) from device, number of rows and bit widths, unless
-`kernel` forces one. The counter `used` says which kernels ran. See `kernels` for the products.
+A kernel is chosen from device, number of rows and bit widths (`choose`), and among those that give
+the same answers by what they take (`kernels.measured`), unless `kernel` forces one. The counter
+`used` says which kernels ran. See `kernels` for the products.
 
 Left out: gradients, and a floating-point copy of the whole weight.
 """
@@ -23,8 +24,17 @@ from qvlm.errors import RunError, UserError
 from qvlm.packing.absmax import dequantize_absmax
 from qvlm.packing.form import Form, buffers, pack_numbers
 from qvlm.packing.formats import pack, unpack
-from qvlm.packing.kernels import AUTO, Kernel, fits_dtype, kernel_named, preferred, serving
+from qvlm.packing.kernels import (
+    AUTO,
+    Kernel,
+    chosen,
+    fits_dtype,
+    kernel_named,
+    preferred,
+    serving,
+)
 from qvlm.packing.kernels.reference import float_weight
+from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import (
@@ -34,12 +44,16 @@ from qvlm.quantization.quantizer import (
     affine_grid,
 )
 
+# Number of rows, type of the input and number of threads.
+Asked = tuple[int, torch.dtype, int]
+
 
 class PackedLinear(nn.Module):
     """y = x_hat W_hat^T + b, from packed codes.
 
     Methods take and return channels in their own order, which is that of the input. Those whose
-    names say `stored` use the order of the codes; kernels compute with these.
+    names say `stored` use the order of the codes; kernels compute with these, on an input that is
+    already transformed if the form says `hadamard`.
 
     Args:
         form: Sizes and kinds of the layer. The buffers are empty until numbers are loaded into
@@ -53,6 +67,8 @@ class PackedLinear(nn.Module):
         layout: Name of the kernel whose layout `codes` has, or None.
         order: Only if `form.ordered`, the channel that each stored channel is, [in] int32.
         used: Number of calls that each kernel served, by name.
+        choices: Kernel that "auto" took for each number of rows, type and number of threads, and
+            the seconds that it and others were measured to take, by name.
         derived: What kernels derive from the buffers once and keep, by a name of their choice.
 
     Raises:
@@ -77,6 +93,7 @@ class PackedLinear(nn.Module):
         self.layout: str | None = None
         self.used: Counter[str] = Counter()
         self.derived: dict[str, Any] = {}
+        self.choices: dict[Asked, tuple[str, dict[str, float]]] = {}
         for name, (shape, dtype) in buffers(form).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         if not form.bias:
@@ -120,7 +137,7 @@ class PackedLinear(nn.Module):
         return [kernel.name for kernel in serving(self)]
 
     def choose(self, rows: int, dtype: torch.dtype = torch.float32) -> str:
-        """Returns the name of the kernel for an input.
+        """Returns the name of the kernel that is preferred for an input.
 
         Args:
             rows: Number of rows of the input.
@@ -128,9 +145,22 @@ class PackedLinear(nn.Module):
                 models in bf16, which round them too. In a model in float64, a kernel that was asked
                 for and does not sum in float64 leaves the layer to another.
         """
-        if self.kernel != AUTO and fits_dtype(kernel_named(self.kernel), self, dtype):
-            return self.kernel
-        return preferred(self, rows, dtype).name
+        return self._forced(dtype) or preferred(self, rows, dtype).name
+
+    def _choose(self, rows: int, dtype: torch.dtype) -> str:
+        """Returns the name of the kernel for an input that is there, measured where that helps."""
+        if forced := self._forced(dtype):
+            return forced
+        asked = (rows, dtype, torch.get_num_threads())
+        if asked not in self.choices:
+            kernel, seconds = chosen(self, rows, dtype)
+            self.choices[asked] = (kernel.name, seconds)
+        return self.choices[asked][0]
+
+    def _forced(self, dtype: torch.dtype) -> str | None:
+        """The kernel that was asked for, if it serves inputs of this type."""
+        asked = self.kernel
+        return asked if asked != AUTO and fits_dtype(kernel_named(asked), self, dtype) else None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -143,10 +173,10 @@ class PackedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         if not _is_captured(x) and not _is_finite(rows):
             raise RunError(f"The input of {self._label()} is not finite.")
-        kernel = self.choose(len(rows), x.dtype)
+        kernel = self._choose(len(rows), x.dtype)
         self.used[kernel] += 1
         bias = None if self.bias is None else self.bias.view(torch.float32)
-        y = kernel_named(kernel).linear(self, rows, bias)
+        y = kernel_named(kernel).linear(self, self.transformed(rows), bias)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def working_bytes(self, rows: int) -> int:
@@ -176,12 +206,16 @@ class PackedLinear(nn.Module):
             Steps q - z, [rows, in] float32; scale and zero point z in float32, which broadcast to
             the steps. The scale is one where it is folded into the weight.
         """
-        steps, scale, zero_point = self.stored_steps(x)
+        steps, scale, zero_point = self.stored_steps(self.transformed(x))
         return (
             self._in_own_order(steps),
             self._in_own_order(scale),
             self._in_own_order(zero_point),
         )
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """Returns what the kernels read of an input [rows, in]: its transform, or itself."""
+        return hadamard_transform(x) if self.form.hadamard else x
 
     def weight_scales(self) -> tuple[Tensor, Tensor]:
         """Returns scale and zero point of a uniform weight, both [out, groups] float32."""
@@ -224,7 +258,9 @@ class PackedLinear(nn.Module):
             zero_point = self._in_own_order(self.input_zero_point.float())
             inputs = UniformQuantizer(form.input_bits, scale, zero_point, folds=form.folds)
         bias = None if self.bias is None else self.bias.view(torch.float32)
-        return QuantLinear(self.dequantized(), bias, weights, inputs, self.layer_name)
+        return QuantLinear(
+            self.dequantized(), bias, weights, inputs, self.layer_name, form.hadamard
+        )
 
     def as_stored(self, x: Tensor) -> Tensor:
         """Returns an input [rows, in] with its channels in the order of the codes."""

@@ -1,6 +1,7 @@
 """Packs the layers of a whole quantized model in place, and counts the bytes of its weights."""
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
@@ -67,6 +68,35 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
 def kernels_used(model: nn.Module) -> dict[str, int]:
     """Returns the number of calls that each kernel has served in all packed layers, by its name."""
     return dict(sum((layer.used for layer in packed_layers(model).values()), Counter[str]()))
+
+
+def kernel_choices(model: nn.Module) -> list[dict[str, Any]]:
+    """Returns what `kernel=auto` chose in all packed layers and why, each kind of layer once.
+
+    Returns:
+        For each kind that was measured, its shape [out, in], the model's type, the number of
+        threads, the least and largest number of rows, the kernel, and milliseconds by kernel and
+        for "float", the floating-point product of the same size.
+    """
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    for layer in packed_layers(model).values():
+        for (count, dtype, threads), (kernel, seconds) in layer.choices.items():
+            shape = (layer.out_features, layer.in_features)
+            times = tuple((name, 1e3 * value) for name, value in seconds.items())
+            kind = (shape, str(dtype).removeprefix("torch."), threads, kernel, times)
+            if times:
+                rows.setdefault(kind, []).append(count)
+    return [
+        {
+            "shape": list(shape),
+            "dtype": dtype,
+            "threads": threads,
+            "rows": [min(counts), max(counts)],
+            "kernel": kernel,
+            "milliseconds": dict(times),
+        }
+        for (shape, dtype, threads, kernel, times), counts in rows.items()
+    ]
 
 
 def weight_bytes(model: nn.Module) -> int:

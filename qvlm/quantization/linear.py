@@ -11,6 +11,9 @@ of it. It is therefore folded into the weight before the weight is quantized:
 The layer quantizes W' and multiplies it with q - z. So the simulation computes exactly what
 integers compute: q W' minus the constant z W', which an integer layer stores as a bias.
 
+A layer may transform its input by a Hadamard matrix H before it quantizes it (`hadamard`). Its
+weight has then absorbed the inverse: W x = (W H^T)(H x), and W H^T takes the place of W above.
+
 float32 rounds every value and every partial sum, and one such rounding can move an input of the
 next layer to the neighboring code. In a model in float64, q - z times its scale is exact and sums
 are in float64, as they are in a product that sums integers. After `compute_in_float64` a layer of
@@ -26,6 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvlm.errors import RunError
+from qvlm.quantization.first_token import FirstToken, with_first_in_float
+from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.precision import settled, wide
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 
@@ -43,6 +48,8 @@ class QuantLinear(nn.Module):
             that of W' (see the module's docstring).
         float_weight: Float weight [out, in] before quantization, or None.
         layer_name: Full name in the model, for errors and records.
+        first_token: Knowledge of first positions, whose input stays in floating point, or None.
+        hadamard: Whether the input is transformed before it is quantized (see the module).
     """
 
     weight: Tensor | None
@@ -55,6 +62,7 @@ class QuantLinear(nn.Module):
         weight_quantizer: Quantizer,
         input_quantizer: Quantizer,
         layer_name: str = "",
+        hadamard: bool = False,
     ) -> None:
         """Takes a weight [out, in] that `weight_quantizer` has quantized and dequantized."""
         super().__init__()
@@ -62,7 +70,9 @@ class QuantLinear(nn.Module):
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.layer_name = layer_name
+        self.hadamard = hadamard
         self.float_weight: nn.Parameter | None = None
+        self.first_token: FirstToken | None = None
         weight = wide(weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if bias is None else bias.detach().to(weight, copy=True))
@@ -75,19 +85,26 @@ class QuantLinear(nn.Module):
         input_quantizer: Quantizer,
         keep_float: bool = False,
         layer_name: str = "",
+        hadamard: bool = False,
     ) -> "QuantLinear":
         """Quantizes a linear.
 
         Args:
             linear: Float linear, which is not changed.
-            weight_quantizer: Quantizer of `folded_weight(linear.weight, input_quantizer)`.
+            weight_quantizer: Quantizer of `folded_weight(linear.weight, ...)`.
             input_quantizer: Quantizer of the layer's input.
             keep_float: Whether the float weight and the bias stay trainable.
             layer_name: Full name in the model.
+            hadamard: Whether the input is transformed before it is quantized.
         """
-        weight = folded_weight(linear.weight, input_quantizer)
+        weight = folded_weight(linear.weight, input_quantizer, hadamard)
         layer = cls(
-            weight_quantizer(weight), linear.bias, weight_quantizer, input_quantizer, layer_name
+            weight_quantizer(weight),
+            linear.bias,
+            weight_quantizer,
+            input_quantizer,
+            layer_name,
+            hadamard,
         )
         if keep_float:
             layer.float_weight = nn.Parameter(weight.clone())
@@ -104,8 +121,12 @@ class QuantLinear(nn.Module):
         """
         if not all_finite(x):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
-        weight = self.quantized_weight()
-        return F.linear(self._quantized_input(x.to(weight.dtype)), weight, self.bias).to(x.dtype)
+        weight, folding = self.quantized_weight(), _folding(self.input_quantizer)
+        read = (hadamard_transform(x) if self.hadamard else x).to(weight.dtype)
+        inputs = with_first_in_float(
+            self._quantized_input(read), read, folding and folding.scale, self.first_token
+        )
+        return F.linear(inputs, weight, self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The dequantized weight [out, in]; differentiable while the float weight is kept."""
@@ -161,13 +182,22 @@ def compute_in_float64(model: nn.Module) -> None:
             part.compute_in_float64()
 
 
-def folded_weight(weight: Tensor, input_quantizer: Quantizer) -> Tensor:
+def folded_weight(weight: Tensor, input_quantizer: Quantizer, hadamard: bool = False) -> Tensor:
     """The float weight [out, in] to quantize: W, or W diag(s) if the input quantizer folds.
 
-    It has the type that the layer computes in, and values rounded to float32.
+    Args:
+        weight: Weight W [out, in].
+        input_quantizer: Quantizer of the layer's input.
+        hadamard: Whether the layer transforms its input, so that W H^T takes the place of W.
+
+    Returns:
+        Weight in the type that the layer computes in, with values rounded to float32.
     """
-    folding, rounded = _folding(input_quantizer), settled(weight.detach())
-    return (rounded * folding.scale if folding else rounded).to(wide(weight).dtype)
+    dtype, weight = wide(weight).dtype, weight.detach()
+    if hadamard:
+        weight = hadamard_transform(weight.double())
+    folding, rounded = _folding(input_quantizer), settled(weight)
+    return (rounded * folding.scale if folding else rounded).to(dtype)
 
 
 def _folding(input_quantizer: Quantizer) -> UniformQuantizer | None:

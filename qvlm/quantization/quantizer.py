@@ -180,6 +180,12 @@ class UniformQuantizer(Quantizer):
             index = self._ungrouped(index.expand(*index.shape[:-1], self.group_size))
         return index
 
+    def grids(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each element of `x`, both float32 of its shape."""
+        shape = self._grouped(x).shape
+        scale, zero_point = self.scale.expand(shape), self.zero_point.expand(shape)
+        return self._ungrouped(scale), self._ungrouped(zero_point)
+
     def with_scales(self, scale: Tensor, zero_point: Tensor) -> "UniformQuantizer":
         """Makes the quantizer with other grids and the same layout."""
         layout = self.group_size, self.clusters, self.folds, self.order

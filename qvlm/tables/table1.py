@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from qvlm.tables import command
-from qvlm.tables.ablation import Ablation, Printed
 from qvlm.tables.labels import CDM, LAYERWISE, QVLM, VEO
 from qvlm.tables.published import published, rows
+from qvlm.tables.variants import Ablation, Printed
 
 HEAD = """\
 # Table 1: what the parts of Q-VLM bring

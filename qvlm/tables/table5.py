@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 
 from qvlm.tables import command
-from qvlm.tables.ablation import Ablation, Printed
 from qvlm.tables.labels import CDM, ERROR_PROXY
 from qvlm.tables.published import published, rows
+from qvlm.tables.variants import Ablation, Printed
 
 HEAD = """\
 # Table 5: entropy or quantization error as the proxy of dependency

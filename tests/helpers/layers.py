@@ -9,6 +9,7 @@ from qvlm.methods import RTN
 from qvlm.packing.kernels.bounds import accumulation_bound
 from qvlm.packing.layer import PackedLinear
 from qvlm.quantization.calibration import Walk
+from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.ranges import activation_quantizer, weight_quantizer
@@ -64,7 +65,8 @@ def check(layer: QuantLinear, x: Tensor) -> PackedLinear:
     assert torch.equal(packed.weight_codes(), layer.weight_codes())
     assert torch.equal(packed.dequantized(), layer.weight)
     steps, _, zero_point = packed.input_steps(x)
-    codes = layer.input_quantizer.for_tokens(x).quantize(x)
+    seen = hadamard_transform(x) if layer.hadamard else x
+    codes = layer.input_quantizer.for_tokens(seen).quantize(seen)
     assert torch.equal((steps + zero_point).to(torch.uint8), codes)
     expected, rounded_once = layer(x).double(), in_float64(layer)(x)
     for kernel in packed.serving():

@@ -74,7 +74,9 @@ def few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "open_scienceqa", opened)
 
 
-def problems(source: str, split: str, limit: int | None, seed: int) -> Any:
+def problems(
+    source: str, split: str, limit: int | None, seed: int, with_images: bool = True
+) -> Any:
     if "rows" not in PROBLEMS:
         rows = miniature.generate("test", 8, seed=0)
         PROBLEMS["rows"] = Dataset.from_list(rows, features=COLUMNS)
@@ -141,6 +143,19 @@ def test_a_stream_writes_what_memory_would(model: str, method: str, tmp_path: Pa
     assert_same(tmp_path / "stream", tmp_path / "memory")
     assert len(list((tmp_path / "stream").glob("*.safetensors"))) == 1 + 4 + 1 + 4
     assert not (tmp_path / "stream" / PROGRESS).exists()
+
+
+def test_a_rotated_model_is_streamed(tmp_path: Path) -> None:
+    """Layers are rotated as they are read, between ends that were rotated before."""
+    words = ["model=mini_moe_llava", "method=quarot", "quantizer.vision_tower=false"]
+    config = streamed(tmp_path / "stream", *words)
+    write_stream(config)
+    write_in_memory(config, tmp_path / "memory")
+    assert_same(tmp_path / "stream", tmp_path / "memory")
+    written = json.loads((tmp_path / "stream" / "config.json").read_text())
+    assert written["head_bias"] and written["text_config"]["router_bias"]
+    assert "lm_head.bias" in tensors(tmp_path / "stream")
+    run(load(*FEW, f"model.packed={tmp_path}/stream", f"results_dir={tmp_path}/results"))
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_v15", "moe_llava", "hub"])

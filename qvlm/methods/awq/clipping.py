@@ -3,7 +3,8 @@
 The MSE range estimator looks at the weight alone. Here each range is clipped to the ratio that
 loses least of its share of the output on calibration data, which is also the criterion of AWQ's
 released code (llm-awq). The candidates differ: llm-awq clamps weights symmetrically to a ratio of
-max|w|, and here both ends of the min-max range are multiplied by the ratio.
+max|w|, and here both ends of the min-max range are multiplied by the ratio. `reference` clips as
+llm-awq does.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ def clipped_quantizer(
     spec: QuantSpec,
     ratios: Sequence[float],
     inputs: Quantizer | None = None,
+    reference: bool = False,
 ) -> UniformQuantizer:
     """Searches the range of every scale for the least error of its share of the output.
 
@@ -37,11 +39,14 @@ def clipped_quantizer(
         spec: Spec of the weight.
         ratios: Clipping ratios for min-max ranges. If there is none, the default ranges are kept.
         inputs: Quantizer of the layer's input, see `weight_quantizer`.
+        reference: Whether to clip as llm-awq does: weights are clamped symmetrically to a ratio of
+            max|w|, the default range is min-max, and no row keeps it for its total error.
     """
-    default = weight_quantizer(weight, spec, inputs=inputs)
+    default = weight_quantizer(weight, spec, minmax if reference else None, inputs)
     if not ratios:
         return default
-    size = spec.group_size if spec.granularity == "per_group" else weight.shape[1]
+    estimator = _clamped if reference else _scaled_minmax
+    size = spec.group if spec.granularity == "per_group" else weight.shape[1]
     order = slice(None) if default.order is None else default.order
     # [groups, tokens, size]
     parts = wide(seen)[:, order].unflatten(1, (-1, size)).transpose(0, 1)
@@ -55,13 +60,13 @@ def clipped_quantizer(
 
     least, scale, zero_point = errors(default), default.scale, default.zero_point
     for ratio in ratios:
-        candidate = weight_quantizer(weight, spec, _scaled_minmax(ratio), inputs)
+        candidate = weight_quantizer(weight, spec, estimator(ratio), inputs)
         error = errors(candidate)
         better = error < least
         least = torch.where(better, error, least)
         scale = torch.where(better, candidate.scale, scale)
         zero_point = torch.where(better, candidate.zero_point, zero_point)
-    if spec.granularity == "per_group":
+    if spec.granularity == "per_group" and not reference:
         chosen = default.with_scales(scale, zero_point)
         output_errors = [
             settled((wide(seen) @ (quantizer(weight) - weight).T).square().sum(0))
@@ -71,6 +76,17 @@ def clipped_quantizer(
         scale = torch.where(better, scale, default.scale)
         zero_point = torch.where(better, zero_point, default.zero_point)
     return default.with_scales(scale, zero_point)
+
+
+def _clamped(ratio: float) -> RangeEstimator:
+    """The min-max range of weights that are clamped to a ratio of the largest magnitude."""
+
+    def estimator(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        lo, hi = minmax(groups, spec)
+        largest = torch.maximum(-lo, hi) * ratio
+        return torch.maximum(lo, -largest), torch.minimum(hi, largest)
+
+    return estimator
 
 
 def _scaled_minmax(ratio: float) -> RangeEstimator:

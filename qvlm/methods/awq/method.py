@@ -51,6 +51,8 @@ from qvlm.quantization.quantizer import SMALLEST_SCALE, UniformQuantizer
 SCALINGS = ("folded", "weight_only")
 # Their outputs meet in a product before they reach the residual stream, so they are not clipped.
 UNCLIPPED = ("q_proj", "k_proj")
+# Tokens that llm-awq clips with.
+_REFERENCE_TOKENS = 512
 
 
 class AWQ:
@@ -63,6 +65,9 @@ class AWQ:
         clip_grid: Number of steps from the whole range to none. Those up to `max_shrink` are tried.
         search_activations: Whether activations are quantized during the searches.
         fallback: Whether a block gets plain rounding where that has a smaller output error.
+        reference: Whether to search as llm-awq does, in all of the points above but the last two:
+            `n_grid` alphas from 0 to below 1, min-max ranges, symmetric clipping on 512 tokens. The
+            vision tower and the projector are then rounded to nearest, and nothing falls back.
 
     Attributes:
         name: "AWQ", with the options of the search that differ from the published ones.
@@ -79,6 +84,7 @@ class AWQ:
         clip_grid: int = 20,
         search_activations: bool = False,
         fallback: bool = True,
+        reference: bool = False,
     ) -> None:
         validation.one_of("method.scaling", scaling, SCALINGS)
         validation.whole_number("method.n_grid", n_grid)
@@ -89,12 +95,15 @@ class AWQ:
             )
         validation.switch("method.search_activations", search_activations)
         validation.switch("method.fallback", fallback)
+        validation.switch("method.reference", reference)
         self.folded = scaling == "folded"
-        alphas = [step / max(1, n_grid - 1) for step in range(n_grid)]
-        self.search = ScaleSearch(alphas, self.folded, search_activations)
+        alphas = [step / (n_grid if reference else max(1, n_grid - 1)) for step in range(n_grid)]
+        self.search = ScaleSearch(alphas, self.folded, search_activations, reference)
         self.clip_ratios = [1 - step / clip_grid for step in range(int(max_shrink * clip_grid))]
-        self.fallback = fallback
-        notes = [] if self.folded else ["weight-only scaling"]
+        self.fallback = fallback and not reference
+        self.reference = reference
+        notes = ["reference search"] if reference else []
+        notes += [] if self.folded else ["weight-only scaling"]
         notes += ["quantized search"] if search_activations else []
         self.name = f"AWQ ({', '.join(notes)})" if notes else "AWQ"
 
@@ -125,7 +134,7 @@ class AWQ:
         """
         samples = block.linear_inputs()
         plain = {name: block.quantize_linear(name, x) for name, x in samples.items()}
-        if not block.inputs:
+        if not block.inputs or (self.reference and block.kind != "language"):
             for name, layer in plain.items():
                 block.replace(name, layer)
             return 0, _entry(block, [], list(plain), None, None, "RTN")
@@ -179,11 +188,14 @@ class AWQ:
         inputs = block.input_quantizer(name, samples)
         seen = inputs(samples) if self.search.quantize_inputs else samples
         seen = seen / (input_scale(inputs) * within)
+        if self.reference and len(seen):
+            seen = seen[:: max(1, len(seen) // _REFERENCE_TOKENS)]
         clip = name.rpartition(".")[2] not in UNCLIPPED and len(samples) > 0
         ratios = self.clip_ratios if clip else ()
 
         def clipped(weight: Tensor) -> UniformQuantizer:
-            quantizer = clipped_quantizer(weight * within, seen, spec, ratios, inputs)
+            chosen = weight * within, seen, spec, ratios, inputs, self.reference
+            quantizer = clipped_quantizer(*chosen)
             return quantizer if self.folded else _divided(quantizer, within)
 
         return block.quantize_linear(name, samples, input_quantizer=inputs, weights=clipped)

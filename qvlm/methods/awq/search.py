@@ -69,11 +69,14 @@ class ScaleSearch:
         alphas: Grid of exponents. The first one is 0, which is no scaling.
         folded: Whether the activation quantizer gets x / s; otherwise it gets x.
         quantize_inputs: Whether the search quantizes the inputs of the linears too.
+        reference: Whether weights are rounded with min-max ranges, and a scale is bounded from
+            below after its power is taken, as in llm-awq.
     """
 
     alphas: Sequence[float]
     folded: bool
     quantize_inputs: bool
+    reference: bool = False
 
     def choose(self, block: Block, rescaling: Rescaling, samples: dict[str, Tensor]) -> ChosenScale:
         """Chooses the alpha of the least output error; of equal ones, the smallest.
@@ -88,7 +91,7 @@ class ScaleSearch:
         target = block.run(module, calls)
         tried = []
         for alpha in self.alphas:
-            scale = channel_scale(activity, alpha)
+            scale = channel_scale(activity, alpha, self.reference)
             with self._scaled(block, rescaling, scale, samples):
                 error = mean_squared_error(block.run(module, calls), target)
             tried.append((error, alpha, scale))
@@ -116,7 +119,8 @@ class ScaleSearch:
             weight = settled((linear.weight * scale).detach()).to(wide(linear.weight).dtype)
             if inputs is not None:
                 weight = folded_weight(weight, inputs)
-            rounded = weight_quantizer(weight, weight_spec, inputs=inputs)(weight)
+            estimator = minmax if self.reference else None
+            rounded = weight_quantizer(weight, weight_spec, estimator, inputs)(weight)
             weights[name] = (rounded / (scale * input_scale(inputs))).to(linear.weight)
             if inputs is not None and self.quantize_inputs:
                 quantizing[linear] = _quantizing(inputs, seen_scale)
@@ -131,17 +135,22 @@ class ScaleSearch:
                 block.linears[name].weight.data = weight
 
 
-def channel_scale(activity: Tensor, alpha: float) -> Tensor:
+def channel_scale(activity: Tensor, alpha: float, reference: bool = False) -> Tensor:
     """Computes mean|x|^alpha, normalized so that sqrt(max * min) = 1; all ones for alpha 0.
 
     Args:
         activity: mean|x| of each channel, [in].
         alpha: Exponent, from 0 to 1.
+        reference: Whether the power is bounded from below, as in llm-awq, instead of mean|x|.
 
     Returns:
         Scale of each channel, [in] float32.
     """
-    scale = settled(activity).double().clamp_min(_LEAST_ACTIVITY).pow(alpha)
+    activity = settled(activity).double()
+    if reference:
+        scale = activity.pow(alpha).clamp_min(_LEAST_ACTIVITY)
+    else:
+        scale = activity.clamp_min(_LEAST_ACTIVITY).pow(alpha)
     return settled(scale / (scale.max() * scale.min()).sqrt())
 
 

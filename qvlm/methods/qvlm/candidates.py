@@ -1,10 +1,11 @@
 """The quantized candidates of each linear: one per clipping percentile."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from qvlm.methods.qlora import normal_float
 from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.quantization import (
     Block,
@@ -38,7 +39,9 @@ def candidates(
     for name, read in samples.items():
         weight_spec, input_spec = block.spec(name)
         if len(read) == 0:
-            found[name] = [block.quantize_linear(name, read)]
+            found[name] = [
+                block.quantize_linear(name, read, weights=weights_of(weight_spec, options))
+            ]
             continue
         if last is None or not torch.equal(last[0], read):
             # Queries, keys and values read the same tensor: its ranges are estimated once.
@@ -48,7 +51,8 @@ def candidates(
         for p, quantizer in zip(options.percentiles, last[1], strict=True):
             estimator = _estimator(p, weight_spec, options.clip) if options.clip_weights else None
             same = None
-            if found[name] and not options.clip_weights and not quantizer.folds:
+            clips = options.clip_weights and options.weights == "uniform"
+            if found[name] and not clips and not quantizer.folds:
                 same = found[name][0].weight_quantizer  # the same weight, with the same ranges
 
             def weights(
@@ -58,12 +62,21 @@ def candidates(
                 estimator: RangeEstimator | None = estimator,
                 inputs: Quantizer = quantizer,
             ) -> Quantizer:
-                return same or weight_quantizer(weight, spec, estimator, inputs)
+                if same is not None:
+                    return same
+                if (normal := weights_of(spec, options)) is not None:
+                    return normal(weight)
+                return weight_quantizer(weight, spec, estimator, inputs)
 
             found[name].append(
                 block.quantize_linear(name, read, input_quantizer=quantizer, weights=weights)
             )
     return found
+
+
+def weights_of(spec: QuantSpec, options: SearchOptions) -> Callable[[Tensor], Quantizer] | None:
+    """The function from a weight to its NormalFloat quantizer; None for the shared quantizer."""
+    return normal_float(spec.bits) if options.weights == "normal_float" else None
 
 
 def _estimator(p: float, spec: QuantSpec, clip: str) -> RangeEstimator | None:

@@ -21,8 +21,14 @@ from qvlm.methods.base import MethodReport
 from qvlm.methods.qvlm.dependency import JOINTS, entropy, mine, quantization_error
 from qvlm.methods.qvlm.partition import check_depth, check_threshold, mean_dependency, partition
 from qvlm.methods.qvlm.search import search_block, unsearched
-from qvlm.methods.qvlm.search_options import PERCENTILES, SearchOptions
-from qvlm.methods.qvlm.simulation import freeze, simulate, tower_layers, unwind
+from qvlm.methods.qvlm.search_options import PERCENTILES, SearchOptions, with_weights
+from qvlm.methods.qvlm.simulation import (
+    freeze,
+    language_layers,
+    simulate,
+    tower_layers,
+    unwind,
+)
 from qvlm.methods.qvlm.vision import fine_tune, with_images
 from qvlm.methods.qvlm.vision_loss import Tuning, reference
 from qvlm.quantization import Block, Walk
@@ -30,6 +36,7 @@ from qvlm.quantization import Block, Walk
 GRANULARITIES = ("linear", "layer")
 PROXIES = ("entropy", "quantization_error")
 ORDERS = ("before", "after")
+OBSERVED = {"vision": tower_layers, "language": language_layers}
 
 
 class QVLM:
@@ -47,8 +54,11 @@ class QVLM:
         pairing: Pairing of activations for the entropy: "elements" or "tokens".
         scale_free: Whether distances to rounding points are in units of the scale.
         mining_tokens: Approximate number of tokens that dependencies are measured on.
-        percentiles, normalise, output, clip, clip_weights, search_tokens: See `SearchOptions`.
+        percentiles, normalise, output, clip, clip_weights, search_tokens, weights: See
+            `SearchOptions`.
         veo_order: "before" the search, as in the paper, or "after" it, with the ranges it chose.
+        veo_layers: Layers whose dependencies L_ent sums: "vision", or "language" for the linears of
+            the language model that read every token, as in the released code.
         veo_epochs, veo_batch_size, veo_learning_rate, veo_regression, veo_entropy, veo_error,
             veo_eta, seed: See `Tuning`.
 
@@ -78,6 +88,7 @@ class QVLM:
         clip: str = "percentile",
         clip_weights: bool = True,
         search_tokens: int = 4096,
+        weights: str = "uniform",
         veo_order: str = "before",
         veo_epochs: int = 10,
         veo_batch_size: int = 8,
@@ -86,6 +97,7 @@ class QVLM:
         veo_entropy: float = 0.1,
         veo_error: float = 1.0,
         veo_eta: float = 1.0,
+        veo_layers: str = "vision",
         seed: int = 0,
     ) -> None:
         check_depth(max_depth)
@@ -95,12 +107,13 @@ class QVLM:
             ("proxy", proxy, PROXIES),
             ("pairing", pairing, tuple(JOINTS)),
             ("veo_order", veo_order, ORDERS),
+            ("veo_layers", veo_layers, tuple(OBSERVED)),
         ):
             validation.one_of(f"method.{option}", value, accepted)
         for option, switch in (("cdm", cdm), ("veo", veo), ("scale_free", scale_free)):
             validation.switch(f"method.{option}", switch)
         validation.whole_number("method.mining_tokens", mining_tokens)
-        self.name = _name(cdm, veo, proxy, granularity)
+        self.name = with_weights(_name(cdm, veo, proxy, granularity), weights)
         self.one_pass = not cdm and not veo
         self.cdm = cdm
         self.veo = veo
@@ -114,9 +127,10 @@ class QVLM:
         # If whole layers are the units, no linear's output is the output of a unit.
         output = "layer" if granularity == "layer" else output
         self.search_options = SearchOptions(
-            percentiles, normalise, output, clip, clip_weights, search_tokens
+            percentiles, normalise, output, clip, clip_weights, search_tokens, weights
         )
         self.veo_order = veo_order
+        self.observed = OBSERVED[veo_layers]
         self.tuning = Tuning(
             veo_epochs,
             veo_batch_size,
@@ -144,9 +158,9 @@ class QVLM:
         batches = with_images(walk.batches) if self.veo else []
         references = [reference(walk.model, batch) for batch in batches]
         if self.veo and not after:
-            floats = simulate(walk)
+            floats = simulate(walk, self.search_options)
             details["veo"] = fine_tune(
-                walk.model, batches, references, tower_layers(walk.model), self.joint, self.tuning
+                walk.model, batches, references, self.observed(walk.model), self.joint, self.tuning
             )
             unwind(walk.model, floats)
             walk.uncalibrated.clear()  # it names layers of the simulation, which is undone
@@ -154,7 +168,7 @@ class QVLM:
         found, without_data = self._search(walk, segments, keep_tower=after)
         if after:
             details["veo"] = fine_tune(
-                walk.model, batches, references, tower_layers(walk.model), self.joint, self.tuning
+                walk.model, batches, references, self.observed(walk.model), self.joint, self.tuning
             )
             freeze(walk.model)
         details["blocks"] = found

@@ -25,6 +25,12 @@ PERCENTILES = (1.0, 0.995, 0.99, 0.985, 0.98)
 EXHAUSTIVE = 5**3
 OUTPUTS = ("layer", "block")
 CLIPS = ("percentile", "further")
+WEIGHTS = ("uniform", "normal_float")
+
+
+def with_weights(name: str, weights: str) -> str:
+    """The name of a method in tables, with its kind of weights if it is not the shared one."""
+    return f"{name} (NormalFloat)" if weights == "normal_float" else name
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class SearchOptions:
         clip_weights: Whether the percentile clips the scale groups of the weight too.
         tokens: Approximate number of calibration tokens that the error is computed on, in whole
             batches. The option of a method is called `search_tokens`.
+        weights: "uniform" for the shared weight quantizer, or "normal_float" for QLoRA's, which has
+            no range to clip. Table 1 of the paper adds Q-VLM's parts to QLoRA.
         exhaustive: Largest number of settings of a segment that are all tried. Beyond it, the
             search is a coordinate descent.
 
@@ -53,6 +61,7 @@ class SearchOptions:
     clip: str = "percentile"
     clip_weights: bool = True
     tokens: int = 4096
+    weights: str = "uniform"
     exhaustive: int = EXHAUSTIVE
 
     def __post_init__(self) -> None:
@@ -67,5 +76,6 @@ class SearchOptions:
         validation.one_of("method.output", self.output, OUTPUTS)
         validation.one_of("method.clip", self.clip, CLIPS)
         validation.switch("method.clip_weights", self.clip_weights)
+        validation.one_of("method.weights", self.weights, WEIGHTS)
         validation.whole_number("method.search_tokens", self.tokens)
         validation.whole_number("method.exhaustive", self.exhaustive)

@@ -6,16 +6,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qvlm.methods.qvlm.candidates import weights_of
+from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.methods.qvlm.vision_loss import Layers
 from qvlm.quantization import QuantLinear, UniformQuantizer, Walk
 from qvlm.quantization.precision import settled
-from qvlm.quantization.targets import vision_layers
+from qvlm.quantization.targets import decoder_layers, vision_layers
 
 
-def simulate(walk: Walk) -> dict[str, nn.Linear]:
+def simulate(walk: Walk, options: SearchOptions) -> dict[str, nn.Linear]:
     """Quantizes the walk's model with the ranges that every method starts from.
 
     The quantized linears of the vision tower stay trainable.
+
+    Args:
+        walk: Walk over the model.
+        options: Options of the search, which say how weights are quantized.
 
     Returns:
         Float linears by full name, for `unwind`.
@@ -25,7 +31,9 @@ def simulate(walk: Walk) -> dict[str, nn.Linear]:
         for name, samples in block.linear_inputs().items():
             floats[block.layer_name(name)] = block.linears[name]
             keep = block.kind == "vision"
-            block.replace(name, block.quantize_linear(name, samples, keep_float=keep))
+            weights = weights_of(block.spec(name)[0], options)
+            layer = block.quantize_linear(name, samples, weights=weights, keep_float=keep)
+            block.replace(name, layer)
     return floats
 
 
@@ -53,9 +61,19 @@ def freeze(model: PreTrainedModel) -> None:
 
 def tower_layers(model: PreTrainedModel) -> Layers:
     """The quantized linears of the vision tower; empty if it is in floating point."""
+    return _quantized(vision_layers(model))
+
+
+def language_layers(model: PreTrainedModel) -> Layers:
+    """The quantized linears of the language model that read every token: all but experts."""
+    found = _quantized(decoder_layers(model))
+    return {name: layer for name, layer in found.items() if ".experts." not in name}
+
+
+def _quantized(layers: Mapping[str, nn.Module]) -> Layers:
     return {
         f"{name}.{inner}": (layer, layer.input_quantizer)
-        for name, module in vision_layers(model).items()
+        for name, module in layers.items()
         for inner, layer in module.named_modules()
         if isinstance(layer, QuantLinear)
     }

@@ -35,7 +35,8 @@ class Joined:
         packed: PackedLinear | None = None,
     ) -> None:
         self.run, self.sizes, self.packed = run, list(sizes), packed
-        self.grid = None if packed is None else static_grid(packed)
+        transforms = packed is not None and packed.form.hadamard
+        self.grid = None if packed is None or transforms else static_grid(packed)
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """Maps [rows, in] to [rows, out] of each linear."""

@@ -1,9 +1,10 @@
 """Kernels: the products that packed layers compute with, one file each.
 
 Start with `base.py`, which says what a kernel is. To add one, write its file and put the object
-into `KERNELS` here; nothing else lists kernels. `native_library.py` with `native.c`, and the files
-that begin with `triton_`, hold the compiled code of two kernels. `float_weight.py` and
-`rounding.py` hold what kernels share, and `bounds.py` derives their error bounds. Kernels import
+into `KERNELS` here; nothing else lists kernels. The files that begin with `native_` or `triton_`
+hold the compiled code of two kernels. `measured.py` times kernels that give the same answers.
+`float_weight.py` and `rounding.py` hold what kernels share, and `bounds.py` derives their error
+bounds. Kernels import
 `formats` and `absmax` of packing. They are called by the layer and never import it.
 """
 
@@ -18,6 +19,7 @@ from qvlm.packing.kernels.base import Kernel
 from qvlm.packing.kernels.bf16 import BF16
 from qvlm.packing.kernels.int4_weight_only import INT4_WEIGHT_ONLY
 from qvlm.packing.kernels.int_mm import INT_MM
+from qvlm.packing.kernels.measured import fastest
 from qvlm.packing.kernels.native import NATIVE
 from qvlm.packing.kernels.reference import REFERENCE
 from qvlm.packing.kernels.triton import TRITON
@@ -54,7 +56,7 @@ def serving(layer: PackedLinear) -> list[Kernel]:
 
 
 def preferred(layer: PackedLinear, rows: int, dtype: torch.dtype) -> Kernel:
-    """Returns the kernel that `kernel=auto` takes for an input.
+    """Returns the kernel that is preferred for an input before anything is measured.
 
     Args:
         layer: Layer to serve.
@@ -73,10 +75,35 @@ def fits_dtype(kernel: Kernel, layer: PackedLinear, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 or kernel.sums_in_float64(layer)
 
 
+def chosen(layer: PackedLinear, rows: int, dtype: torch.dtype) -> tuple[Kernel, dict[str, float]]:
+    """Returns the kernel that `kernel=auto` takes for an input, see `measured`.
+
+    Args:
+        layer: Layer to serve.
+        rows: Number of rows of the input.
+        dtype: Type of the input.
+
+    Returns:
+        Kernel, and the seconds that it and others take by name, if they were measured.
+    """
+    kernel = preferred(layer, rows, dtype)
+    if layer.codes.device.type != "cpu":
+        return kernel, {}
+    rivals = [kernel]
+    if kernel.is_exact(layer, dtype):
+        rivals += [
+            rival
+            for rival in serving(layer)
+            if rival != kernel and rival.is_exact(layer, dtype) and fits_dtype(rival, layer, dtype)
+        ]
+    return fastest(layer, rivals, rows, dtype)
+
+
 __all__ = [
     "AUTO",
     "KERNELS",
     "Kernel",
+    "chosen",
     "fits_dtype",
     "kernel_named",
     "names",

@@ -58,6 +58,13 @@ class Kernel(ABC):
         """Whether it does so for this layer; see `can_sum_in_float64`."""
         return self.can_sum_in_float64
 
+    def is_exact(self, layer: PackedLinear, dtype: torch.dtype) -> bool:
+        """Whether the output of a layer that this kernel serves is its exact sum, rounded once.
+
+        Such kernels give the same answers, and `kernel=auto` takes the fastest of them.
+        """
+        return False
+
     @abstractmethod
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         """Multiplies an input with the weight, transposed, and leaves the bias out.

@@ -66,6 +66,9 @@ class _IntMM(Kernel):
             return False  # without numbers the scale runs are not known
         return layer.in_features >= RUN_WIDTH * len(scale_runs(layer))
 
+    def is_exact(self, layer: PackedLinear, dtype: torch.dtype) -> bool:
+        return dtype != torch.bfloat16 and layer.has_integer_product()
+
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         form = layer.form
         steps, scale, zero_point = layer.stored_steps(x)

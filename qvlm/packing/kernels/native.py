@@ -1,4 +1,4 @@
-"""Kernel `native`: products in C for CPUs with AVX-512, see `native_library.py` and `native.c`.
+"""Kernel `native`: products in C for most CPUs, see `native_library.py` and `native.c`.
 
 Where the channels of each weight group share the input's scale, steps and codes are multiplied as
 integers. Otherwise, and for NormalFloat, the weight is dequantized in registers, which pays for few
@@ -7,7 +7,9 @@ rows only.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -48,13 +50,17 @@ class _Native(Kernel):
             return False
         return layer.has_integer_product() or rows <= FLOAT_ROWS
 
+    def is_exact(self, layer: PackedLinear, dtype: torch.dtype) -> bool:
+        return dtype != torch.bfloat16 and layer.has_integer_product()
+
     def product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         layer.use_layout(None)
         if layer.has_integer_product():
             return self._integer_product(layer, x)
         steps, scale, _ = layer.stored_steps(x)
-        multiply = library.rounded_product if _rounds(layer, x) else library.float_product
-        return multiply(_weight(layer), steps * scale)
+        weight = _weight(layer)
+        multiply = library.rounded_product if _rounds(weight, x) else library.float_product
+        return multiply(weight, steps * scale)
 
     def float_weight(self, layer: PackedLinear, rows: slice, dtype: torch.dtype) -> Tensor:
         """Dequantizes rows of the weight, with channels as they are stored; see `reference`."""
@@ -72,7 +78,7 @@ class _Native(Kernel):
         return 8 * rows * layer.out_features + step * rows * layer.in_features
 
     def extra_error(self, layer: PackedLinear, x: Tensor, magnitude: Tensor) -> Tensor | float:
-        if layer.has_integer_product() or not _rounds(layer, x):
+        if layer.has_integer_product() or not _rounds(_weight(layer), x):
             return 0.0
         return bf16_operands(magnitude)
 
@@ -89,13 +95,26 @@ class _Native(Kernel):
 NATIVE = _Native()
 
 
-def _rounds(layer: PackedLinear, x: Tensor) -> bool:
+def _rounds(weight: library.Weight, x: Tensor) -> bool:
     """Whether the product with a dequantized weight rounds its operands to bf16."""
-    return x.dtype == torch.bfloat16 and layer.form.weight_bits <= library.LOOKED_UP
+    return x.dtype == torch.bfloat16 and weight.is_paired()
+
+
+# Weights as the library reads them, which a layer of a hundred channels would wait for.
+_WEIGHTS: WeakKeyDictionary[PackedLinear, tuple[tuple[Tensor, ...], library.Weight]]
+_WEIGHTS = WeakKeyDictionary()
 
 
 def _weight(layer: PackedLinear) -> library.Weight:
-    """Returns a layer's weight as the library reads it."""
+    """Returns a layer's weight as the library reads it, which is kept with the layer's buffers."""
+    buffers = tuple(layer.buffers(recurse=False))
+    kept = _WEIGHTS.get(layer)
+    if kept is None or not all(map(operator.is_, kept[0], buffers)):
+        kept = _WEIGHTS[layer] = (buffers, _new_weight(layer))
+    return kept[1]
+
+
+def _new_weight(layer: PackedLinear) -> library.Weight:
     form = layer.form
     weight = library.Weight(layer.codes, layer.in_features, form.weight_bits, form.group_size)
     if form.weight == "uniform":

@@ -1,60 +1,40 @@
-"""The C library of the kernel `native`: compiles `native.c`, and calls its products on tensors.
+"""Calls the products of `native.c` on tensors, and chooses the instruction set that they run on.
 
-The library needs a CPU with AVX-512 VNNI, VBMI and BF16. It reads the weight as checkpoints hold it
-and unpacks codes in registers. In the notation of `base.py`:
+`native_build.py` compiles the library. It reads the weight as checkpoints hold it and unpacks codes
+in registers. In the notation of `base.py`:
 
 - `integer_product` quantizes the input, and sums t v exactly in int32 over each run of channels
   that share all scales. For few rows it reads the weight as it is stored (`integer_rows` of
-  native.c); for many rows it unpacks the weight into tiles (`integer_tiles`). Sums of runs are
+  native_rows.h); for many rows it unpacks the weight into tiles (`integer_tiles`). Sums of runs are
   added in float32 for an input in bf16, and in float64 for any other. The output in float64 is then
   rounded once, to what `compute_in_float64` of a simulated layer gives.
 - `float_product` multiplies a float input with the dequantized weight, which it makes in registers.
   It serves few rows of inputs whose channels differ in scale, and NormalFloat.
-- `rounded_product` does the same in bf16, for models in bf16 and codes of up to `LOOKED_UP` bits,
-  and is several times faster.
+- `rounded_product` does the same in bf16, for models in bf16 and 4-bit codes, and is several times
+  faster.
 - `dequantize` writes the dequantized weight to memory, for products by other means.
+- `hadamard` transforms rows of numbers.
 
-The machine's C compiler compiles the file when it is first needed, which takes seconds, and the
-library is kept in a cache folder that only the user may write. Its name holds the hash of its
-content, and it is loaded only if it is the user's own file with that content, because loading runs
-it. Without such a folder it is compiled anew by each process. Without a compiler, or on another
-CPU, `obstacle` gives the reason, and other kernels serve. Left out: NormalFloat in blocks that
-cross rows.
-
-The environment variable `QVLM_WITHOUT=native` makes `obstacle` refuse on every machine, so that a
-developer can run, on a CPU that has these instructions, what a CPU without them runs.
-`make test-narrow` sets it. It must be set before the first packed layer is made.
+Every instruction set gives the same bits. Without a compiler, or on another CPU, `obstacle` gives
+the reason, and other kernels serve. Left out: NormalFloat in blocks that cross rows.
 """
 
 import ctypes
-import hashlib
-import os
-import shutil
-import stat
 import subprocess
-import tempfile
-from contextlib import ExitStack
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qvlm.errors import RunError, UserError
-from qvlm.records.files import write_file
+from qvlm.errors import RunError
+from qvlm.packing.kernels import native_build
 
-SOURCE = Path(__file__).with_name("native.c")
-FLAGS = [
-    *("-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-mfma"),
-    *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "vbmi", "bf16")),
-]
 # Rows up to which the weight is read once per ROWS rows (see native.c) and not unpacked into tiles.
 FEW_ROWS = 8
-# Codes that native.c unpacks at once.
-CHUNK = 64
-# Largest bit width of codes whose values are looked up.
+# Channels that `rounded_rows` multiplies at once.
+PAIRED = 64
+# Bit width of codes whose values are looked up in bf16.
 LOOKED_UP = 4
-WITHOUT = "QVLM_WITHOUT"
 
 _pointer = ctypes.c_void_p
 _number = ctypes.c_int64
@@ -144,8 +124,9 @@ class Weight:
         return self
 
     def is_paired(self) -> bool:
-        """Whether each byte holds two codes and each group consists of whole chunks."""
-        return self.at.bits == 4 and self.at.group % CHUNK == 0 and self.width % CHUNK == 0
+        """Whether each byte holds two codes and groups consist of whole runs of `PAIRED`."""
+        paired = self.at.group % PAIRED == 0 and self.width % PAIRED == 0
+        return bool(self.at.bits == LOOKED_UP and paired)
 
     def _hold(self, x: Tensor) -> int:
         self._held.append(x)
@@ -248,18 +229,18 @@ def rounded_product(weight: Weight, x: Tensor) -> Tensor:
     NormalFloat levels are rounded to bf16 too, and scales are not.
 
     Args:
-        weight: Uniform or NormalFloat weight with codes of at most `LOOKED_UP` bits.
+        weight: Uniform or NormalFloat weight that `is_paired`.
         x: Input, [rows, in].
 
     Returns:
         Output in float32, [rows, out].
+
+    Raises:
+        RunError: If there is not enough memory.
     """
     x, y = x.to(torch.bfloat16).contiguous(), torch.empty(len(x), weight.out)
-    product = _library().rounded_rows
-    if weight.is_paired():
-        x = x.view(len(x), weight.width // CHUNK, CHUNK // 2, 2).transpose(2, 3).contiguous()
-        product = _library().paired_rows
-    product(_at(weight), len(x), _of(x), _of(y))
+    if _library().rounded_rows(_at(weight), len(x), _of(x), _of(y)):
+        raise RunError("There is not enough memory for a packed product.")
     return y
 
 
@@ -280,144 +261,90 @@ def dequantize(weight: Weight, rows: slice, dtype: torch.dtype = torch.float32) 
     return y
 
 
+def hadamard(x: Tensor, size: int) -> Tensor:
+    """Applies the Walsh-Hadamard transform to blocks of neighboring numbers.
+
+    The transform is that of Sylvester's matrix H_size in natural order, times 1 / sqrt(size), so it
+    is orthogonal and its own inverse. Sums are taken in the type of `x` and in an order that does
+    not depend on the machine; the factor is multiplied last.
+
+    Args:
+        x: Numbers in float32 or float64 on the CPU, [..., n]. `size` divides n.
+        size: Length of a block, a power of two.
+
+    Returns:
+        Transformed copy of `x`.
+    """
+    y = x.contiguous().clone()
+    function = _library().hadamard_doubles if x.dtype == torch.float64 else None
+    function = function or _library().hadamard_floats
+    function(_of(y), y.numel() // size, size)
+    return y.mul_(size**-0.5)
+
+
 @cache
 def obstacle() -> str | None:
     """Returns why `native.c` cannot run on this machine, or None.
 
     Raises:
-        UserError: If the environment variable `QVLM_WITHOUT` is neither empty nor "native".
+        UserError: If the environment variable `QVLM_WITHOUT` names anything but instruction sets.
     """
-    without = os.environ.get(WITHOUT, "")
-    if without not in ("", "native"):
-        raise UserError(f"{WITHOUT}={without!r} is not a kernel to do without. Choose: native.")
-    if without:
-        return f"{WITHOUT}=native is set"
+    without = native_build.left_out()
+    if native_build.NATIVE in without:
+        return f"{native_build.WITHOUT}={native_build.NATIVE} is set"
     try:
-        library = _library()
+        _library()
     except (OSError, subprocess.SubprocessError) as error:
         return " ".join(str(error).split())
-    return None if library.supported() else "the CPU has no AVX-512 with VNNI, VBMI and BF16"
+    return None
+
+
+@cache
+def instruction_set() -> str:
+    """Returns the instruction set that the products run on.
+
+    Raises:
+        OSError: If this CPU has none of those that there are products for, all that it has are left
+            out, there is no compiler, or the compiler fails.
+    """
+    without, known = native_build.left_out(), ", ".join(native_build.INSTRUCTION_SETS)
+    for name in native_build.supported():
+        if name not in without:
+            return name
+    left_out = f" but those of {native_build.WITHOUT}={','.join(without)}" if without else ""
+    raise OSError(f"the CPU has none of the instruction sets {known}{left_out}")
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Loads the compiled library.
+    return library_of(instruction_set())
 
-    It is not linked to an OpenMP library but uses the one that PyTorch has loaded. So
-    `torch.set_num_threads` holds for it, and no second pool of threads competes.
+
+@cache
+def library_of(name: str) -> ctypes.CDLL:
+    """Returns the library of an instruction set that this machine supports.
 
     Raises:
         OSError: If there is no compiler, the compiler fails, or its output does not load.
     """
-    with ExitStack() as stack:
-        folder = _cache_folder()
-        if folder is None:  # a library stays loaded when its file is deleted
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvlm-")))
-        library = ctypes.CDLL(str(_compiled(folder)))
+    library = native_build.library(name)
     arguments = {
         "integer_rows": [_pointer] * 3,
         "integer_tiles": [_pointer] * 3,
         "float_rows": [_pointer, _number, *[_pointer] * 2],
         "rounded_rows": [_pointer, _number, *[_pointer] * 2],
-        "paired_rows": [_pointer, _number, *[_pointer] * 2],
         "dequantize": [_pointer, *[_number] * 3, _pointer],
+        "hadamard_floats": [_pointer, *[_number] * 2],
+        "hadamard_doubles": [_pointer, *[_number] * 2],
     }
-    for name, types in arguments.items():
-        function = getattr(library, name, None)
+    can_fail = ("integer_rows", "integer_tiles", "rounded_rows")
+    for function_name, types in arguments.items():
+        function = getattr(library, function_name, None)
         if function is None:
-            raise OSError(f"the compiled library has no {name}")
+            raise OSError(f"the compiled library has no {function_name}")
         function.argtypes = types
-        function.restype = ctypes.c_int if name.startswith("integer") else None
+        function.restype = ctypes.c_int if function_name in can_fail else None
     return library
-
-
-def _compiled(folder: Path) -> Path:
-    """Returns the path of the library, and compiles it unless this source was compiled before.
-
-    Args:
-        folder: Folder that only the user may write.
-
-    Raises:
-        OSError: If there is no compiler, or it fails, or the folder cannot be written.
-    """
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise OSError("there is no C compiler")
-    identity = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *FLAGS]).encode())
-    stem = f"native-{identity.hexdigest()[:16]}"
-    for found in sorted(folder.glob(f"{stem}-*.so")):
-        if _is_intact(found):
-            return found
-        found.unlink(missing_ok=True)
-    content = _compile(compiler)
-    target = folder / f"{stem}-{_digest(content)}.so"
-    write_file(target, content)
-    target.chmod(0o600)
-    return target
-
-
-def _compile(compiler: str) -> bytes:
-    """Compiles `native.c` and returns the content of the library.
-
-    Raises:
-        OSError: If the compiler fails.
-    """
-    with tempfile.TemporaryDirectory(prefix="qvlm-") as folder:
-        made, library = Path(folder, "native.o"), Path(folder, "native.so")
-        for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made)],
-            [compiler, "-shared", str(made), "-o", str(library)],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                message = (done.stderr.strip().splitlines() or ["it gave no reason"])[0]
-                raise OSError(f"the C compiler {compiler} fails: {message}")
-        return library.read_bytes()
-
-
-def _cache_folder() -> Path | None:
-    """Returns the folder that keeps libraries, or None if nothing there can be trusted.
-
-    It is a folder itself, not a link to one, belongs to the user, and nobody else may enter it.
-    """
-    home = os.environ.get("HOME") != "" and os.path.expanduser("~/.cache")
-    caches = os.environ.get("XDG_CACHE_HOME") or home or ""
-    if not os.path.isabs(caches) or not hasattr(os, "geteuid"):
-        return None
-    folder = Path(caches, "qvlm")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            return None
-        if stat.S_IMODE(status.st_mode) != 0o700:
-            folder.chmod(0o700)  # what others put there before is not the user's, or not intact
-        with tempfile.TemporaryFile(dir=folder):  # a full or read-only disk refuses
-            pass
-    except OSError:
-        return None
-    return folder
-
-
-def _is_intact(file: Path) -> bool:
-    """Whether a library is a file of the user that nobody else could write, with its own content.
-
-    Loading a truncated library kills the process, and loading a planted one runs it.
-    """
-    try:
-        status = file.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            return False
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return False
-        content = file.read_bytes()
-    except FileNotFoundError:  # another process has just replaced it
-        return False
-    return file.stem.rpartition("-")[2] == _digest(content)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _at(weight: Weight) -> int:

@@ -5,8 +5,8 @@
 `components.py` takes the uncertainty of a difference apart, and `page.py` makes the page.
 """
 
-from qvlm.tables.claims.__main__ import main
 from qvlm.tables.claims.catalog import CLAIMS, Claim
-from qvlm.tables.claims.page import concerned, page
+from qvlm.tables.claims.command import main
+from qvlm.tables.claims.page import Analysis, analyze, concerned, page, verdict
 
-__all__ = ["CLAIMS", "Claim", "concerned", "main", "page"]
+__all__ = ["CLAIMS", "Analysis", "Claim", "analyze", "concerned", "main", "page", "verdict"]

@@ -169,13 +169,34 @@ def verdict(found: Estimate, points: float | None) -> str:
     return f"undecided, smaller than {max(found.high, -found.low):.1f}"
 
 
-def page(records: Sequence[Record], made_with: str) -> str:
-    """Returns the Markdown page.
+Key = tuple[Claim, str]
 
-    Args:
-        records: Records of a folder.
-        made_with: Command that regenerates the page.
+
+@dataclass(frozen=True)
+class Analysis:
+    """The one analysis of all claims, by claim and model.
+
+    Attributes:
+        answers: Records of the design.
+        spreads: Differences taken apart, of the claims that were measured.
+        priors: What the claims share.
+        estimates: Differences with their intervals, which hold together.
     """
+
+    answers: Answers
+    spreads: dict[Key, Spread]
+    priors: dict[str, Prior]
+    estimates: dict[Key, Estimate]
+
+    def visible(self, claim: Claim, model: str) -> float:
+        """Returns the least difference in points that the cells of a claim could have shown."""
+        trainings, draws, questions = self.spreads[claim, model].shape
+        design = Design(questions, draws, trainings)
+        return least_detectable(design, ASSUMED[model, claim.bits], COMPARISONS)
+
+
+def analyze(records: Sequence[Record]) -> Analysis:
+    """Analyzes the records of a folder that belong to the design."""
     answers = gather(records)
     found = {
         (claim, model): values
@@ -192,9 +213,21 @@ def page(records: Sequence[Record], made_with: str) -> str:
     )
     priors = priors_of(list(spreads.values()), likeness)
     estimates = {key: estimate(spread, priors, COMPARISONS) for key, spread in spreads.items()}
-    parts = [HEAD, verdicts_table(spreads, estimates)]
+    return Analysis(answers, spreads, priors, estimates)
+
+
+def page(records: Sequence[Record], made_with: str) -> str:
+    """Returns the Markdown page.
+
+    Args:
+        records: Records of a folder.
+        made_with: Command that regenerates the page.
+    """
+    made = analyze(records)
+    answers, spreads, estimates = made.answers, made.spreads, made.estimates
+    parts = [HEAD, verdicts_table(made)]
     parts += ["## Where the uncertainty comes from", MODEL, parts_table(spreads, estimates)]
-    parts += _priors(priors)
+    parts += _priors(made.priors)
     parts += ["## What ran", *_ran(answers, spreads)]
     parts += ["## What was assumed before it ran", _assumed()]
     if answers.left_out:
@@ -204,23 +237,18 @@ def page(records: Sequence[Record], made_with: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-Key = tuple[Claim, str]
-
-
-def verdicts_table(spreads: dict[Key, Spread], estimates: dict[Key, Estimate]) -> str:
+def verdicts_table(made: Analysis) -> str:
     """Returns the table of verdicts: a row per claim and model."""
     rows = []
     for claim in CLAIMS:
         for model in MODELS:
             shared = [claim.text, claim.bits, model]
             paper = "" if claim.points is None else f"{claim.points:+.1f}"
-            if (claim, model) not in estimates:
+            if (claim, model) not in made.estimates:
                 rows.append([*shared, paper, "not measured", "", "", "not measured"])
                 continue
-            own = estimates[claim, model]
-            trainings, draws, questions = spreads[claim, model].shape
-            design = Design(questions, draws, trainings)
-            visible = least_detectable(design, ASSUMED[model, claim.bits], COMPARISONS)
+            own = made.estimates[claim, model]
+            visible = made.visible(claim, model)
             rows.append(
                 [
                     *(*shared, paper, signed(own.mean)),

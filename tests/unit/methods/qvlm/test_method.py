@@ -22,6 +22,7 @@ from qvlm.quantization import (
     expected_layers,
     measure_bits,
 )
+from qvlm.quantization.normal_float import NormalFloatQuantizer
 from tests.helpers.memory import LiveBytes
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
@@ -323,3 +324,52 @@ def test_without_veo_no_image_is_needed() -> None:
     report = QVLM(veo=False, **SHORT).quantize(Walk(model, toy_batches(2, image=False), config()))
     assert len(report.details["uncalibrated"]) == 2 * 6 + 2
     assert bool(torch.isfinite(model(**toy_batch()).logits).all())
+
+
+@pytest.mark.parametrize("options", [{"veo": False}, {"cdm": False, "veo_epochs": 1}])
+def test_weights_may_be_those_of_qlora(options: dict[str, Any]) -> None:
+    """The paper's Table 1 adds the parts to QLoRA, so ranges of activations are searched alone."""
+    model = build("routed")
+    method = QVLM(weights="normal_float", percentiles=(1.0, 0.98), **options)
+    assert method.name.endswith(" (NormalFloat)")
+    expected = expected_layers(model, vision_tower=True)
+    floats = {name: model.get_submodule(name).weight.detach().clone() for name in expected}
+    method.quantize(Walk(model, toy_batches(), config()))
+    for name in expected:
+        layer = model.get_submodule(name)
+        assert isinstance(layer.weight_quantizer, NormalFloatQuantizer)
+        if not method.veo:
+            exact = NormalFloatQuantizer.from_weight(floats[name], 4, 64, 256)(floats[name])
+            assert torch.equal(layer.weight, exact)
+    assert check_bits(measure_bits(model, expected, toy_batches(), config())) == []
+
+
+def test_the_control_of_normal_float_weights_has_them_too() -> None:
+    method = LayerWise(weights="normal_float", percentiles=(1.0, 0.98))
+    assert method.name == "Layer-wise (NormalFloat)"
+    model, other = build(), build()
+    method.quantize(Walk(model, toy_batches(), config()))
+    QVLM(cdm=False, veo=False, weights="normal_float", percentiles=(1.0, 0.98)).quantize(
+        Walk(other, toy_batches(), config())
+    )
+    assert equal(model, other)
+    with pytest.raises(UserError, match="method.weights=nf"):
+        LayerWise(weights="nf")
+
+
+def test_the_entropy_may_be_that_of_the_language_model() -> None:
+    """Experts are left out: they do not read the tokens that their neighbors read."""
+    found = {}
+    for layers in ("vision", "language"):
+        model = build("routed")
+        method = QVLM(cdm=False, veo_epochs=1, veo_layers=layers, veo_entropy=5.0, **SHORT)
+        report = method.quantize(Walk(model, toy_batches(2), config()))
+        found[layers] = integers(model), report.details["veo"]["jacobian_norms"]
+    assert all("vision_tower" in name for name in found["vision"][1])
+    names = list(found["language"][1])
+    assert names and all("language_model" in name and "experts" not in name for name in names)
+    assert sum(found["language"][1].values()) == pytest.approx(1)
+    one, other = (found[layers][0] for layers in ("vision", "language"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(UserError, match="method.veo_layers=all"):
+        QVLM(veo_layers="all")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from qvlm.errors import RunError, UserError
 from qvlm.methods.qvlm import vision_loss
 from qvlm.methods.qvlm.dependency import JOINTS, Activation, conditional_entropy, element_joint
+from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.methods.qvlm.simulation import freeze, simulate, tower_layers, unwind
 from qvlm.methods.qvlm.vision import fine_tune, schedule, with_images
 from qvlm.methods.qvlm.vision_loss import Reference, Tuning, jacobian_norms, loss_terms, reference
@@ -69,7 +70,7 @@ def simulated(bits: int = 4, vision: str = "per_token") -> tuple[nn.Module, list
     """A model quantized for fine-tuning, and what it made of `toy_batches(2)` before."""
     model = build()
     references = [reference(model, batch) for batch in toy_batches(2)]
-    simulate(Walk(model, toy_batches(2), config(bits, vision)))
+    simulate(Walk(model, toy_batches(2), config(bits, vision)), SearchOptions())
     return model, references
 
 
@@ -490,7 +491,7 @@ def test_unwinding_gives_the_float_model_with_the_tuned_tower(granularity: str) 
     model = build()
     before = copy.deepcopy(model.state_dict())
     walk = Walk(model, toy_batches(2), config(4, granularity))
-    floats = simulate(walk)
+    floats = simulate(walk, SearchOptions())
     quantized = {name for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert set(floats) == quantized
     layer = model.get_submodule(f"{TOWER}.0.mlp.fc1")
