@@ -83,7 +83,7 @@ def test_the_same_record_gives_the_same_bytes(record: Record, tmp_path: Path) ->
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_a_random_choice_is_of_claimsn_again(record: Record, tmp_path: Path) -> None:
+def test_a_random_choice_is_drawn_again(record: Record, tmp_path: Path) -> None:
     scored = record.predictions.copy()
     asked = scored["prediction"].isna()
     assert asked.sum() > 5
