@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qvlm.methods.qvlm.candidates import weights_of
@@ -44,7 +44,8 @@ def unwind(model: PreTrainedModel, floats: Mapping[str, nn.Linear]) -> None:
         layer = model.get_submodule(full_name)
         assert isinstance(layer, QuantLinear)
         if layer.float_weight is not None:
-            weight, inputs = layer.float_weight, layer.input_quantizer
+            weight: Tensor = layer.float_weight
+            inputs = layer.input_quantizer
             if isinstance(inputs, UniformQuantizer) and inputs.folds:
                 weight = weight / inputs.scale
             linear.weight.copy_(settled(weight))
