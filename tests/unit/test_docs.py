@@ -14,9 +14,9 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from qvlm.__main__ import PAGES as ROUTES
 from qvlm.config.compose import CONF
 from qvlm.config.schema import RunConfig
+from qvlm.routes import ROUTES
 from tests.helpers.configs import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +40,9 @@ OPTION_KEY = "normalise"  # a key that people use in their commands
 
 def fenced(page: Path) -> str:
     """The content of a page's code blocks that have no language, which are commands."""
-    found = re.findall(r"^ *```\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.M | re.S)
-    return "\n".join(found).replace("\\\n", " ")
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text("utf-8"), re.M | re.S)
+    commands = [text for language, text in blocks if not language]
+    return "\n".join(commands).replace("\\\n", " ")
 
 
 def prose(page: Path) -> str:
