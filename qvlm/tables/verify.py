@@ -20,7 +20,7 @@ from pathlib import Path
 from qvlm.command import folder, run_command
 from qvlm.errors import RunError
 from qvlm.records.strict import build
-from qvlm.tables import ablation, audit, claims, table1, table2, table5
+from qvlm.tables import ablation, audit, claims, readme, table1, table2, table5
 from qvlm.tables.answers import folder_of, read_answers, read_facts
 from qvlm.tables.command import Table, texts_of, write_files
 from qvlm.tables.differences import Difference, differences
@@ -75,11 +75,21 @@ def _audit(results: Path, command: str) -> Mapping[str, str]:
     return {"audit.md": audit.page(command)}
 
 
+def _readme(results: Path, command: str) -> Mapping[str, str]:
+    """The README beside the folder of results, if it has a part on Table 2."""
+    place, csv = results.parent / "README.md", results / "table2.csv"
+    if not (place.is_file() and csv.is_file()):
+        return {}
+    text = readme.with_block(place.read_text(encoding="utf-8"), csv.read_text(encoding="utf-8"))
+    return {} if text is None else {"../README.md": text}
+
+
 PAGES = (
     *map(_of, (table1.TABLE, table2.TABLE, table5.TABLE, ablation.TABLE)),
     Page("table4", _table4),
     Page("claims", _claims),
     Page("audit", _audit, answered=False),
+    Page("../README", _readme, answered=False),
 )
 
 
