@@ -10,6 +10,7 @@ import pandas as pd
 from qvlm.bits import BitWidths
 from qvlm.markdown import bullets, table
 from qvlm.tables.labels import BASELINE, FP, bits_order
+from qvlm.tables.report import signed
 
 BEGIN, END = "<!-- from results/table2.csv -->", "<!-- to here -->"
 
@@ -72,7 +73,7 @@ def _given_back(
         if BASELINE not in own or model not in full:
             continue
         base = own.pop(BASELINE)
-        parts = [f"{method} {value - base:+.1f}" for method, value in own.items()]
+        parts = [f"{method} {signed(value - base, 1)}" for method, value in own.items()]
         found.append(
             f"{model}, {bits}: rounding to nearest loses {full[model] - base:.1f} points. Over "
             f"that,\n  {', '.join(parts)}."

@@ -5,8 +5,15 @@ import sys
 from collections.abc import Sequence
 
 from qvlm.command import run_command
-from qvlm.tables.claims.page import page
-from qvlm.tables.command import add_runs, made_with, records_of, table_parser, write_files
+from qvlm.tables.claims.page import concerned, page
+from qvlm.tables.command import (
+    add_runs,
+    keep_answers,
+    made_with,
+    records_of,
+    table_parser,
+    write_files,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = records_of(options.runs, "claims")
         text = page(records, made_with(parser, options, "runs", "out"))
         write_files({options.out / "claims.md": text})
+        keep_answers(options.out, "claims", concerned(records))
         print(text, end="")
 
     return run_command(parser, work, arguments)

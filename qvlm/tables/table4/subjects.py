@@ -12,14 +12,8 @@ from qvlm.packing import ORIGIN, read_origin
 from qvlm.records.record import Record, find_records
 from qvlm.tables.labels import FP, bits_order
 from qvlm.tables.proof import fault
-<<<<<<< HEAD
-from qvlm.tables.selection import execution, is_draw, select
-from qvlm.tables.table4.facts import NOT_PACKED, disagreements
-=======
 from qvlm.tables.selection import execution, is_of_claims, select
-
-NOT_PACKED = ("simulated",)  # the other executions that answers are compared with
->>>>>>> main
+from qvlm.tables.table4.facts import NOT_PACKED, disagreements
 
 
 @dataclass(frozen=True)

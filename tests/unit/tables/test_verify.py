@@ -61,6 +61,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_record(runs, bits="FP", model=model, accuracy=90.0, generated=True, n=200)
     for seed, (method, accuracy) in enumerate(ACCURACY.items()):
         make_record(runs, method, accuracy=accuracy, seed=seed, generated=True, n=200)
+    for draw, method in ((0, "FP"), (0, "AWQ"), (1, "AWQ"), (0, "Q-VLM"), (1, "Q-VLM")):
+        bits, seed = ("FP", 90) if method == "FP" else ("W4A4", draw + 2 * (method == "AWQ"))
+        calibration = {"split": "train", "samples": 3, "seed": draw}
+        planted = dict(name=f"claims-{method}-{draw}", group="claims", calibration=calibration)
+        make_record(runs, method, bits, seed=seed, n=200, generated=True, **planted)
     _make_table4(runs, results)
     make_record(runs, "AWQ", name="older", finished="2025", generated=True, n=200)
     make_record(runs, "ZeroQuant", layers=[], generated=True, n=200)
