@@ -156,7 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found: list[Difference] = []
         for page in PAGES:
             own = check(page, options.results, options.write)
-            print(f"{page.name}: {_count(own) or 'every value follows from its answers'}")
+            made = (options.results / f"{page.name}.md").is_file()
+            good = "every value follows from its answers" if made else "not made"
+            print(f"{page.name}: {_count(own) or good}")
             for difference in own[:_SHOWN]:
                 print(f"  {difference}")
             found += own
