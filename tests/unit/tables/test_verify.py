@@ -2,15 +2,16 @@
 
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from qvlm.config.schema import influences
 from qvlm.errors import RunError
 from qvlm.records.record import Record
 from qvlm.tables import claims, table1, table2, table5
-from qvlm.tables.answers import FACTS, folder_of
+from qvlm.tables.answers import FACTS, folder_of, read_answers, write_answers
 from qvlm.tables.command import keep_answers, write_files
 from qvlm.tables.differences import Difference, differences
 from qvlm.tables.labels import CDM, ERROR_PROXY, VEO
@@ -18,6 +19,7 @@ from qvlm.tables.rerun import compare, configuration
 from qvlm.tables.table4.facts import Alone, Facts, RepeatTimes, Timed
 from qvlm.tables.table4.page import texts_of
 from qvlm.tables.verify import PAGES, check, main
+from tests.helpers.configs import load
 from tests.helpers.records import make_layers, make_record
 
 ACCURACY = {"RTN": 60.0, "AWQ": 55.0, "QLoRA": 62.0, "Layer-wise": 64.0, "Q-VLM": 70.0}
@@ -230,3 +232,17 @@ def test_only_methods_of_this_package_are_run_anew(runs: Path) -> None:
     record: Record = make_record(runs, "RTN", generated=True)
     with pytest.raises(RunError, match=r"methods\.RTN is not a method of this package"):
         configuration(record, "results")
+
+
+def test_the_configuration_of_a_cell_is_kept(runs: Path, tmp_path: Path) -> None:
+    config = load("method=rtn", "evaluation.limit=60", "device=cpu", f"results_dir={tmp_path}")
+    planted = make_record(runs, "RTN", generated=True)
+    planted = replace(planted, config={**asdict(config), "seed": 0})
+    write_answers(tmp_path / "answers", [planted])
+    (committed,) = read_answers(tmp_path / "answers")
+    again = configuration(committed, "elsewhere")
+    assert again.results_dir == "elsewhere"
+    assert influences(again) == influences(config)
+    del committed.config["model"]["path"]
+    with pytest.raises(RunError, match="its checkpoint is not known here"):
+        configuration(committed, "elsewhere")
