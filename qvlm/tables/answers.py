@@ -209,7 +209,7 @@ def _compact(record: Record) -> dict[str, Any]:
     for key in _PATHS:
         if Path(model.get(key) or "").is_absolute():
             del model[key]
-    for key in ("save_packed", "tracking", "scale"):
+    for key in ("save_packed", "tracking"):
         parts["config"].pop(key, None)
     parts["run"]["report"].pop("details", None)
     letters, cut = _letters(record.predictions)
