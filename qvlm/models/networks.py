@@ -4,6 +4,8 @@ A model is either a LLaVA of any family (`Llava`) or a LLaMA alone (`LanguageMod
 vision tower and no projector. Everything that builds, loads, streams or measures a model asks here.
 """
 
+from typing import TypeAlias
+
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from qvlm.models.llava import (
@@ -13,7 +15,7 @@ from qvlm.models.llava import (
     prepared_for_decoding,
 )
 
-Architecture = LlavaArchitecture | LlamaConfig
+Architecture: TypeAlias = LlavaArchitecture | LlamaConfig
 
 
 class LanguageModel(LlamaForCausalLM):
