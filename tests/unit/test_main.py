@@ -182,9 +182,9 @@ SCRIPT = f"#!{sys.executable}\nimport sys\nfrom qvlm.__main__ import main\nsys.e
 @pytest.mark.parametrize(
     ("line", "offers"),
     [
-        ("qvlm tab", {"table1", "table2", "table4", "table4-scale", "table5"}),
+        ("qvlm tab", {"table1", "table2", "table4", "table4-scale", "table5", "table-real"}),
         ("qvlm model=mini_", {"model=mini_llava", "model=mini_moe_llava"}),
-        ("qvlm method=rtn bits=w4", {"bits=w4a4"}),
+        ("qvlm method=rtn bits=w4", {"bits=w4a4", "bits=w4a8"}),
     ],
 )
 def test_a_shell_completes(line: str, offers: set[str], tmp_path: Path) -> None:
