@@ -95,8 +95,7 @@ class Model:
             image: Image that the question is about, of any size and mode.
             hint: Text that belongs to the question.
         """
-        problem = {"question": question, "choices": list(choices), "image": image, "hint": hint}
-        problem |= {"lecture": "", "solution": "", "answer": 0}
+        problem = {"question": question, "choices": choices, "image": image, "hint": hint}
         batch = self.loaded.encode([problem])
         network: Any = self.loaded.model
         with torch.inference_mode():
