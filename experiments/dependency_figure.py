@@ -30,6 +30,7 @@ matplotlib.use("Agg")
 import pandas as pd
 from hydra import compose, initialize_config_dir
 from matplotlib import pyplot
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,6 +45,7 @@ from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.quantization import Block, Walk, batch_by_length
 
 DEPTH = 3
+STYLE = Path(__file__).with_name("figure.mplstyle")
 PROXIES = {"entropy": entropy(element_joint), "quantization_error": quantization_error}
 LABELS = {
     "entropy": "activation entropy, nats",
@@ -138,22 +140,22 @@ def draw(frame: pd.DataFrame, title: str, path: Path) -> None:
         path: PNG file to write.
     """
     layers = sorted(frame["layer"].unique())
-    figure, axes = pyplot.subplots(
-        len(PROXIES), len(layers), figsize=(4 * len(layers), 7), squeeze=False, sharex="row"
-    )
-    for row, proxy in zip(axes, PROXIES, strict=True):
-        for panel, layer in zip(row, layers, strict=True):
-            own = frame[frame["layer"] == layer]
-            correlation = own[proxy].corr(own["ded"])
-            word = "none" if math.isnan(correlation) else f"{correlation:.2f}"
-            panel.scatter(own[proxy], own["ded"], s=14, alpha=0.7)
-            panel.set_title(f"decoder layer {layer}: r = {word}, n = {len(own)}", fontsize=10)
-            panel.set_xlabel(LABELS[proxy])
-        row[0].set_ylabel("DED, share of a token's energy")
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with pyplot.style.context(STYLE):
+        figure, axes = pyplot.subplots(len(PROXIES), len(layers), squeeze=False, sharex="row")
+        for row, proxy in zip(axes, PROXIES, strict=True):
+            for panel, layer in zip(row, layers, strict=True):
+                own = frame[frame["layer"] == layer]
+                correlation = own[proxy].corr(own["ded"])
+                word = "none" if math.isnan(correlation) else f"{round(correlation, 2) + 0:.2f}"
+                panel.plot(own[proxy], own["ded"], linestyle="none", alpha=0.7)
+                panel.set_title(f"decoder layer {layer}: r = {word}, n = {len(own)}")
+                panel.set_xlabel(LABELS[proxy])
+                for axis in (panel.xaxis, panel.yaxis):
+                    axis.set_major_locator(MaxNLocator(4))
+            row[0].set_ylabel("DED, share of a token's energy")
+        figure.suptitle(title)
+        figure.savefig(path)
+        pyplot.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,17 +1,17 @@
 """What a report shows: the records it may show, in order, each with its number and its mark."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from qvlm.records.record import Record
 from qvlm.tables import table1, table5
+from qvlm.tables.claims import Analysis, Claim, analyze
 from qvlm.tables.labels import FP, method_order
-from qvlm.tables.selection import Selection, execution, is_draw, of_whole_method, select
+from qvlm.tables.selection import Selection, execution, is_of_claims, of_whole_method, select
 
 MARKS = 8  # shapes and colors that the style sheet tells apart
-PROVENANCE = ("command", "code", "hash", "versions", "hardware", "git", "device", "threads", "seed")
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Content:
         whole: Records of whole methods, which most parts show.
         parts: Records of Tables 1 and 5, by the name of the table.
         packed: Records of packed execution.
+        claims: Analysis of the records of the claims' design.
     """
 
     whole: Selection
-    parts: dict[str, Selection] = field(default_factory=dict)
-    packed: Selection = field(default_factory=Selection)
+    parts: dict[str, Selection]
+    packed: Selection
+    claims: Analysis
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> "Content":
@@ -37,7 +39,8 @@ class Content:
             quantized = [r for r in selection.shown if not r.bit_widths.is_full_precision]
             if any(not of_whole_method(record) for record in quantized):
                 parts[table.name] = selection
-        return cls(select(records, of_whole_method), parts, select(records, _is_packed))
+        whole, packed = select(records, of_whole_method), select(records, _is_packed)
+        return cls(whole, parts, packed, analyze(records))
 
     @cached_property
     def records(self) -> list[Record]:
@@ -66,8 +69,20 @@ class Content:
     @cached_property
     def numbers(self) -> dict[str, int]:
         """The number under which the page names a record, by the name of the record."""
-        every = [*self.records, *(record for record, _ in self.refused)]
-        return {record.name: number for number, record in enumerate(every)}
+        return {record.name: number for number, record in enumerate(self.every)}
+
+    @cached_property
+    def every(self) -> list[Record]:
+        """Every record that the page names: shown, refused, or behind a claim."""
+        behind = [pair for key in self.claims.spreads for pair in self.first_pair(*key)]
+        named = [*self.records, *(record for record, _ in self.refused), *behind]
+        return [*{record.name: record for record in named}.values()]
+
+    def first_pair(self, claim: Claim, model: str) -> list[Record]:
+        """Returns the records behind a claim, of the shipped training and the first draw."""
+        found = self.claims.answers.records
+        keys = [(model, claim.bits, method, 0) for method in (claim.first, claim.second)]
+        return [found[key] for key in keys if key in found]
 
     @cached_property
     def marks(self) -> dict[str, int]:
@@ -85,7 +100,7 @@ class Content:
 
 
 def _is_packed(record: Record) -> bool:
-    return execution(record) == "packed" and not is_draw(record)
+    return execution(record) == "packed" and not is_of_claims(record)
 
 
 def provenance(record: Record) -> dict[str, Any]:

@@ -16,15 +16,17 @@ from qvlm.report import costs as cost
 from qvlm.report.charts import Point
 from qvlm.report.content import Content, provenance
 from qvlm.tables.labels import FP
-from qvlm.tables.report import interval
+from qvlm.tables.report import interval, with_interval
 from qvlm.tables.selection import execution
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+KL = "KL divergence from full precision, nats per answer token"
 SECTIONS = {
     "verdicts": "Verdicts",
     "tables": "Tables",
     "charts": "Classes",
     "bits": "Bits",
+    "kl": "KL",
     "cost": "Memory and speed",
     "losses": "Losses",
     "proof": "Proof",
@@ -82,8 +84,9 @@ def page(
     if table4 is not None:
         caption = "Table 4: time and memory of packed models, as make table4 measured them."
         grids.append(tables.from_frame(caption, table4, {}))
-    every = [*content.records, *(record for record, _ in content.refused)]
+    every = content.every
     several = len({record.model for record in every}) > 1
+    refused = [record for record, _ in content.refused]
     names = [f"{r.model} {_label(r)}" if several else _label(r) for r in every]
     environment.filters["name_of"] = names.__getitem__
     text: str = environment.get_template("page.html").render(
@@ -97,9 +100,10 @@ def page(
         grids=grids,
         by_class=_by_class(content),
         by_bits=_by_bits(content),
+        by_kl=_by_kl(content),
         by_cost=_by_cost(content, table4),
         losses=_losses(content),
-        strips=[_strip(record, content) for record in every if record.layers],
+        strips=[_strip(r, content) for r in [*content.records, *refused] if r.layers],
         asked=questions.asked(content, private),
         rule=questions.RULE.format(least=questions.LEAST, per_method=questions.PER_METHOD),
         classes=[name for name in CLASSES if name != "Avg"],
@@ -178,6 +182,39 @@ def _by_bits(content: Content) -> list[tuple[str, Markup, list[str]]]:
         name = f"Accuracy against bit widths, {model}"
         shown = charts.chart(name, charts.columns(labels), y, points, list(lines.values()))
         found.append((model, shown, methods))
+    return found
+
+
+def _by_kl(content: Content) -> list[tuple[str, Markup, list[str]]]:
+    """Returns per model a chart of the divergence from full precision, and the methods it shows."""
+    found = []
+    for model, cells in content.whole.by_cell().items():
+        measured = {
+            bits.label: own
+            for bits, records in cells.items()
+            if (own := [r for r in records if (r.metrics.get("kl") or {}).get("mean", 0) > 0])
+        }
+        points = []
+        for band, records in enumerate(measured.values()):
+            for place, record in enumerate(records):
+                kl = record.metrics["kl"]
+                value, ends = with_interval(kl)
+                about = f"{_label(record)}: {value} nats per answer token, 95 % {ends}"
+                half = 1.96 * kl["standard_error"]
+                y = band + (place + 1) / (len(records) + 1)
+                mark, run = content.marks[record.method], content.numbers[record.name]
+                low = max(kl["mean"] - half, kl["mean"] / 10)
+                point = Point(kl["mean"], y, about, mark, (run,), low, kl["mean"] + half)
+                points.append(point)
+        if not points:
+            continue
+        x = charts.log_axis([p.low or p.x for p in points] + [p.high or p.x for p in points], KL)
+        rows = max(len(records) for records in measured.values()) + 1
+        height = len(measured) * max(34, 14 * rows)
+        name = f"Divergence from full precision, {model}"
+        chart = charts.chart(name, x, charts.bands(list(measured)), points, (), height, True)
+        methods = [r.method for records in measured.values() for r in records]
+        found.append((model, chart, list(dict.fromkeys(methods))))
     return found
 
 

@@ -10,10 +10,10 @@ from qvlm.evaluation.metrics import CLASSES
 from qvlm.records.record import Record
 from qvlm.report.content import Content
 from qvlm.tables import table1, table5
-from qvlm.tables.comparison import drop
+from qvlm.tables.comparison import changed, drop
 from qvlm.tables.labels import bits_order, method_order
 from qvlm.tables.published import label, paper_model, table2_values
-from qvlm.tables.report import interval, paired_interval, signed
+from qvlm.tables.report import interval, paired_interval, signed, with_interval
 
 NOT_MEASURED = "not measured"
 TABLES = {table.name: table for table in (table1.TABLE, table5.TABLE)}
@@ -63,21 +63,20 @@ def accuracy(content: Content) -> list[Grid]:
         paper = paper_model(records[0])
         printed = table2_values(paper) if paper else {}
         counts = {c: records[0].metrics["classes"][c]["n"] for c in CLASSES}
-        header = ["method", "bits", *CLASSES, "against FP", "changed, %", "unparsable, %"]
+        header = ["method", "bits", *CLASSES, "against FP", "changed, %", "unparsable, %", "KL"]
         rows = []
         for record in records:
             number = content.numbers[record.name]
             values = printed.get((record.bits, record.method), {})
             cells = [
-                Value(record.method, _rank(method_order(record.method)[0]), runs=(number,)),
+                Value(record.method, float(method_order(record.method)[0]), runs=(number,)),
                 Value(record.bits, float(bits_order(record.bit_widths)[0])),
                 *(_class(record, name, values.get(name), number) for name in CLASSES),
                 *_against(record, content),
             ]
             average = record.metrics["classes"]["Avg"]
             cells.append(_number(average["unparsable"], "%", number, "answers that name no choice"))
-            if len(header) > len(cells):
-                cells.append(_divergence(record, number))
+            cells.append(_divergence(record, number))
             rows.append(cells)
         role = f" Small italic numbers are the paper's for {label(paper)}." if paper else ""
         asked = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -141,10 +140,6 @@ def _plain(value: Any, runs: tuple[int, ...]) -> Value:
     return Value(text, float(value), runs=runs)
 
 
-def _rank(order: int) -> float:
-    return float(order)
-
-
 def _class(record: Record, name: str, paper: float | None, number: int) -> Value:
     row = record.metrics["classes"][name]
     if not row["n"]:
@@ -167,19 +162,14 @@ def _against(record: Record, content: Content) -> list[Value]:
         return [Value("-", 0.0), Value("-", 0.0)]
     runs = (content.numbers[record.name], content.numbers[reference.name])
     about = f"{record.method} {record.bits} - FP: {signed(fall.difference)} points"
-    changed = changed_answers(record, reference)
-    text = f"{changed:.1f} % of the answers differ from those of full precision"
+    differs = changed(record, reference)
+    assert differs is not None  # `drop` compared them
+    share = 100 * float(differs.mean())
+    text = f"{share:.1f} % of the answers differ from those of full precision"
     return [
         Value(signed(fall.difference), fall.difference, paired_interval(fall), about, runs),
-        Value(f"{changed:.1f}", changed, "", text, runs),
+        Value(f"{share:.1f}", share, "", text, runs),
     ]
-
-
-def changed_answers(record: Record, reference: Record) -> float:
-    """Returns the share of questions whose choice differs from full precision's, in percent."""
-    a, b = (r.predictions.set_index("question_id")["prediction"] for r in (record, reference))
-    a, b = (s.astype("Int64").fillna(-1) for s in (a.sort_index(), b.sort_index()))
-    return 100 * float((a.to_numpy() != b.to_numpy()).mean())
 
 
 def _number(value: float | None, unit: str, number: int, what: str) -> Value:
@@ -189,7 +179,11 @@ def _number(value: float | None, unit: str, number: int, what: str) -> Value:
 
 
 def _divergence(record: Record, number: int) -> Value:
-    found = record.metrics.get("kl")
-    if not isinstance(found, Mapping) or found.get("mean") is None:
+    kl = record.metrics.get("kl")
+    if record.bit_widths.is_full_precision:
+        return Value("-", 0.0)
+    if not kl:
         return Value(NOT_MEASURED, float("-inf"))
-    return _number(found["mean"], "nats per answer token from full precision", number, "")
+    value, ends = with_interval(kl)
+    about = f"{kl['mean']:.5f} nats per answer token from full precision"
+    return Value(value, kl["mean"], ends, about, (number,))

@@ -64,13 +64,13 @@ def of_whole_method(record: Record) -> bool:
 
 
 def is_ordinary(record: Record) -> bool:
-    """Whether a record is of simulated execution and not of a draw. Those have their own pages."""
-    return execution(record) == "simulated" and not is_draw(record)
+    """Whether a record has no page of its own, as other executions, claims and plain text have."""
+    return execution(record) == "simulated" and not is_of_claims(record) and not record.on_text
 
 
-def is_draw(record: Record) -> bool:
-    """Whether a record is of `experiment=draws`, which varies the calibration problems."""
-    return record.config["group"] == "draws"
+def is_of_claims(record: Record) -> bool:
+    """Whether a record is of the claims, whose cells vary draws and trainings."""
+    return record.config["group"] == "claims"
 
 
 def execution(record: Record) -> str:

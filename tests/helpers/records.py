@@ -6,12 +6,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from qvlm.data import miniature
-from qvlm.data.scienceqa import MINIATURE_SIZES
+from qvlm.data.scienceqa import COLUMNS, MINIATURE_SIZES
 from qvlm.evaluation.metrics import class_metrics
+from qvlm.evaluation.text import summarize
 from qvlm.records.record import (
     Record,
     write_record,
@@ -108,14 +111,18 @@ def make_record(
     name: str = "",
     parameters: dict[str, Any] | None = None,
     weights: str = "w",
+    documents: pd.DataFrame | None = None,
     generated: bool = False,
+    group: str = "table2",
     **setting: Any,
 ) -> Record:
     """Writes the record of a cell and reads it back.
 
     Args:
         metrics: changes the classes before they are written.
+        documents: sums of documents, which make it a record on plain text.
         generated: whether the problems are those of the miniature, so that answers can be kept.
+        group: name of the sweep.
         setting: replaces parts of what the cell depends on: data, evaluation, seed, ...
     """
     predictions = (make_answers if generated else make_predictions)(accuracy, n, seed)
@@ -164,10 +171,30 @@ def make_record(
         "hardware": dict(system="Linux", cpu="Some CPU", cores=2, memory_gib=16.0, gpu=None),
     }
     path = runs / (name or f"{model}-{method.lower()}-{bits.lower()}-00000000")
-    whole = {**config, "tracking": tracking, "group": "table2"}
-    written = {"classes": classes, "unparsable_rule": "wrong"}
+    whole = {**config, "tracking": tracking, "group": group}
+    written: dict[str, Any] = {"classes": classes, "unparsable_rule": "wrong"}
+    if documents is not None:
+        written, predictions = {"text": summarize(documents)}, documents
     proof = make_layers(bits) if layers is None else list(layers)
     return write_record(path, whole, run, written, predictions, proof)
+
+
+def make_questions(record: Record) -> datasets.Dataset:
+    """The questions of a record; each image has a color of its own."""
+    rows = [
+        {
+            **dict.fromkeys(COLUMNS, "x"),
+            "image": Image.new("RGB", (8, 8), (row, 0, 0)) if pictured else None,
+            "question": f"Question {row}?",
+            "choices": ["red", "green", "blue"],
+            "answer": answer,
+            "hint": "Look." if row % 2 else "",
+        }
+        for row, (pictured, answer) in enumerate(
+            zip(record.predictions["has_image"], record.predictions["answer"], strict=True)
+        )
+    ]
+    return datasets.Dataset.from_list(rows, features=COLUMNS)
 
 
 FILES = ["config.yaml", "metrics.json", "predictions.parquet", "bits.json", "run.json"]

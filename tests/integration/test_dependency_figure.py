@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.quantization import QuantizationConfig, QuantSpec, Walk
@@ -55,3 +56,20 @@ def test_rows_and_panels(tmp_path: Path) -> None:
     assert again == rows[:3]
     figure.draw(frame, "toy", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_no_labels_of_the_figure_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = pd.read_csv(SOURCE.parents[1] / "results" / "figure2.csv")
+    monkeypatch.setattr(figure.pyplot, "close", lambda _: None)
+    figure.draw(frame, "title", tmp_path / "figure.png")
+    drawn = figure.pyplot.gcf()
+    monkeypatch.undo()
+    for panel in drawn.axes:
+        for axis in (panel.xaxis, panel.yaxis):
+            shown = [label for label in axis.get_ticklabels() if label.get_text()]
+            boxes = [label.get_window_extent() for label in shown]
+            boxes += [axis.label.get_window_extent(), axis.offsetText.get_window_extent()]
+            boxes = [box for box in boxes if box.width]
+            assert len(boxes) >= 3
+            assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    figure.pyplot.close(drawn)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from rich.console import Console, RenderableType
 
@@ -193,3 +194,23 @@ def test_a_damaged_record_costs_the_summary_only(
     assert out == ""
     assert err.startswith("warning: there is no summary, because ")
     assert err.count("\n") == 1
+
+
+def test_a_cell_on_text_shows_its_measures(tmp_path: Path) -> None:
+    documents = pd.DataFrame(
+        {
+            "document": ["a", "b"],
+            "tokens": [100, 300],
+            "nll": [100.0, 300.0],
+            "kl": [10.0, 50.0],
+            "agreement": [90, 270],
+        }
+    )
+    record = make_record(tmp_path, documents=documents)
+    shown = plain(summary.cell_summary(record))
+    assert "2.718" in shown  # exp(1)
+    assert "0.150" in shown
+    assert "90.000" in shown
+    assert "2 documents of miniature" in shown
+    other = make_record(tmp_path, method="AWQ", documents=documents)
+    assert "KL, nats" in plain(summary.sweep_summary([record, other]))

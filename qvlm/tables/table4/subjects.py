@@ -12,7 +12,7 @@ from qvlm.packing import ORIGIN, read_origin
 from qvlm.records.record import Record, find_records
 from qvlm.tables.labels import FP, bits_order
 from qvlm.tables.proof import fault
-from qvlm.tables.selection import execution, is_draw, select
+from qvlm.tables.selection import execution, is_of_claims, select
 
 NOT_PACKED = ("simulated",)  # the other executions that answers are compared with
 
@@ -112,5 +112,5 @@ def _proven(folder: Path, by_hash: Mapping[str, Record]) -> tuple[Record | None,
 
 def _cells(records: Sequence[Record], name: str) -> dict[tuple[str, ...], Record]:
     """Returns the proven cells of an execution, by model, bits and method."""
-    shown = select(records, lambda r: execution(r) == name and not is_draw(r)).shown
+    shown = select(records, lambda r: execution(r) == name and not is_of_claims(r)).shown
     return {(record.model, record.bits, record.method): record for record in shown}

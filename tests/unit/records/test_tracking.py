@@ -10,19 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pandas as pd
 import pytest
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record as Entry
 
 from qvlm.config.schema import TrackingConfig
-from qvlm.data.scienceqa import COLUMNS
 from qvlm.records.record import Record
 from qvlm.records.tracked import example_rows
 from qvlm.records.tracking import Tracker, log_table
 from qvlm.tables.table2 import main
-from tests.helpers.records import make_record
+from tests.helpers.records import make_questions, make_record
 
 COUNT = 60
 
@@ -104,24 +102,6 @@ class Run:
 
 def runs_in(folder: Path) -> list[Run]:
     return [Run(path) for path in sorted(folder.glob("offline-run-*"))]
-
-
-def make_questions(record: Record) -> datasets.Dataset:
-    """The questions of a record; each image has a color of its own."""
-    rows = [
-        {
-            **dict.fromkeys(COLUMNS, "x"),
-            "image": Image.new("RGB", (8, 8), (row, 0, 0)) if pictured else None,
-            "question": f"Question {row}?",
-            "choices": ["red", "green", "blue"],
-            "answer": answer,
-            "hint": "Look." if row % 2 else "",
-        }
-        for row, (pictured, answer) in enumerate(
-            zip(record.predictions["has_image"], record.predictions["answer"], strict=True)
-        )
-    ]
-    return datasets.Dataset.from_list(rows, features=COLUMNS)
 
 
 def track(record: Record, problems: Any, tracking: TrackingConfig, group: str) -> None:
