@@ -107,7 +107,7 @@ table-real: real  ## measures granularities and methods on SmolLM2 and plain tex
 	$(call route,$@,$(WHERE))
 
 outliers: install  ## shows the outliers of MODEL, such as MODEL='smollm2 data=text' after make real
-	$(BIN)/python -m qvlm.tables.$@ model=$(MODEL) --command='make $@ MODEL=NAME'
+	$(BIN)/python -m qvlm $@ model=$(MODEL) --command='make $@ MODEL=NAME'
 
 ablation: install  ## regenerates the ablation of RoCo: its parts, each added to the others
 	$(call route,$@,$(WHERE))
