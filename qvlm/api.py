@@ -27,7 +27,7 @@ from qvlm.bits import BitWidths
 from qvlm.cell import inputs, text
 from qvlm.cell.findings import Quantized
 from qvlm.cell.identity import Cell, resolve
-from qvlm.cell.material import PROOF_PROBLEMS, calibration_batches, load_material
+from qvlm.cell.material import calibration_batches, load_material
 from qvlm.cell.method import build_method
 from qvlm.cell.origin import describe_origin, expected_of
 from qvlm.cell.walk import ProgressWalk
@@ -95,8 +95,7 @@ class Model:
             image: Image that the question is about, of any size and mode.
             hint: Text that belongs to the question.
         """
-        problem = {"question": question, "choices": list(choices), "image": image, "hint": hint}
-        problem |= {"lecture": "", "solution": "", "answer": 0}
+        problem = {"question": question, "choices": choices, "image": image, "hint": hint}
         batch = self.loaded.encode([problem])
         network: Any = self.loaded.model
         with torch.inference_mode():
@@ -193,16 +192,14 @@ def prove(model: Model) -> Proof:
     """Counts the distinct values per scale that enter every product of a quantized model.
 
     Returns:
-        The proof, on `PROOF_PROBLEMS` problems of the model's data set.
+        The proof, on a few problems of the model's data set.
 
     Raises:
         UserError: If the model is in full precision, which has nothing to prove.
     """
     if model.bits.is_full_precision:
         raise UserError(f"{model.loaded.name} is in full precision. Quantize it first.")
-    limit = 1 if model.config.on_text else PROOF_PROBLEMS
-    limited = replace(model.config, evaluation=replace(model.config.evaluation, limit=limit))
-    batches = load_material(limited, model.loaded).proof()
+    batches = load_material(model.config, model.loaded).proof()
     if model.is_packed:
         layers = measure_packed_bits(model.loaded.model, model.expected, batches)
     else:

@@ -35,7 +35,7 @@ ROUTES = {
     "demo": Route(
         "a first look, in less than a minute; the same as no words at all",
         overrides=("-m", "experiment=demo"),
-        closing="\nThis was a demonstration: a model of two million weights, 1,000 generated "
+        closing="\nThis was a demonstration: a model of two million weights, 500 generated "
         "questions, and methods\nthat search nothing. `table2` measures all methods on 4,000 "
         "questions, and --help shows the rest.",
     ),
