@@ -149,8 +149,8 @@ def _dots(title: str, records: Sequence[Record], content: Content) -> Markup:
             mark = content.marks[record.method]
             ends = row["ci_low"], row["ci_high"]
             points.append(Point(row["accuracy"], y, about, mark, (run,), *ends))
-    ends = [value for point in points for value in (point.low or 0.0, point.high or 0.0)]
-    x = charts.linear_axis(ends, "accuracy, %", most=100)
+    reached = [value for point in points for value in (point.low or 0.0, point.high or 0.0)]
+    x = charts.linear_axis(reached, "accuracy, %", most=100)
     height = len(names) * max(34, 13 * (len(records) + 1))
     return charts.chart(
         f"Accuracy by class, {title}", x, charts.bands(names), points, (), height, sideways=True
@@ -253,7 +253,7 @@ def _by_cost(
 
 def _losses(content: Content) -> list[tuple[str, Markup | None, dict[str, float], str]]:
     """Returns per quantized record its errors by layer as a chart, and by kind of linear."""
-    found = []
+    found: list[tuple[str, Markup | None, dict[str, float], str]] = []
     for record in content.whole.shown:
         if record.bit_widths.is_full_precision:
             continue

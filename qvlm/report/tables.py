@@ -116,7 +116,8 @@ def from_frame(caption: str, frame: pd.DataFrame, numbers: Mapping[str, int]) ->
     """
     first = [name for name in ("method", "bits") if name in frame]
     # A column that is empty says nothing. One with the same text everywhere is in the caption.
-    kept = [c for c in frame if c not in (*first, "run") and frame[c].notna().any()]
+    names = [str(name) for name in frame.columns]
+    kept = [c for c in names if c not in (*first, "run") and frame[c].notna().any()]
     same = [c for c in kept if frame[c].dtype == object and frame[c].nunique(dropna=False) == 1]
     said = [f"{c.replace('_', ' ')}: {frame[c].iloc[0]}" for c in same]
     columns = [*first, *(c for c in kept if c not in same)]
