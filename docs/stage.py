@@ -12,12 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    *(str(path) for path in (ROOT / "docs").glob("*.md")),
-]
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 
 def linked(page: Path) -> set[Path]:
@@ -30,7 +25,8 @@ def linked(page: Path) -> set[Path]:
 def main(target: Path) -> None:
     """Makes the folder anew."""
     shutil.rmtree(target, ignore_errors=True)
-    waiting, copied = [(ROOT / page).resolve() for page in PAGES], set()
+    waiting = [*(ROOT / name for name in TOP), *(ROOT / "docs").glob("*.md")]
+    copied: set[Path] = set()
     while waiting:
         path = waiting.pop()
         if path in copied:

@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["-sc"], ["--shell-completion"]) and given[1:] != ["install=bash"]:
-        print(*_begun(os.environ.get("COMP_LINE", "")))  # Hydra adds groups and options
+        for command in _begun(os.environ.get("COMP_LINE", "")):  # Hydra adds groups and options
+            print(command)
     name, words = (given[0], given[1:]) if given else DEMO
     route = ROUTES.get(name)
     if route is None:
@@ -39,8 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _sweep_and_page(name, route, words)
     if route.overrides:
         code = cli.main([*route.overrides, *words])
-        if route.closing and not code and not {"-h", "--help"} & {*words}:
-            print(route.closing)
+        if code or not route.closing or {"-h", "--help"} & {*words}:
+            return code
+        results = _results_folder([*route.overrides[1:], *words])
+        said = COMMAND + " ".join([program(), name, *words])
+        code = _page(ROUTES["report"])([f"--results={results}", said])
+        print(route.closing)
         return code
     return _page(route)(words)
 
@@ -94,7 +99,8 @@ def _results_folder(overrides: Sequence[str]) -> Path:
     """The folder that the sweeps of these overrides write to."""
     from qvlm.config.compose import compose
 
-    place = [word for word in overrides if word.partition("=")[0] in ("scale", "results_dir")]
+    keys = ("experiment", "scale", "results_dir")
+    place = [word for word in overrides if word.partition("=")[0] in keys]
     return Path(compose(place).results_dir)
 
 

@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 
 from qvlm.bits import BitWidths
-from qvlm.cell import inputs
+from qvlm.cell import inputs, text
 from qvlm.cell.findings import Quantized
 from qvlm.cell.identity import Cell, resolve
+from qvlm.cell.material import PROOF_PROBLEMS, calibration_batches, load_material
 from qvlm.cell.method import build_method
 from qvlm.cell.origin import describe_origin, expected_of
-from qvlm.cell.pipeline import PROOF_PROBLEMS
 from qvlm.cell.walk import ProgressWalk
 from qvlm.config.compose import CONF, compose
 from qvlm.config.schema import RunConfig
@@ -37,13 +37,13 @@ from qvlm.data.sources import table_split
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation import Evaluation
 from qvlm.evaluation import evaluate as evaluate_model
+from qvlm.evaluation.text import evaluate_text
 from qvlm.methods.base import MethodReport
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model
 from qvlm.packing import measure_packed_bits, pack_model, packed_layers
 from qvlm.quantization import (
     LayerBits,
-    batch_by_length,
     check_bits,
     expected_layers,
     measure_bits,
@@ -180,9 +180,8 @@ def quantize(
         raise UserError("model is not an option of quantize, but of load. Load it again.")
     chosen = build_method(config.method)
     quantization = inputs.quantization_config(config)
-    problems, ids = inputs.draw_calibration(config)
     expected = expected_layers(model.loaded.model, quantization.vision_tower)
-    batches = batch_by_length(model.loaded, problems, config.calibration.batch_size)
+    batches, ids = calibration_batches(config, model.loaded)
     walk = ProgressWalk(model.loaded.model, batches, quantization)
     report = chosen.quantize(walk)
     model.config, model.method, model.expected = config, chosen.name, expected
@@ -201,13 +200,9 @@ def prove(model: Model) -> Proof:
     """
     if model.bits.is_full_precision:
         raise UserError(f"{model.loaded.name} is in full precision. Quantize it first.")
-    limited = replace(model.config.evaluation, limit=PROOF_PROBLEMS)
-    problems = list(inputs.load_problems(replace(model.config, evaluation=limited)))
-    size = model.config.calibration.batch_size
-    batches = [
-        model.loaded.encode(problems[start : start + size], with_target=True)
-        for start in range(0, len(problems), size)
-    ]
+    limit = 1 if model.config.on_text else PROOF_PROBLEMS
+    limited = replace(model.config, evaluation=replace(model.config.evaluation, limit=limit))
+    batches = load_material(limited, model.loaded).proof()
     if model.is_packed:
         layers = measure_packed_bits(model.loaded.model, model.expected, batches)
     else:
@@ -232,7 +227,8 @@ def evaluate(
         batch_size: Number of questions per batch; None stands for `evaluation.batch_size`.
 
     Returns:
-        Accuracy by class with intervals in `metrics["classes"]`, and every answer.
+        Accuracy by class with intervals in `metrics["classes"]`, and every answer. With `data=text`
+        the perplexity in `metrics["text"]`, and the sums of each document.
 
     Raises:
         UserError: If the data cannot be used.
@@ -240,7 +236,11 @@ def evaluate(
     options = model.config.evaluation
     if data is None:
         limited = replace(options, limit=options.limit if limit is None else limit)
-        problems = inputs.load_problems(replace(model.config, evaluation=limited))
+        config = replace(model.config, evaluation=limited)
+        if config.on_text:
+            documents = text.load_texts(config)
+            return evaluate_text(model.loaded, text.score_windows(config, model.loaded, documents))
+        problems = inputs.load_problems(config, model.loaded.reads_images)
     else:
         rows = table_split(data, "data", "data", lambda row: f"data, row {row}", None)
         problems = rows.take(range(len(data) if limit is None else limit))

@@ -53,6 +53,12 @@ ROUTES = {
         "qvlm.tables.claims",
         ("table2", "table1", "table5", "draws"),
     ),
+    "table-real": Route(
+        "measures a real language model on plain text",
+        "qvlm.tables.table_real",
+        ("table_real", "table_real_first", "table_real_methods", "table_real_search"),
+    ),
+    "outliers": Route("shows the outliers of a model", "qvlm.tables.outliers"),
     "report": Route("makes a page of all records, to look at in a browser", "qvlm.report.__main__"),
     "workspace": Route("arranges the runs in a W&B account", "qvlm.report.workspace"),
     "gpu": Route("measures packed models on a GPU", "qvlm.tables.gpu.__main__"),

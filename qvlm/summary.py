@@ -18,6 +18,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qvlm.command import program
 from qvlm.errors import RunError
 from qvlm.evaluation.metrics import CLASSES
 from qvlm.records.record import Record, read_run
@@ -28,6 +29,11 @@ from qvlm.tables.report import NONE, interval, number, paired_interval, signed
 from qvlm.validation import shown
 
 PLAIN_WIDTH = 120  # columns, where no terminal says how many there are
+TEXT_MEASURES = {
+    "perplexity": "perplexity",
+    "kl": "KL to full precision, nats per token",
+    "agreement": "same token as full precision, %",
+}
 DESCRIBED_WIDTH = 92  # columns that the table of a cell needs with descriptions of the classes
 WHAT = {
     "NAT": "natural science",
@@ -73,6 +79,8 @@ def cell_summary(record: Record, described: bool = True) -> RenderableType:
         record: Record of the cell.
         described: Whether the classes are described beside their names.
     """
+    if record.on_text:
+        return _text_summary(record)
     reference = find_reference(record)
     rows = record.metrics["classes"]
     full = reference.metrics["classes"] if reference else {}
@@ -97,7 +105,26 @@ def cell_summary(record: Record, described: bool = True) -> RenderableType:
     facts.add_row("bits", _proof(record))
     facts.add_row("seconds", _stages(record))
     facts.add_row("record", Text(str(record.path), overflow="fold"))
+    facts.add_row("report", _report([record]))
     return Group(Text(), *lines, table, facts)
+
+
+def _text_summary(record: Record) -> RenderableType:
+    """Returns the measures on plain text, the proof of bits, and the folder."""
+    table = _table("measure", "value", "95 % interval")
+    for name, unit in TEXT_MEASURES.items():
+        measure = record.metrics["text"][name]
+        if measure is not None:
+            low, high = measure["low"], measure["high"]
+            reach = NONE if low is None else f"{low:.3f} to {high:.3f}"
+            table.add_row(unit, f"{measure['value']:.3f}", reach)
+    title = " ".join(dict.fromkeys([record.method, record.bits]))
+    head = Text.assemble((f"{record.model}, {title}", "bold"), f" on {_questions(record)}")
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("bits", _proof(record))
+    facts.add_row("seconds", _stages(record))
+    facts.add_row("record", Text(str(record.path), overflow="fold"))
+    return Group(Text(), head, table, facts)
 
 
 def sweep_summary(records: Sequence[Record]) -> RenderableType:
@@ -118,7 +145,10 @@ def sweep_summary(records: Sequence[Record]) -> RenderableType:
             if cell.name in faults
         ]
     folders = dict.fromkeys(str(record.path.parent) for record in records)
-    return Group(*parts, Text(f"records: {', '.join(folders)}"))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("records", Text(", ".join(folders), overflow="fold"))
+    facts.add_row("report", _report(records))
+    return Group(*parts, facts)
 
 
 def _comparison(records: Sequence[Record], faults: Mapping[str, str]) -> Table:
@@ -131,22 +161,33 @@ def _comparison(records: Sequence[Record], faults: Mapping[str, str]) -> Table:
     options = _varying(records)
     named = [name.replace(".", ".\n") for name in options]
     table = _table("method", "bits", *named, left=2 + len(options))
-    for column in ("accuracy, %", "against FP, points", "time, s"):
+    on_text = records[0].on_text
+    measures = ("KL, nats", "perplexity") if on_text else ("accuracy, %", "against FP, points")
+    for column in (*measures, "time, s"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("bits proven", justify="right")
     for record in records:
-        row, same = record.metrics["classes"]["Avg"], record.bit_widths.is_full_precision
-        reference = None if same else find_reference(record, records)
+        same = record.bit_widths.is_full_precision
+        if on_text:
+            numbers = [_text_number(record, "kl"), _text_number(record, "perplexity")]
+        else:
+            reference = None if same else find_reference(record, records)
+            numbers = [_accuracy(record.metrics["classes"]["Avg"])]
+            numbers.append("" if same else _difference(record, reference, "Avg"))
         table.add_row(
             record.method,
             "" if same else record.bits,
             *(values.get(record.name, "") for values in options.values()),
-            _accuracy(row),
-            "" if same else _difference(record, reference, "Avg"),
+            *numbers,
             f"{_seconds(record):.1f}",
             Text("NO", "bold red") if record.name in faults else "" if same else "yes",
         )
     return table
+
+
+def _text_number(record: Record, name: str) -> str:
+    measure = record.metrics["text"][name]
+    return NONE if measure is None else f"{measure['value']:.3f}"
 
 
 def find_reference(record: Record, among: Iterable[Record] = ()) -> Record | None:
@@ -239,9 +280,21 @@ def _refused(what: str, reason: str) -> Text:
     return Text(f"{what}: tables refuse this record. {reason}", "bold red")
 
 
+def _report(records: Sequence[Record]) -> Text:
+    """Says where the report of the records is, or how to make it."""
+    results = {record.path.parent.parent: None for record in records}
+    pages = [folder / "report" / "index.html" for folder in results]
+    where = [
+        str(page) if page.is_file() else f"{program()} report --results={folder}"
+        for page, folder in zip(pages, results, strict=True)
+    ]
+    return Text(", ".join(where), overflow="fold")
+
+
 def _questions(record: Record) -> str:
     data = record.config["data"]
-    return f"{len(record.predictions):,} questions of {data['name']}, split {data['split']}"
+    kind = "documents" if record.on_text else "questions"
+    return f"{len(record.predictions):,} {kind} of {data['name']}, split {data['split']}"
 
 
 def _stages(record: Record) -> str:

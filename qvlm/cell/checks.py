@@ -43,6 +43,7 @@ def check_options(config: RunConfig) -> None:
         memory_limits(config.max_memory)
     if not config.full_precision:
         quantization_config(config)
+        _check_packable(config)
     require_writable(config.runs_dir)
     if config.save_packed is not None:
         if os.path.lexists(config.save_packed) and not os.path.isdir(config.save_packed):
@@ -50,6 +51,21 @@ def check_options(config: RunConfig) -> None:
                 f"save_packed={config.save_packed} is not a folder. Give a new or an empty one."
             )
         require_writable(partial_folder(resolve_folder(config.save_packed)), "save_packed")
+
+
+def _check_packable(config: RunConfig) -> None:
+    """Refuses packed execution of a quantizer that has no packed form."""
+    quantizer = config.quantizer
+    for option, value in (
+        ("quantizer.first_token", quantizer.first_token),
+        ("quantizer.language.granularity", quantizer.language.granularity),
+        ("quantizer.vision.granularity", quantizer.vision.granularity),
+    ):
+        if config.packed and value in ("float", "per_channel_prompt"):
+            raise UserError(
+                f"{option}={value} is not for packed execution, which has no integer product for "
+                "it. Give execution=simulated."
+            )
 
 
 def _check_kernel_of_float64(kernel: str) -> None:

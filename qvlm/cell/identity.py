@@ -15,6 +15,7 @@ from qvlm.cell.inputs import checkpoint_folder, settle_evaluation
 from qvlm.cell.method import method_file
 from qvlm.cell.settled import settle
 from qvlm.config.schema import RunConfig, canonical, influences
+from qvlm.data.text import text_folder
 from qvlm.errors import RunError, UserError
 from qvlm.models.checkpoints.hub import local_folder
 from qvlm.packing import read_origin, require_own, resolve_folder
@@ -22,6 +23,7 @@ from qvlm.records import provenance
 from qvlm.records.record import Record, find_record, identify
 
 CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".model", ".tiktoken")
+TEXT_FILES = (".txt",)
 DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
 
 
@@ -117,7 +119,9 @@ class Cell:
         return replace(self, config=replace(self.config, device=device))
 
     def with_threads(self, threads: int) -> "Cell":
-        """The same cell with a number of threads, which is not part of its identity."""
+        """The same cell with a number of threads unless it has one; its identity is the same."""
+        if self.config.threads is not None:
+            return self
         return replace(self, config=replace(self.config, threads=threads))
 
     def require_same_code(self) -> None:
@@ -192,6 +196,8 @@ def _hash_files(config: RunConfig) -> dict[str, str]:
     if config.model.vision_tower is not None and config.model.packed is None:
         tower = local_folder(config.model.vision_tower, "model.vision_tower")
         files["vision_tower"] = provenance.content_hash(tower, CHECKPOINT_FILES)
-    if Path(config.data.source).is_dir():
+    if config.on_text:
+        files["data"] = provenance.content_hash(text_folder(config.data.source), TEXT_FILES)
+    elif Path(config.data.source).is_dir():
         files["data"] = provenance.content_hash(Path(config.data.source), DATA_FILES)
     return files

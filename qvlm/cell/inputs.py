@@ -39,18 +39,26 @@ def quantization_config(config: RunConfig) -> QuantizationConfig:
     specs = {}
     for part, width in (
         ("weight", bits.weights),
+        ("vision_weight", bits.weights),
         ("language", bits.activations),
         ("vision", bits.activations),
     ):
         shape = getattr(quantizer, part)
         try:
             specs[part] = QuantSpec(
-                width, shape.granularity, shape.group_size, quantizer.p, quantizer.ranges
+                width,
+                shape.granularity,
+                shape.group_size,
+                quantizer.p,
+                quantizer.ranges,
+                quantizer.static_width if part == "language" else None,
             )
         except UserError as error:
             raise UserError(f"quantizer, {part}: {error}") from error
     try:
-        return QuantizationConfig(**specs, vision_tower=quantizer.vision_tower)
+        return QuantizationConfig(
+            **specs, vision_tower=quantizer.vision_tower, first_token=quantizer.first_token
+        )
     except UserError as error:
         raise UserError(f"quantizer: {error}") from error
 
@@ -107,7 +115,13 @@ def checkpoint_folder(config: RunConfig) -> Path:
     """
     if config.model.packed is not None:
         return local_folder(config.model.packed, "model.packed")
-    return embedded(config.model.path) or local_folder(config.model.path, "model.path")
+    path, made_by = config.model.path, config.model.made_by
+    if made_by is not None and not Path(path).is_dir():
+        raise UserError(
+            f"model.path: {path} is not a folder. Give the command {made_by}, or a folder with the "
+            "checkpoint."
+        )
+    return embedded(path) or local_folder(path, "model.path")
 
 
 def gains_no_threads(config: RunConfig) -> bool:
@@ -219,40 +233,55 @@ def _load(config: RunConfig, folder: Path, device: str, meta_layers: bool = Fals
     )
 
 
-def load_problems(config: RunConfig) -> datasets.Dataset:
+def load_problems(config: RunConfig, with_images: bool = True) -> datasets.Dataset:
     """Loads the problems to evaluate.
+
+    Args:
+        config: Configuration of the cell.
+        with_images: Whether problems with an image are among them, which not every model reads.
 
     Raises:
         UserError: if they cannot be loaded, or are not as many as were published.
     """
     data, limit = config.data, config.evaluation.limit
-    problems = load_scienceqa(data.source, data.split, limit, data.seed)
-    if data.published and data.split == "test" and limit is None:
+    problems = load_scienceqa(data.source, data.split, limit, data.seed, with_images)
+    if data.published and data.split == "test" and limit is None and with_images:
         require_published(problems, data.source)
     return problems
 
 
-def draw_calibration(config: RunConfig) -> tuple[list[dict[str, Any]], list[int]]:
+def draw_calibration(
+    config: RunConfig, with_images: bool = True
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Draws the calibration problems without replacement.
+
+    Args:
+        config: Configuration of the cell.
+        with_images: Whether the model reads images.
 
     Returns:
         The problems, and their rows in the split, in ascending order.
 
     Raises:
-        UserError: if the split has fewer.
+        UserError: if the split has fewer, or problems with an image are for a model without tower.
     """
     data, calibration = config.data, config.calibration
     pool = open_scienceqa(data.source, calibration.split, data.seed)
-    count = calibration.samples
-    order = random.Random(calibration.seed).sample(range(len(pool)), len(pool))
-    if calibration.images == "only":
-        order = [row for row in order if pool.has_image[row]]
-    if count > len(order):
-        images = calibration.images == "only"
+    count, images = calibration.samples, calibration.images
+    if not with_images and images != "none":
         raise UserError(
-            f"calibration.samples={count} is more than split {calibration.split} has"
-            f"{' with images' if images else ''}. Give a number from 1 to {len(order)}"
-            f"{', or calibration.images=any' if images else ''}."
+            f"calibration.images={images} is not for model {config.model.name}, which reads no "
+            "image. Give calibration.images=none."
+        )
+    order = random.Random(calibration.seed).sample(range(len(pool)), len(pool))
+    if images != "any":
+        order = [row for row in order if pool.has_image[row] == (images == "only")]
+    if count > len(order):
+        kind = {"only": " with images", "none": " without images", "any": ""}[images]
+        raise UserError(
+            f"calibration.samples={count} is more than split {calibration.split} has{kind}. Give a "
+            f"number from 1 to {len(order)}"
+            f"{', or calibration.images=any' if images == 'only' else ''}."
         )
     rows = sorted(order[:count])
     return list(pool.take(rows)), rows

@@ -15,27 +15,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import datasets
 from torch import Tensor
 from tqdm import tqdm
 
 from qvlm.cell import inputs
 from qvlm.cell.findings import Findings, Quantized, describe_run
 from qvlm.cell.identity import Cell
+from qvlm.cell.material import load_material
 from qvlm.cell.method import method_of
 from qvlm.cell.origin import describe_origin, expected_of, require_bits
 from qvlm.cell.streaming import stream_cell
 from qvlm.cell.walk import ProgressWalk
-from qvlm.evaluation import Evaluation, Reference, Watch, answer_passages, evaluate
+from qvlm.evaluation import Watch
 from qvlm.methods.base import Method
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model
 from qvlm.packing import (
     force_kernel,
     kernel_choices,
-    kernels_used,
     measure_packed_bits,
     pack_model,
     packed_layers,
@@ -43,7 +41,6 @@ from qvlm.packing import (
 )
 from qvlm.quantization import (
     LayerBits,
-    batch_by_length,
     compute_in_float64,
     expected_layers,
     measure_bits,
@@ -54,8 +51,6 @@ from qvlm.records.record import Record, answers_folder, write_record
 from qvlm.records.tracking import Tracker
 from qvlm.runtime import workers
 from qvlm.runtime.stages import Stages
-
-PROOF_PROBLEMS = 16
 
 
 def compute(
@@ -87,38 +82,35 @@ def compute(
                 return found
         with stages.stage("load"):
             loaded = inputs.load(config, device)
-            found.problems = inputs.load_problems(config)
+            material = load_material(config, loaded)
+            found.problems = material.problems
         expected: list[str] = []
-        reference: Reference | None = None
         if not config.full_precision and config.packed_source is None:
             quantization = inputs.quantization_config(config)
             expected = expected_layers(loaded.model, quantization.vision_tower)
             with stages.stage("calibrate"):
-                samples, ids = inputs.draw_calibration(config)
-                batches = batch_by_length(loaded, samples, config.calibration.batch_size)
-            if config.evaluate and inputs.compared_problems(config):
+                batches, ids = material.calibration()
+            if config.evaluate and material.compares:
                 with stages.stage("reference"):
-                    reference = _reference(cell, loaded, found.problems)
+                    material.refer(cell)
             with stages.stage("quantize"):
                 walk = ProgressWalk(loaded.model, batches, quantization)
                 report = method.quantize(walk)
                 found.quantized = Quantized(report, ids, list(walk.uncalibrated))
             with stages.stage("prove"):
-                proof = _proof_batches(cell, loaded, found.problems)
-                found.layers = measure_bits(loaded.model, expected, proof, quantization)
+                found.layers = measure_bits(loaded.model, expected, material.proof(), quantization)
         if config.packed:
             with stages.stage("pack"):
-                proof = _proof_batches(cell, loaded, found.problems)
+                proof = material.proof()
                 found.layers = _pack(cell, loaded, method, expected, proof, found.quantized)
         if config.execution == "exact":
             compute_in_float64(loaded.model)
         if config.evaluate:
             with stages.stage("evaluate"):
-                found.evaluation = _evaluate(cell, loaded, found.problems, answers, watch)
-        if found.evaluation is not None and reference is not None:
+                found.evaluation = material.evaluate(cell, answers, watch)
+        if found.evaluation is not None and material.referred:
             with stages.stage("divergence"):
-                divergence = reference.divergence(loaded)
-                found.evaluation = found.evaluation.with_divergence(divergence)
+                found.evaluation = material.compare(found.evaluation)
     if found.evaluation is not None:
         if found.evaluation.resumed:  # the stage took the seconds of the other questions only
             stages.costs["evaluate"]["resumed_questions"] = found.evaluation.resumed
@@ -227,41 +219,6 @@ def _pack(
     for layer in packed_layers(loaded.model).values():
         layer.used.clear()  # only the kernels of the evaluation are recorded
     return layers
-
-
-def _evaluate(
-    cell: Cell,
-    loaded: LoadedModel,
-    problems: datasets.Dataset,
-    answers: Path | None,
-    watch: Watch | None,
-) -> Evaluation:
-    options: dict[str, Any] = asdict(cell.config.evaluation)
-    del options["limit"], options["kl_problems"]  # the problems are limited already
-    options["watch"] = watch
-    if cell.config.packed:
-        options["observe"] = kernels_used
-    return evaluate(loaded, problems, seed=cell.config.seed, answers=answers, **options)
-
-
-def _reference(cell: Cell, loaded: LoadedModel, problems: datasets.Dataset) -> Reference:
-    """What full precision predicts for the expected answers of the first problems."""
-    config = cell.config
-    count = min(inputs.compared_problems(config), len(problems))
-    passages = answer_passages(loaded, [problems[row] for row in range(count)])
-    return Reference(loaded, passages, config.calibration.batch_size)
-
-
-def _proof_batches(
-    cell: Cell, loaded: LoadedModel, problems: datasets.Dataset
-) -> list[dict[str, Tensor]]:
-    """A few problems with their answers, to count levels on."""
-    batch_size = cell.config.calibration.batch_size
-    some = [problems[row] for row in range(min(PROOF_PROBLEMS, len(problems)))]
-    return [
-        loaded.encode(some[start : start + batch_size], with_target=True)
-        for start in range(0, len(some), batch_size)
-    ]
 
 
 def _count_stages(cell: Cell) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from qvlm.cell import inputs
 from qvlm.cell.findings import Quantized
 from qvlm.cell.identity import Cell
+from qvlm.cell.material import calibration_batches
 from qvlm.cell.method import not_streamable
 from qvlm.cell.origin import describe_origin, quantized_by
 from qvlm.cell.walk import ProgressWalk
@@ -29,7 +30,7 @@ from qvlm.models.loaded import LoadedModel
 from qvlm.models.meta import materialize
 from qvlm.models.packed import save_encoding
 from qvlm.packing import PartialCheckpoint, read_origin
-from qvlm.quantization import Block, QuantizationConfig, batch_by_length, expected_layers
+from qvlm.quantization import Block, QuantizationConfig, expected_layers
 from qvlm.quantization.block import advance
 from qvlm.quantization.targets import block_layers, quantizable
 from qvlm.runtime.stages import Stages
@@ -76,7 +77,7 @@ class StreamedWalk(ProgressWalk):
                 self.model.to("meta")  # only the hidden states are needed from here on
                 materialize(module, name, self.tensors, self.device)
                 self.tensors.close()
-            block = Block({name: module}, kind, calls, self.quantization, self.uncalibrated)
+            block = self._block({name: module}, kind, calls)
             yield block
             block.close()
             if quantizable(module):  # the method left the block as it was
@@ -123,8 +124,7 @@ def _quantize(cell: Cell, method: Method, device: str, folder: Path, stages: Sta
     quantization = inputs.quantization_config(config)
     with stages.stage("calibrate"):
         loaded = inputs.load_for_streaming(config, device)
-        samples, ids = inputs.draw_calibration(config)
-        batches = batch_by_length(loaded, samples, config.calibration.batch_size)
+        batches, ids = calibration_batches(config, loaded)
     with stages.stage("quantize"):
         expected = expected_layers(loaded.model, quantization.vision_tower)
         names = list(block_layers(loaded.model, quantization.vision_tower))

@@ -39,6 +39,7 @@ class ModelConfig:
     Attributes:
         name: Name in records and tables.
         path: Folder, name of an embedded miniature, or repository on the Hugging Face Hub.
+        made_by: Command that makes the folder of `path`, if neither the package nor the Hub has it.
         stands_for: Model of the paper whose numbers tables print beside this model's.
         prompt_format: Parts of prompt and answer, in ScienceQA's notation; see `qvlm.data.prompts`.
         conversation: Name of the conversation template.
@@ -51,13 +52,16 @@ class ModelConfig:
         expert_capacity: "checkpoint" drops the tokens that exceed an expert's capacity, as the
             checkpoint states. "unlimited" drops none.
         dtype: Floating-point type of the weights.
-        weight_group_size: Number of weights that share a scale, if the quantizer groups them.
+        weight_group_size: Number of weights of projector and language model that share a scale, if
+            the quantizer groups them. Null is the largest divisor of a layer's input up to 128.
+        vision_weight_group_size: The same for the vision tower.
         packed: Folder that `save_packed` wrote. Its model is evaluated as it is, and method, bits,
             quantizer and calibration are those that it was made with.
     """
 
     name: str = MISSING
     path: str = MISSING
+    made_by: str | None = None
     stands_for: str | None = None
     prompt_format: str = "QCM-LEA"
     conversation: str = "vicuna_v1"
@@ -66,7 +70,8 @@ class ModelConfig:
     image_fit: str | None = None
     expert_capacity: str = "checkpoint"
     dtype: str = "float32"
-    weight_group_size: int = 128
+    weight_group_size: int | None = None
+    vision_weight_group_size: int | None = None
     packed: str | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +81,9 @@ class ModelConfig:
             one_of("model.image_fit", self.image_fit, ("crop", "pad"))
         one_of("model.expert_capacity", self.expert_capacity, ("checkpoint", "unlimited"))
         one_of("model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16"))
-        whole_number("model.weight_group_size", self.weight_group_size)
+        for option in ("weight_group_size", "vision_weight_group_size"):
+            if getattr(self, option) is not None:
+                whole_number(f"model.{option}", getattr(self, option))
 
 
 @dataclass
@@ -85,11 +92,12 @@ class GranularityConfig:
 
     Attributes:
         granularity: One of the granularities of `qvlm.quantization.QuantSpec`.
-        group_size: Number of elements that share a scale, if the granularity forms groups.
+        group_size: Number of elements that share a scale, if the granularity forms groups. Null is
+            the largest divisor of a layer's input up to 128.
     """
 
     granularity: str = MISSING
-    group_size: int = 128
+    group_size: int | None = None
 
 
 @dataclass
@@ -97,29 +105,39 @@ class QuantizerConfig:
     """The quantizer that every method starts from.
 
     Attributes:
-        weight: Granularity of the weights of every quantized linear layer.
+        weight: Granularity of the weights of projector and language model.
+        vision_weight: Granularity of the weights of the vision tower.
         language: Granularity of the activations of projector and language model.
         vision: Granularity of the activations of the vision tower.
         vision_tower: Whether the vision tower is quantized.
         ranges: Range estimator: "lp" clips to the smallest lp distance, "minmax" does not clip.
         p: Exponent of that distance.
+        static_width: Only with `per_channel_prompt`, the number of features of the inputs that have
+            static scales nevertheless. Null is none.
+        first_token: "quantized", or "float" to leave the activations of the first position in
+            floating point in every linear of the decoder.
     """
 
     weight: GranularityConfig = field(default_factory=GranularityConfig)
+    vision_weight: GranularityConfig = field(default_factory=GranularityConfig)
     language: GranularityConfig = field(default_factory=GranularityConfig)
     vision: GranularityConfig = field(default_factory=GranularityConfig)
     vision_tower: bool = True
     ranges: str = "lp"
     p: float = 2
+    static_width: int | None = None
+    first_token: str = "quantized"
 
 
 @dataclass
 class DataConfig:
-    """Problems in ScienceQA's schema.
+    """Problems in ScienceQA's schema, or plain text.
 
     Attributes:
         name: Name in records.
-        source: "miniature" for generated problems, a folder, or a data set of the Hub.
+        kind: "problems", which are answered, or "text", whose tokens are predicted.
+        source: For problems "miniature" for generated ones, a folder, or a data set of the Hub. For
+            text "text" for that of the package, or a folder with files *.txt.
         split: Name of the split that is evaluated.
         published: Whether the source is the whole published ScienceQA, whose class sizes are then
             required.
@@ -132,8 +150,10 @@ class DataConfig:
     split: str = "test"
     published: bool = False
     seed: int = 0
+    kind: str = "problems"
 
     def __post_init__(self) -> None:
+        one_of("data.kind", self.kind, ("problems", "text"))
         seed("data.seed", self.seed)
 
 
@@ -145,9 +165,10 @@ class CalibrationConfig:
         split: Name of the split that they are drawn from.
         samples: Number of problems.
         images: "only" draws problems with an image, the image-text pairs of the paper. "any" draws
-            from all problems.
+            from all problems, and "none" from those without an image.
         batch_size: Number of problems per batch.
         seed: Seed of the draw.
+        tokens: Number of tokens of each sample, where the data are text.
     """
 
     split: str = "train"
@@ -155,9 +176,11 @@ class CalibrationConfig:
     images: str = "only"
     batch_size: int = 8
     seed: int = 0
+    tokens: int = 256
 
     def __post_init__(self) -> None:
-        one_of("calibration.images", self.images, ("only", "any"))
+        one_of("calibration.images", self.images, ("only", "any", "none"))
+        whole_number("calibration.tokens", self.tokens, 2)
         whole_number("calibration.samples", self.samples)
         whole_number("calibration.batch_size", self.batch_size)
         seed("calibration.seed", self.seed)
@@ -174,7 +197,8 @@ class EvaluationConfig:
         unparsable: What an answer without a letter counts as: "wrong", or a "random" choice, the
             rule of the official script, which lifts a broken model by 20 to 50 points.
         temperature: Sampling temperature from 0.001 to 1000. 0 decodes greedily.
-        limit: Number of questions to evaluate. Null stands for all of them.
+        limit: Number of questions, or of documents, to evaluate. Null stands for all of them.
+        window: Largest number of tokens that are read at once, where the data are text.
         kl_problems: Number of questions, the first ones, on whose expected answers a quantized
             model is compared with full precision, token by token. 0 compares none. Null stands for
             1,024 with an embedded miniature and 128 with any other model, which takes a few percent
@@ -186,10 +210,12 @@ class EvaluationConfig:
     unparsable: str = "wrong"
     temperature: float = 0.0
     limit: int | None = None
+    window: int = 2048
     kl_problems: int | None = None
 
     def __post_init__(self) -> None:
         whole_number("evaluation.batch_size", self.batch_size)
+        whole_number("evaluation.window", self.window, 2)
         if self.kl_problems is not None:
             whole_number("evaluation.kl_problems", self.kl_problems, 0)
         coldest, hottest = TEMPERATURES
@@ -361,6 +387,11 @@ class RunConfig:
         return self.model.packed or (self.save_packed if self.stream else None)
 
     @property
+    def on_text(self) -> bool:
+        """Whether the data are plain text, and not problems."""
+        return self.data.kind == "text"
+
+    @property
     def runs_dir(self) -> Path:
         """The folder of the records."""
         return Path(self.results_dir) / "runs"
@@ -412,6 +443,6 @@ def influences(config: RunConfig) -> dict[str, Any]:
     if config.packed:
         parts.append("kernel")
     whole = asdict(config)
-    for path in ("path", "packed", "vision_tower", "stands_for"):
+    for path in ("path", "made_by", "packed", "vision_tower", "stands_for"):
         del whole["model"][path]
     return {part: whole[part] for part in parts}

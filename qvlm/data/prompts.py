@@ -47,13 +47,34 @@ _FORMATS = {
     "CQM-A": _Format(False, _DIRECT, r"The answer is ([A-Z]).", 64),
 }
 
-# Name -> (system sentence, role of the user, role of the model, end of the model's turn).
+
+@dataclass(frozen=True)
+class _Conversation:
+    before: str  # what stands before the request
+    after: str  # what stands between the request and the answer
+    end: str  # what ends the answer
+    lead: str = " "  # what begins the answer
+
+
+def _vicuna(system: str, end: str) -> _Conversation:
+    return _Conversation(f"{system} USER: ", " ASSISTANT:", end)
+
+
+# The template that SmolLM2's tokenizer carries, with its own system sentence.
+_SMOLLM2 = _Conversation(
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_end|>",
+    lead="",
+)
 _CONVERSATIONS = {
-    "vicuna_v1": (_SYSTEM, "USER", "ASSISTANT", "</s>"),
-    "llava_v1": (_SYSTEM.replace("user", "human"), "USER", "ASSISTANT", "</s>"),
-    "stablelm": (_SYSTEM, "USER", "ASSISTANT", "<|endoftext|>"),
-    "phi": (_SYSTEM, "USER", "ASSISTANT", "<|endoftext|>"),
-    "qwen": (_SYSTEM, "USER", "ASSISTANT", "<|endoftext|>"),
+    "vicuna_v1": _vicuna(_SYSTEM, "</s>"),
+    "llava_v1": _vicuna(_SYSTEM.replace("user", "human"), "</s>"),
+    "stablelm": _vicuna(_SYSTEM, "<|endoftext|>"),
+    "phi": _vicuna(_SYSTEM, "<|endoftext|>"),
+    "qwen": _vicuna(_SYSTEM, "<|endoftext|>"),
+    "smollm2": _SMOLLM2,
 }
 
 
@@ -64,7 +85,8 @@ class Prompting:
     Args:
         format: Name of the prompt format, "QCM-LEA", "QCM-LEPA" or "CQM-A".
         conversation: Name of the template: "vicuna_v1", "llava_v1" (which says "human" instead of
-            "user"), or "stablelm", "phi" or "qwen" of MoE-LLaVA, which are the same text.
+            "user"), "stablelm", "phi" or "qwen" of MoE-LLaVA, which are the same text, or
+            "smollm2".
 
     Raises:
         UserError: If a name is not known.
@@ -86,7 +108,7 @@ class Prompting:
     @property
     def end(self) -> str:
         """Text that ends the model's turn: the end-of-text token of its tokenizer."""
-        return _CONVERSATIONS[self.conversation][3]
+        return _CONVERSATIONS[self.conversation].end
 
     @property
     def max_new_tokens(self) -> int:
@@ -95,12 +117,12 @@ class Prompting:
 
     def prompt(self, problem: Mapping[str, Any]) -> str:
         """Returns the text before the answer, with one `<image>` if the problem has an image."""
-        system, user, assistant, _ = _CONVERSATIONS[self.conversation]
+        conversation = _CONVERSATIONS[self.conversation]
         image = f"{IMAGE_TOKEN}\n" if problem["image"] is not None else ""
-        return f"{system} {user}: {image}{self._request(problem)} {assistant}:"
+        return f"{conversation.before}{image}{self._request(problem)}{conversation.after}"
 
     def target(self, problem: Mapping[str, Any]) -> str:
-        """Returns the answer that the model is tuned to write, from the blank after the role on.
+        """Returns the answer that the model is tuned to write, with the blank that begins it.
 
         As in the request, a literal `<image>` is removed.
         """
@@ -115,7 +137,8 @@ class Prompting:
         else:
             text = _tidy(f"Answer: {lecture} {solution} The answer is {letter}.")
             text = text.replace("Answer: ", "")
-        return f" {text.replace(IMAGE_TOKEN, '')}{self.end}"
+        lead = _CONVERSATIONS[self.conversation].lead
+        return f"{lead}{text.replace(IMAGE_TOKEN, '')}{self.end}"
 
     def parse(self, text: str, n_choices: int) -> int | None:
         """Returns the index of the choice that a text names by the official rule, or None.

@@ -48,7 +48,7 @@ MINIATURE_SIZES = {"train": 8000, "validation": 2000, "test": 4000, "claims": 20
 
 
 def load_scienceqa(
-    source: str, split: str, limit: int | None = None, seed: int = 0
+    source: str, split: str, limit: int | None = None, seed: int = 0, with_images: bool = True
 ) -> datasets.Dataset:
     """Loads a split of ScienceQA, checked, with the columns of `FEATURES`.
 
@@ -60,18 +60,20 @@ def load_scienceqa(
         split: "train", "validation" or "test", and of generated problems also "claims".
         limit: Number of problems to load, from the first; None loads all.
         seed: Seed of the generator. The rows of other sources do not depend on it.
+        with_images: Whether problems with an image are among them.
 
     Raises:
         UserError: If the source cannot be read, one of the loaded rows has a fault, or the limit is
             not positive or larger than the split.
     """
     rows = open_scienceqa(source, split, seed)
-    if limit is not None and not 0 < limit <= len(rows):
+    wanted = [row for row, image in enumerate(rows.has_image) if with_images or not image]
+    if limit is not None and not 0 < limit <= len(wanted):
         raise UserError(
             f"evaluation.limit: {limit} is not a number of problems that split {split} of {source} "
-            f"has. Give 1 to {len(rows)}."
+            f"has{'' if with_images else ' without an image'}. Give 1 to {len(wanted)}."
         )
-    return rows.take(range(len(rows) if limit is None else limit))
+    return rows.take(wanted[:limit])
 
 
 def open_scienceqa(source: str, split: str, seed: int = 0) -> Split:

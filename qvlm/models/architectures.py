@@ -11,9 +11,10 @@ from transformers import CLIPVisionConfig
 
 from qvlm.errors import UserError
 from qvlm.models.checkpoints.families import read_blueprint, read_config
+from qvlm.models.checkpoints.language_model import is_language_model, read_language_model
 from qvlm.models.checkpoints.own import read_architecture
-from qvlm.models.llava import LlavaArchitecture
 from qvlm.models.load import MINIATURES, embedded
+from qvlm.models.networks import Architecture
 
 _LLAVA_7B: dict[str, Any] = {
     "architectures": ["LlavaLlamaForCausalLM"],
@@ -72,6 +73,18 @@ _MOE_LLAVA_QWEN = _MOE_LLAVA | {
     "num_attention_heads": 16,
     "seq_length": 8192,
 }
+_SMOLLM2: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 KNOWN: dict[str, dict[str, Any]] = {
     "llava_13b": _LLAVA_13B,
     "llava_7b": _LLAVA_7B,
@@ -80,16 +93,19 @@ KNOWN: dict[str, dict[str, Any]] = {
     "moe_llava": _MOE_LLAVA,
     "moe_llava_phi2": _MOE_LLAVA_PHI2,
     "moe_llava_qwen": _MOE_LLAVA_QWEN,
+    "smollm2": _SMOLLM2,
 }
 
 
-def architecture(name: str) -> LlavaArchitecture:
+def architecture(name: str) -> Architecture:
     """Returns the configuration of an embedded miniature or of a model in `KNOWN`.
 
     Raises:
         UserError: If there is no such model.
     """
     owner = f"model {name}"
+    if name in KNOWN and is_language_model(KNOWN[name]):
+        return read_language_model(KNOWN[name], owner)
     if name in KNOWN:
         blueprint = read_blueprint(KNOWN[name], owner)
         return blueprint.architecture(clip_tower(str(blueprint.vision_tower)), owner)

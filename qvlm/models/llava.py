@@ -10,7 +10,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    PreTrainedModel,
+)
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
@@ -30,13 +35,6 @@ class LlavaArchitecture(LlavaConfig):
 
     projector_type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
     head_bias: bool = False
-
-
-def image_tokens(architecture: LlavaArchitecture) -> int:
-    """Returns the number of positions that one image takes in the language model."""
-    return image_token_count(
-        architecture.vision_config, architecture.vision_feature_select_strategy
-    )
 
 
 def image_token_count(vision: CLIPVisionConfig, strategy: str) -> int:
@@ -109,9 +107,15 @@ class Llava(LlavaForConditionalGeneration):
         if config.head_bias:
             self.lm_head = nn.Linear(text.hidden_size, text.vocab_size)
             self.post_init()
-        self.lm_head.register_forward_pre_hook(_make_contiguous)
-        if text._attn_implementation == "sdpa":  # transformers' default
-            text._attn_implementation = attention.NAME
+        prepared_for_decoding(self)
+
+
+def prepared_for_decoding(model: PreTrainedModel) -> None:
+    """Makes head and attention of a model fast for the single tokens of an answer."""
+    model.lm_head.register_forward_pre_hook(_make_contiguous)
+    text = model.config.get_text_config()
+    if text._attn_implementation == "sdpa":  # transformers' default
+        text._attn_implementation = attention.NAME
 
 
 AutoConfig.register(LlavaArchitecture.model_type, LlavaArchitecture, exist_ok=True)

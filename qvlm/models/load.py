@@ -15,6 +15,7 @@ from qvlm.errors import UserError
 from qvlm.models.checkpoints.checkpoint import Checkpoint
 from qvlm.models.checkpoints.families import read_config
 from qvlm.models.checkpoints.hub import local_folder
+from qvlm.models.checkpoints.language_model import is_language_model, load_language_model
 from qvlm.models.checkpoints.original import carries_its_tower, load_original
 from qvlm.models.checkpoints.own import load_own
 from qvlm.models.float64 import compute_in_float64
@@ -112,6 +113,8 @@ def _read(
     content = read_config(folder, owner)
     if is_packed(content):
         return load_packed_checkpoint(folder, content, owner, dtype, expert_capacity)
+    if is_language_model(content):
+        return load_language_model(folder, content, owner, dtype, meta_layers_for)
     if content.get("model_type") == LlavaArchitecture.model_type:
         if vision_tower is not None:
             raise carries_its_tower(owner)
@@ -130,6 +133,12 @@ def _check_together(loaded: LoadedModel, image_size: int | None, owner: str) -> 
             f"{loaded.prompting.end}, but the tokenizer of {owner} ends it with {end}. Give the "
             "template that the checkpoint was tuned with."
         )
+    if loaded.image_processor is None:
+        if image_size is not None:
+            raise UserError(
+                f"model.image_size: {owner} has no vision tower. Set model.image_size=null."
+            )
+        return
     side = loaded.image_size
     if image_size not in (None, side):
         raise UserError(

@@ -15,7 +15,8 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from qvlm.data.prompts import IMAGE_TOKEN, Prompting
 from qvlm.models.checkpoints.tensors import Tensors
-from qvlm.models.llava import Llava, image_tokens
+from qvlm.models.llava import Llava
+from qvlm.models.networks import LanguageModel, image_tokens
 
 
 @dataclass
@@ -25,7 +26,8 @@ class LoadedModel:
     Attributes:
         model: The network.
         tokenizer: Tokenizer with a pad, a bos and an eos token.
-        image_processor: Processor that resizes images and normalizes them for the tower.
+        image_processor: Processor that resizes images and normalizes them for the tower; None for a
+            language model alone, which reads no image.
         prompting: Prompt format and conversation template of the checkpoint.
         name: Name of the model in records and tables.
         image_fit: How an image becomes square. "crop" resizes its shorter side and cuts the longer
@@ -35,15 +37,20 @@ class LoadedModel:
         tensors: Tensors of the checkpoint, where the decoder layers are on the meta device.
     """
 
-    model: Llava
+    model: Llava | LanguageModel
     tokenizer: PreTrainedTokenizerFast
-    image_processor: CLIPImageProcessorPil
+    image_processor: CLIPImageProcessorPil | None
     prompting: Prompting
     name: str
     image_fit: str = "crop"
     image_text: str = IMAGE_TOKEN
     begins_with_bos: bool = True
     tensors: Tensors | None = None
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model has a vision tower."""
+        return self.image_processor is not None
 
     @property
     def image_size(self) -> int:
@@ -85,7 +92,8 @@ class LoadedModel:
             image, also `pixel_values` [images, 3, size, size] in the order of the rows.
 
         Raises:
-            ValueError: If a text does not hold exactly one `<image>` for each image.
+            ValueError: If a text does not hold exactly one `<image>` for each image, or there is an
+                image and the model reads none.
         """
         return self.collate(self.token_ids(prompts, images), images)
 
@@ -109,6 +117,7 @@ class LoadedModel:
         batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         present = [image for image in images if image is not None]
         if present:
+            assert self.image_processor is not None  # or there were no ids
             if self.image_fit == "pad":
                 present = [
                     pad_to_square(image, self.image_processor.image_mean) for image in present
@@ -128,21 +137,23 @@ class LoadedModel:
             Token ids of each text. An image takes `image_tokens` positions.
 
         Raises:
-            ValueError: If a text does not hold exactly one `<image>` for each image.
+            ValueError: If a text does not hold exactly one `<image>` for each image, or there is an
+                image and the model reads none.
         """
         for prompt, image in zip(prompts, images, strict=True):
             if prompt.count(IMAGE_TOKEN) != (image is not None):
                 raise ValueError("a prompt needs exactly one <image> for each image")
+            if image is not None and not self.reads_images:
+                raise ValueError(f"model {self.name} reads no image")
         pieces = [text.replace(IMAGE_TOKEN, self.image_text).split(IMAGE_TOKEN) for text in prompts]
         flat = [piece for row in pieces for piece in row]
         encoded = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"])
-        image = [self.model.config.image_token_id] * self.image_tokens
         start = [self.tokenizer.bos_token_id] if self.begins_with_bos else []
         rows = []
         for row in pieces:
             ids = start + next(encoded)
             for _ in row[1:]:
-                ids += image + next(encoded)
+                ids += [self.model.config.image_token_id] * self.image_tokens + next(encoded)
             rows.append(ids)
         return rows
 

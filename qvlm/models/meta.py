@@ -11,13 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.llava import Llava
 from qvlm.models.mixture import MixtureOfExperts
+from qvlm.models.networks import Architecture, LanguageModel, decoder_layers_name, network
 
-LAYERS = "model.language_model.layers"
 
-
-def meta_model(architecture: LlavaArchitecture, dtype: torch.dtype) -> Llava:
+def meta_model(architecture: Architecture, dtype: torch.dtype) -> Llava | LanguageModel:
     """Builds the model on the meta device, in evaluation mode.
 
     Args:
@@ -26,7 +25,7 @@ def meta_model(architecture: LlavaArchitecture, dtype: torch.dtype) -> Llava:
             model.
     """
     with torch.device("meta"):
-        model = Llava(architecture)
+        model = network(architecture)(architecture)
     model.to(dtype).eval()
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
@@ -35,8 +34,8 @@ def meta_model(architecture: LlavaArchitecture, dtype: torch.dtype) -> Llava:
 
 
 def model_with_meta_layers(
-    architecture: LlavaArchitecture, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str
-) -> Llava:
+    architecture: Architecture, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str
+) -> Llava | LanguageModel:
     """Loads the model except for its decoder layers, which stay on the meta device.
 
     Args:
@@ -46,21 +45,25 @@ def model_with_meta_layers(
         device: Device of the loaded weights.
     """
     short = copy.deepcopy(architecture)
-    text = short.text_config
+    text = short.get_text_config()
     text.num_hidden_layers = 0
     if getattr(text, "moe_layers", None) is not None:
         text.moe_layers = []
-    state = {name: tensors[name] for name in tensors if not name.startswith(f"{LAYERS}.")}
+    place = decoder_layers_name(architecture)
+    state = {name: tensors[name] for name in tensors if not name.startswith(f"{place}.")}
     # The model is loaded without layers, as any other model is. Layers are added afterwards.
-    model = Llava.from_pretrained(
-        None, config=short, state_dict=state, dtype=dtype, trust_remote_code=False
-    ).to(device)
-    layers = meta_model(architecture, dtype).get_submodule(LAYERS)
+    model = (
+        network(architecture)
+        .from_pretrained(None, config=short, state_dict=state, dtype=dtype, trust_remote_code=False)
+        .to(device)
+    )
+    layers = meta_model(architecture, dtype).get_submodule(place)
     assert not list(layers.buffers()), "a buffer that is not saved would never be filled"
-    model.set_submodule(LAYERS, layers)
+    model.set_submodule(place, layers)
+    whole = architecture.get_text_config()
     for key in ("num_hidden_layers", "moe_layers"):
         if hasattr(text, key):
-            setattr(model.config.text_config, key, getattr(architecture.text_config, key))
+            setattr(model.config.get_text_config(), key, getattr(whole, key))
     return model.eval()
 
 

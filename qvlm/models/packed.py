@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from qvlm.models.checkpoints.checkpoint import Checkpoint, read_image_processor
+from qvlm.models.checkpoints.language_model import is_language_model, read_language_model
 from qvlm.models.checkpoints.own import read_architecture
 from qvlm.models.checkpoints.tokenizer import read_saved_tokenizer
-from qvlm.models.llava import Llava
 from qvlm.models.loaded import LoadedModel
+from qvlm.models.networks import Architecture, has_vision, network
 from qvlm.packing import (
     ORIGIN,
     Origin,
@@ -52,7 +53,8 @@ def save_packed_model(loaded: LoadedModel, folder: Path, origin: Origin) -> None
 def save_encoding(loaded: LoadedModel, folder: Path, origin: Origin) -> None:
     """Writes tokenizer and image processor, and then the origin, which marks a complete folder."""
     loaded.tokenizer.save_pretrained(folder)
-    loaded.image_processor.save_pretrained(folder)
+    if loaded.image_processor is not None:
+        loaded.image_processor.save_pretrained(folder)
     files = sorted(set(os.listdir(folder)) - {ORIGIN, UNFINISHED, PROGRESS})
     write_origin(folder, replace(origin, files=files))
 
@@ -77,12 +79,17 @@ def load_packed_checkpoint(
         UserError: If a file is missing or damaged, or anything does not fit.
     """
     encoding = read_origin(folder).encoding
-    architecture = read_architecture(content, owner, expert_capacity)
-    model = load_packed(Llava, folder, config=architecture, dtype=dtype, trust_remote_code=False)
+    architecture: Architecture
+    if is_language_model(content):
+        architecture = read_language_model(content, owner)
+    else:
+        architecture = read_architecture(content, owner, expert_capacity)
+    kind = network(architecture)
+    model = load_packed(kind, folder, config=architecture, dtype=dtype, trust_remote_code=False)
     return Checkpoint(
         model,
         read_saved_tokenizer(folder, encoding.begins_with_bos, owner),
-        read_image_processor(folder, owner),
+        read_image_processor(folder, owner) if has_vision(architecture) else None,
         encoding.image_fit,
         encoding.image_text,
     )

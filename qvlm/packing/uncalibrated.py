@@ -63,9 +63,10 @@ def packed_form(
             **common,
         )
     check_group_size(width, weight)
-    group = weight.group_size if weight.granularity == "per_group" else width
+    weight, inputs = weight.for_width(width), inputs.for_width(width)
+    group = weight.group if weight.granularity == "per_group" else width
     rows = 1 if weight.granularity == "per_tensor" else out
-    clusters = width if inputs.granularity != "per_channel_group" else inputs.group_size
+    clusters = width if inputs.granularity != "per_channel_group" else inputs.group
     return Form(
         weight="uniform",
         group_size=group,
@@ -88,7 +89,7 @@ def put_empty_layers(
     for kind, block in block_layers(model, quantization.vision_tower).values():
         for name, linear in quantizable(block).items():
             inputs = quantization.activation(kind)
-            form = packed_form(linear, quantization.weight, inputs, normal_float)
+            form = packed_form(linear, quantization.weights(kind), inputs, normal_float)
             block.set_submodule(name, PackedLinear(form).to("meta"))
 
 

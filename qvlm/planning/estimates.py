@@ -19,10 +19,18 @@ from qvlm.config.schema import ModelConfig, RunConfig
 from qvlm.errors import UserError
 from qvlm.models.architectures import KNOWN, clip_tower
 from qvlm.models.checkpoints.families import Blueprint, read_blueprint, read_config, vision_config
+from qvlm.models.checkpoints.language_model import is_language_model, read_language_model
 from qvlm.models.checkpoints.tensors import has_tower
 from qvlm.models.checkpoints.weights import Weights
-from qvlm.models.llava import Llava, LlavaArchitecture, image_tokens
-from qvlm.models.meta import LAYERS, meta_model
+from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.meta import meta_model
+from qvlm.models.networks import (
+    Architecture,
+    LanguageModel,
+    decoder_layers_name,
+    has_vision,
+    image_tokens,
+)
 from qvlm.planning.footprint import FULL, TEXT_TOKENS, Need, Variant, predict
 from qvlm.planning.sources import local_copy
 from qvlm.quantization import expected_layers
@@ -47,8 +55,8 @@ class Shape:
         needs: Predictions that were made for this shape, by what they depend on.
     """
 
-    architecture: LlavaArchitecture
-    model: Llava
+    architecture: Architecture
+    model: Llava | LanguageModel
     parameters: int
     tower: str | None
     tower_parameters: int
@@ -68,21 +76,24 @@ def find_shape(config: ModelConfig) -> Shape | None:
     """
     folder, owner = local_copy(config.path), f"model {config.name}"
     known = KNOWN.get(config.stands_for or config.name)
+    built: Architecture
     content = read_config(folder, owner) if folder else known
     if content is None:
         return None
     tower = None
-    if folder and content.get("model_type") == LlavaArchitecture.model_type:
-        architecture = LlavaArchitecture.from_pretrained(folder)
+    if is_language_model(content):
+        built = read_language_model(content, owner)
+    elif folder and content.get("model_type") == LlavaArchitecture.model_type:
+        built = LlavaArchitecture.from_pretrained(folder)
     else:
         blueprint = read_blueprint(content, owner)
         if blueprint.vision is None and not (folder and _carries(folder, blueprint, owner)):
             tower = config.vision_tower or blueprint.vision_tower
-        architecture = blueprint.architecture(_tower(blueprint, config), owner)
-    model = meta_model(architecture, getattr(torch, config.dtype))
-    of_tower = sum(p.numel() for p in model.model.vision_tower.parameters())
+        built = blueprint.architecture(_tower(blueprint, config), owner)
+    model = meta_model(built, getattr(torch, config.dtype))
+    tower_part = model.model.vision_tower.parameters() if has_vision(built) else []
     whole = sum(p.numel() for p in model.parameters())
-    return Shape(architecture, model, whole, tower, of_tower)
+    return Shape(built, model, whole, tower, sum(p.numel() for p in tower_part))
 
 
 def _carries(folder: Path, blueprint: Blueprint, owner: str) -> bool:
@@ -117,15 +128,16 @@ def memory(config: RunConfig, shape: Shape) -> float:
     added = max(FLOAT32 - size, 0)
     weights = need.weights + shape.quantized(config.quantizer.vision_tower) * added
     generation = batch * (need.cache + need.activations * max(FLOAT32, size) / size)
-    text, tokens = shape.architecture.text_config, prompt_tokens(shape)
+    text, tokens = shape.architecture.get_text_config(), prompt_tokens(shape)
     hidden = 2 * config.calibration.samples * tokens * text.hidden_size * size
-    layer = shape.model.get_submodule(f"{LAYERS}.0")
+    place = decoder_layers_name(shape.architecture)
+    layer = shape.model.get_submodule(f"{place}.0")
     linears = quantizable(layer).values()
     inputs = FLOAT32 * MAX_TOKENS * sum(linear.in_features for linear in linears)
     trial = FLOAT32 * sum(linear.weight.numel() for linear in linears)
     if not config.stream:
         return MARGIN * (weights + max(generation, hidden + inputs + trial))
-    decoder = shape.model.get_submodule(LAYERS)
+    decoder = shape.model.get_submodule(place)
     outside = shape.parameters - sum(p.numel() for p in decoder.parameters())
     # Whatever is outside the decoder layers is there twice for a moment: as files and as a copy.
     own = sum(p.numel() for p in layer.parameters()) * size

@@ -38,9 +38,10 @@ from qvlm.config.schema import RunConfig, canonical
 from qvlm.errors import RunError, UserError
 from qvlm.markdown import table
 from qvlm.models.architectures import architecture
-from qvlm.models.llava import Llava, LlavaArchitecture, image_tokens
+from qvlm.models.llava import Llava
 from qvlm.models.meta import meta_model
 from qvlm.models.mixture import MixtureOfExperts
+from qvlm.models.networks import Architecture, LanguageModel, has_vision, image_tokens
 from qvlm.packing.model import packed_layers, weight_bytes
 from qvlm.packing.uncalibrated import put_empty_layers
 
@@ -117,7 +118,7 @@ def configuration(model: str, bits: str, granularity: str | None = None) -> RunC
 
 
 def predict(
-    built: LlavaArchitecture,
+    built: Architecture,
     config: RunConfig,
     variant: Variant,
     text_tokens: int = TEXT_TOKENS,
@@ -187,15 +188,17 @@ class _OneExpert(nn.Module):
 
 
 @torch.no_grad()
-def _running(model: Llava, prompt: int) -> tuple[int, int]:
+def _running(model: Llava | LanguageModel, prompt: int) -> tuple[int, int]:
     """Returns the bytes of the KV cache of a prompt and those of the activations beside it."""
     for name, module in list(model.named_modules()):
         if isinstance(module, MixtureOfExperts):
             model.set_submodule(name, _OneExpert(module))
-    side, width = model.config.vision_config.image_size, model.config.text_config.hidden_size
+    width = model.config.get_text_config().hidden_size
     kind = {"device": "meta", "dtype": model.dtype}
     with LiveBytes((*model.parameters(), *model.buffers())) as live:
-        model.model.get_image_features(torch.empty(1, 3, side, side, **kind))
+        if has_vision(model.config):
+            side = model.config.vision_config.image_size
+            model.model.get_image_features(torch.empty(1, 3, side, side, **kind))
         embedded = torch.empty(1, prompt, width, **kind)
         layers = model(inputs_embeds=embedded, logits_to_keep=1, use_cache=True).past_key_values
     cache = sum(part.nbytes for layer in layers.layers for part in (layer.keys, layer.values))

@@ -84,6 +84,8 @@ def pack_blindly(model: nn.Module, config: RunConfig, variant: Variant) -> None:
             inputs = quantization.activation(kind)
             block.set_submodule(
                 name,
-                quantize_uncalibrated(linear, quantization.weight, inputs, variant.normal_float),
+                quantize_uncalibrated(
+                    linear, quantization.weights(kind), inputs, variant.normal_float
+                ),
             )
     pack_model(model)

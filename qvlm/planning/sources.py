@@ -21,6 +21,7 @@ from qvlm.data.scienceqa import (
     PUBLISHED_QUESTIONS,
 )
 from qvlm.data.sources import is_repository
+from qvlm.data.text import text_folder
 from qvlm.errors import UserError
 from qvlm.models.checkpoints.hub import SMALL_FILES
 from qvlm.models.checkpoints.weights import INDEX_SUFFIX, STEMS
@@ -92,6 +93,8 @@ def data(config: RunConfig) -> Source:
     place, owner = config.data.source, f"data {config.data.name}"
     if place == "miniature":
         return Source(owner, "generated", 0, 0, "it is made here")
+    if config.on_text:
+        place = str(text_folder(place))
     if Path(place).is_dir():
         files = [file for file in Path(place).rglob("*") if file.is_file()]
         return Source(owner, place, sum(file.stat().st_size for file in files), 0, "the disk")
@@ -107,6 +110,8 @@ def data(config: RunConfig) -> Source:
 def question_count(config: RunConfig) -> int | None:
     """Returns the number of questions, or None if it is known only after reading them."""
     place, split = config.data.source, config.data.split
+    if config.on_text:  # documents are read, and not answered
+        return None
     if config.evaluation.limit is not None:
         return config.evaluation.limit
     if place == "miniature":

@@ -33,7 +33,7 @@ def seconds(config: RunConfig, shape: Shape, device: str, questions: int) -> flo
         device: Device that is timed.
         questions: Number of questions.
     """
-    text, evaluation = shape.architecture.text_config, config.evaluation
+    text, evaluation = shape.architecture.get_text_config(), config.evaluation
     tokens = prompt_tokens(shape)
     rows = CPU_TOKENS if device == "cpu" else evaluation.batch_size * tokens
     dtype, quantized = config.model.dtype, not config.full_precision
@@ -49,7 +49,7 @@ def _layer_seconds(
     shape: Shape, dtype: str, device: str, batch: int, tokens: int, quantized: bool
 ) -> float:
     """Times one decoder layer with real widths and made-up weights on [batch, tokens]."""
-    few = copy.deepcopy(shape.architecture.text_config)
+    few = copy.deepcopy(shape.architecture.get_text_config())
     count = few.num_hidden_layers = min(DECODER_LAYERS, few.num_hidden_layers)
     few.vocab_size, few.pad_token_id = 8, None
     if getattr(few, "moe_layers", None) is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.errors import RunError
+from qvlm.quantization.first_token import FirstToken
 from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.linear import QuantLinear, folded_weight
@@ -50,6 +51,7 @@ class Block:
         inputs: list[Call],
         quantization: QuantizationConfig,
         uncalibrated: list[str],
+        first_token: FirstToken | None = None,
     ) -> None:
         """Called by a walk; the block appends to the walk's list `uncalibrated`."""
         names = list(layers)
@@ -61,6 +63,7 @@ class Block:
         self._layer_names = names
         self._quantization = quantization
         self._uncalibrated = uncalibrated
+        self._first_token = first_token if kind == "language" else None
         self._float_outputs: list[Tensor] | None = None
 
     def run(self, module: nn.Module | None = None, calls: list[Call] | None = None) -> list[Tensor]:
@@ -113,7 +116,10 @@ class Block:
 
         def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                rows = self._first_token.rows(args[0]) if self._first_token else None
                 tokens = args[0].detach().flatten(0, -2)
+                if rows is not None:
+                    tokens = tokens[~rows.flatten()]
                 # Indexing copies, so that the tokens that are not kept can be freed.
                 count = len(tokens) if share is None else share
                 kept = tokens[evenly_spaced(len(tokens), count, tokens.device)]
@@ -139,8 +145,10 @@ class Block:
         return f"{self._layer_names[int(index)]}.{rest}"
 
     def spec(self, name: str) -> tuple[QuantSpec, QuantSpec]:
-        """The specs of a linear's weight and of its input."""
-        return self._quantization.weight, self._quantization.activation(self.kind)
+        """The specs of a linear's weight and of its input, with numbers as group sizes."""
+        width = self.linears[name].in_features
+        specs = self._quantization.weights(self.kind), self._quantization.activation(self.kind)
+        return specs[0].for_width(width), specs[1].for_layer(name, width)
 
     def input_quantizer(
         self, name: str, samples: Tensor, estimator: RangeEstimator | None = None
@@ -202,11 +210,14 @@ class Block:
             quantizer = weights(weight)
         else:
             quantizer = weight_quantizer(weight, self.spec(name)[0], inputs=inputs)
-        return QuantLinear.from_linear(linear, quantizer, inputs, keep_float, layer, hadamard)
+        quantized = QuantLinear.from_linear(linear, quantizer, inputs, keep_float, layer, hadamard)
+        quantized.first_token = self._first_token
+        return quantized
 
     def replace(self, name: str, layer: QuantLinear) -> None:
         """Puts a quantized linear in the place of a linear."""
         layer.layer_name = self.layer_name(name)
+        layer.first_token = self._first_token
         self.module.set_submodule(name, layer)
 
     def restore(self, name: str) -> None:

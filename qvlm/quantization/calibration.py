@@ -26,6 +26,7 @@ from qvlm import validation
 from qvlm.errors import RunError, UserError
 from qvlm.quantization.block import Block, Call, advance
 from qvlm.quantization.experts import unfuse_experts
+from qvlm.quantization.first_token import FirstToken
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.ranges import check_group_size
 from qvlm.quantization.spec import QuantizationConfig
@@ -71,9 +72,14 @@ class Walk:
         self.quantization = quantization
         self.uncalibrated: list[str] = []
         self._layers = block_layers(model, quantization.vision_tower)
-        for name, (_, module) in self._layers.items():
+        self._first_token = None
+        if quantization.first_token == "float":
+            decoder = {n: layer for n, (kind, layer) in self._layers.items() if kind == "language"}
+            self._first_token = FirstToken(decoder)
+        for name, (kind, module) in self._layers.items():
+            spec = quantization.weights(kind)
             for linear_name, linear in quantizable(module).items():
-                check_group_size(linear.in_features, quantization.weight, f"{name}.{linear_name}")
+                check_group_size(linear.in_features, spec, f"{name}.{linear_name}")
 
     @property
     def names(self) -> list[str]:
@@ -104,10 +110,13 @@ class Walk:
             last = not following or self._is_entry(following[0][0])
             layers = {name: self._layers[name][1] for name in names}
             kind = self._layers[names[0]][0]
-            block = Block(layers, kind, inputs, self.quantization, self.uncalibrated)
+            block = self._block(layers, kind, inputs)
             yield block
             block.close()
             inputs = [] if last else advance(block.module, inputs)
+
+    def _block(self, layers: Mapping[str, nn.Module], kind: str, inputs: list[Call]) -> Block:
+        return Block(layers, kind, inputs, self.quantization, self.uncalibrated, self._first_token)
 
     def _is_entry(self, name: str) -> bool:
         """Whether the layer is the first of its kind."""

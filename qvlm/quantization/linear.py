@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvlm.errors import RunError
+from qvlm.quantization.first_token import FirstToken, with_first_in_float
 from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.precision import settled, wide
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
@@ -47,6 +48,7 @@ class QuantLinear(nn.Module):
             that of W' (see the module's docstring).
         float_weight: Float weight [out, in] before quantization, or None.
         layer_name: Full name in the model, for errors and records.
+        first_token: Knowledge of first positions, whose input stays in floating point, or None.
         hadamard: Whether the input is transformed before it is quantized (see the module).
     """
 
@@ -70,6 +72,7 @@ class QuantLinear(nn.Module):
         self.layer_name = layer_name
         self.hadamard = hadamard
         self.float_weight: nn.Parameter | None = None
+        self.first_token: FirstToken | None = None
         weight = wide(weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if bias is None else bias.detach().to(weight, copy=True))
@@ -118,9 +121,12 @@ class QuantLinear(nn.Module):
         """
         if not all_finite(x):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
-        weight = self.quantized_weight()
-        read = hadamard_transform(x) if self.hadamard else x
-        return F.linear(self._quantized_input(read.to(weight.dtype)), weight, self.bias).to(x.dtype)
+        weight, folding = self.quantized_weight(), _folding(self.input_quantizer)
+        read = (hadamard_transform(x) if self.hadamard else x).to(weight.dtype)
+        inputs = with_first_in_float(
+            self._quantized_input(read), read, folding and folding.scale, self.first_token
+        )
+        return F.linear(inputs, weight, self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The dequantized weight [out, in]; differentiable while the float weight is kept."""

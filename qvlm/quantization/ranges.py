@@ -21,6 +21,7 @@ from torch import Tensor
 from qvlm import validation
 from qvlm.errors import UserError
 from qvlm.quantization.precision import settled
+from qvlm.quantization.prompt_quantizer import PromptQuantizer
 from qvlm.quantization.quantizer import (
     Quantizer,
     TokenQuantizer,
@@ -29,6 +30,7 @@ from qvlm.quantization.quantizer import (
 )
 from qvlm.quantization.spec import (
     ACTIVATION_GRANULARITIES,
+    LARGEST_GROUP,
     WEIGHT_GRANULARITIES,
     QuantSpec,
 )
@@ -149,7 +151,9 @@ def activation_quantizer(
     """
     validation.one_of("activation granularity", spec.granularity, ACTIVATION_GRANULARITIES)
     estimator = estimator or _named_estimator(spec)
-    samples = samples.detach()
+    samples, spec = samples.detach(), spec.for_width(samples.shape[-1])
+    if spec.granularity == "per_channel_prompt":
+        return PromptQuantizer(spec.bits)  # its ranges are made in the call and clip nothing
     if len(samples) == 0:
         return TokenQuantizer(spec.bits)
     match spec.granularity:
@@ -162,7 +166,7 @@ def activation_quantizer(
             lo, hi = estimator(samples.T.contiguous(), spec)
             return UniformQuantizer.from_range(lo, hi, spec.bits, folds=True)
         case _:
-            clusters = cluster_channels(*minmax(samples.T, spec), spec.group_size)
+            clusters = cluster_channels(*minmax(samples.T, spec), spec.group)
             lo, hi = torch.empty(2, len(clusters), device=samples.device)
             for cluster in range(int(clusters.max()) + 1):
                 members = clusters == cluster
@@ -193,6 +197,7 @@ def weight_quantizer(
     estimator = estimator or _named_estimator(spec)
     weight = weight.detach().float()
     rows, width = weight.shape
+    spec = spec.for_width(width)
     if spec.granularity == "per_tensor":
         lo, hi = estimator(weight.reshape(1, -1), spec)
         return UniformQuantizer.from_range(lo[0], hi[0], spec.bits)
@@ -202,8 +207,8 @@ def weight_quantizer(
     check_group_size(width, spec)
     order = grouping_order(inputs, spec)
     grouped = weight if order is None else weight[:, order]
-    lo, hi = estimator(grouped.reshape(-1, spec.group_size), spec)
-    shape = (rows, width // spec.group_size, 1)
+    lo, hi = estimator(grouped.reshape(-1, spec.group), spec)
+    shape = (rows, width // spec.group, 1)
     return UniformQuantizer.from_range(
         lo.view(shape), hi.view(shape), spec.bits, group_size=spec.group_size, order=order
     )
@@ -220,17 +225,18 @@ def grouping_order(inputs: Quantizer | None, spec: QuantSpec) -> Tensor | None:
     if clusters is None or spec.granularity != "per_group":
         return None
     order = torch.argsort(clusters, stable=True)
-    groups = clusters[order].view(-1, spec.group_size)
+    groups = clusters[order].view(-1, spec.for_width(len(clusters)).group)
     apart = bool(clusters.any()) and bool((groups == groups[:, :1]).all())
     return order if apart else None
 
 
 def check_group_size(width: int, spec: QuantSpec, layer: str = "a weight") -> None:
     """Raises UserError if the group size of a weight spec does not divide the input `width`."""
-    if spec.granularity == "per_group" and width % spec.group_size:
+    if spec.granularity == "per_group" and width % spec.for_width(width).group:
         raise UserError(
             f"group_size={spec.group_size} does not divide the {width} input features of {layer}. "
-            f"Choose a divisor of {width}"
+            f"Choose null, which is the largest divisor up to {LARGEST_GROUP}, or a divisor of "
+            f"{width}"
         )
 
 

@@ -1,8 +1,9 @@
-"""Which linears of a LLaVA are quantized, and where they are.
+"""Which linears of a model are quantized, and where they are.
 
 Every `nn.Linear` of the vision tower's layers, of the projector and of the decoder layers is
-quantized, experts included. Embeddings, norms, `lm_head` and routers stay in floating point. A
-router decides where a token goes, and a token that goes elsewhere is not a rounding error.
+quantized, experts included. A language model alone has decoder layers only. Embeddings, norms,
+`lm_head` and routers stay in floating point. A router decides where a token goes, and a token that
+goes elsewhere is not a rounding error.
 
 Models are read by structure, never by size: the layers of a tower or language model are its
 `ModuleList` called `layers`.
@@ -17,19 +18,29 @@ ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 
 
 def vision_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The vision tower's layers by full name, in order."""
-    return _layers(model, "vision_tower")
+    """The vision tower's layers by full name, in order; none for a language model alone."""
+    return {} if is_language_model(model) else _layers(model, "vision_tower")
 
 
 def projector(model: nn.Module) -> dict[str, nn.Module]:
-    """The projector by full name."""
+    """The projector by full name; none for a language model alone."""
+    if is_language_model(model):
+        return {}
     name = _part(model, "multi_modal_projector")
     return {name: model.get_submodule(name)}
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The language model's layers by full name, in order."""
-    return _layers(model, "language_model")
+    return _layers(model, "model" if is_language_model(model) else "language_model")
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model is a decoder with a head, without vision tower, projector and nesting.
+
+    In transformers such a model holds its decoder as `model`, and the list of layers in that.
+    """
+    return isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList)
 
 
 def block_layers(model: nn.Module, vision_tower: bool) -> dict[str, tuple[str, nn.Module]]:
@@ -68,5 +79,5 @@ def _part(model: nn.Module, part: str) -> str:
             return name
     raise UserError(
         f"{type(model).__name__} has no {part}. Choose a LLaVA, which has a vision_tower, a "
-        "multi_modal_projector and a language_model"
+        "multi_modal_projector and a language_model, or a language model alone"
     )

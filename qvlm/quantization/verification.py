@@ -13,6 +13,8 @@ Values whose scales are made in the call (one per token) have no stored scale to
 such a small group, the evenly spaced levels between its ends are counted instead, with its smallest
 gap as their distance.
 
+With `first_token="float"` the inputs at first positions are left out of the count.
+
 A layer that no forward pass reaches (an expert without a token, the vision tower without an image)
 runs alone on random inputs and is marked `probed`. A layer that multiplies nothing even then has
 zero levels and is refused.
@@ -152,6 +154,10 @@ class _Counter(TorchFunctionMode):
         if func is F.linear and self._within:
             values = dict(zip(("input", "weight"), args, strict=False)) | kwargs
             name, module = self._within[-1]
+            first = getattr(module, "first_token", None)
+            rows = first and first.rows(values["input"])
+            if rows is not None:  # stated in the configuration: that position is not quantized
+                values["input"] = values["input"][~rows]
             seen = (
                 _levels(values["weight"], _quantizer(module, "weight"), self.weight_bits, False),
                 _levels(values["input"], _quantizer(module, "input"), self.input_bits[name], True),

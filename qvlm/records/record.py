@@ -3,8 +3,8 @@
     results/runs/<model>-<method>-<bits>-<hash>/
         config.yaml          composed configuration
         run.json             identity, versions, revision, hardware, stages, calibration, report
-        metrics.json         per class: n, accuracy, interval, unparsable
-        predictions.parquet  one row per problem
+        metrics.json         per class: n, accuracy, interval, unparsable; or the measures of text
+        predictions.parquet  one row per problem, or per document of a text
         bits.json            per quantized layer: levels counted and levels allowed
 
 The hash covers what a number depends on: the part of the configuration that `influences` keeps, the
@@ -53,6 +53,7 @@ _UNREADABLE = (
     *(yaml.YAMLError, ArrowException, UserError),
 )
 _COLUMNS = ("question_id", "has_image", "answer", "prediction", "correct", "text")
+_TEXT_COLUMNS = ("document", "tokens", "nll")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ class Record:
         """Bits per weight and per activation."""
         return BitWidths(**self.run["influences"]["bits"])
 
+    @property
+    def on_text(self) -> bool:
+        """Whether the model was evaluated on plain text, and not on problems."""
+        return "text" in self.metrics
+
     @classmethod
     def load(cls, path: str | Path) -> "Record":
         """Reads a record.
@@ -143,14 +149,19 @@ class Record:
         for key in ("search_seconds", "candidates"):
             if key not in self.run["report"]:
                 raise ValueError(f"run.json: report has no {key}")
-        classes = self.metrics.get("classes") if isinstance(self.metrics, dict) else None
-        if not isinstance(classes, dict) or not isinstance(classes.get("Avg"), dict):
+        metrics = self.metrics if isinstance(self.metrics, dict) else {}
+        classes, text = metrics.get("classes"), metrics.get("text")
+        if text is not None:
+            if not isinstance(text, dict) or not isinstance(text.get("perplexity"), dict):
+                raise ValueError("metrics.json: text has no perplexity")
+        elif not isinstance(classes, dict) or not isinstance(classes.get("Avg"), dict):
             raise ValueError("metrics.json: classes has no Avg")
         if not isinstance(self.config, dict):
             raise ValueError("config.yaml is not a mapping")
         if not isinstance(self.layers, list) or not all(isinstance(x, dict) for x in self.layers):
             raise ValueError("bits.json is not a list of mappings")
-        if missing := [name for name in _COLUMNS if name not in self.predictions]:
+        columns = _COLUMNS if text is None else _TEXT_COLUMNS
+        if missing := [name for name in columns if name not in self.predictions]:
             raise ValueError(f"predictions.parquet has no column {missing[0]}")
 
 
@@ -187,8 +198,12 @@ def find_record(path: Path, identity: str) -> tuple[Record | None, str]:
     return record, ""
 
 
-def find_records(runs_dir: str | Path) -> list[Record]:
-    """Returns every record of a folder, sorted by name.
+def find_records(runs_dir: str | Path, on_text: bool = False) -> list[Record]:
+    """Returns the records of a folder on problems, or those on plain text, sorted by name.
+
+    Args:
+        runs_dir: Folder of records.
+        on_text: Whether to return those on plain text.
 
     Raises:
         RunError: If one of them is damaged.
@@ -197,7 +212,8 @@ def find_records(runs_dir: str | Path) -> list[Record]:
     if not runs.is_dir():
         return []
     folders = (path for path in runs.iterdir() if path.is_dir() and path.name[0] != ".")
-    return [Record.load(path) for path in sorted(folders)]
+    records = [Record.load(path) for path in sorted(folders)]
+    return [record for record in records if record.on_text == on_text]
 
 
 def identify(influences: Mapping[str, Any], code: str, weights: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from qvlm.data.prompts import LETTERS
 from qvlm.records.record import Record
 
 
-def log_record(run: Any, record: Record, problems: datasets.Dataset, examples: int) -> None:
+def log_record(run: Any, record: Record, problems: datasets.Dataset | None, examples: int) -> None:
     """Logs a record: tables, charts, summary, and its folder as an artifact.
 
     The table `examples` shows the same few problems for every cell, so that methods can be compared
@@ -21,20 +21,23 @@ def log_record(run: Any, record: Record, problems: datasets.Dataset, examples: i
     Args:
         run: Open W&B run.
         record: Complete record on disk.
-        problems: Problems that were asked, in the order of the record's predictions.
+        problems: Problems that were asked, in the order of the record's predictions; None for text.
         examples: Number of problems to show.
     """
     import wandb
 
-    classes = pd.DataFrame.from_dict(record.metrics["classes"], orient="index")
-    classes = classes.rename_axis("class").reset_index()
     seconds = {name: cost["seconds"] for name, cost in record.run["stages"].items()}
-    shown = {"classes": table(classes)}
-    asked = classes[classes["n"] > 0]
-    shown["accuracy_by_class"] = bars(asked, "class", "accuracy", "Accuracy by class, %")
+    if record.on_text:
+        shown = {"documents": table(record.predictions)}
+    else:
+        classes = pd.DataFrame.from_dict(record.metrics["classes"], orient="index")
+        classes = classes.rename_axis("class").reset_index()
+        shown = {"classes": table(classes)}
+        asked = classes[classes["n"] > 0]
+        shown["accuracy_by_class"] = bars(asked, "class", "accuracy", "Accuracy by class, %")
     stages = pd.DataFrame({"stage": list(seconds), "seconds": list(seconds.values())})
     shown["seconds_by_stage"] = bars(stages, "stage", "seconds", "Seconds by stage")
-    if examples:
+    if problems is not None and examples:
         shown["examples"] = _examples(record, problems, examples)
     run.log(shown)
     run.summary.update(summary(record))
@@ -88,8 +91,11 @@ def bars(frame: pd.DataFrame, label: str, value: str, title: str) -> Any:
 def summary(record: Record) -> dict[str, float]:
     """Returns the numbers of a record by flat names: `accuracy/NAT`, `seconds/evaluate`, ..."""
     numbers: dict[str, float | None] = {}
-    for name, row in record.metrics["classes"].items():
+    for name, row in record.metrics.get("classes", {}).items():
         numbers |= {f"{key}/{name}": row[key] for key in row}
+    for name in ("perplexity", "kl", "agreement") if record.on_text else ():
+        measure = record.metrics["text"][name]
+        numbers[name] = measure and measure["value"]
     for stage, costs in record.run["stages"].items():
         numbers |= {f"{key}/{stage}": cost for key, cost in costs.items()}
     if weights := record.run.get("weight_bytes"):

@@ -99,12 +99,13 @@ class Tracker:
         entry = {f"progress/{key}": value for key, value in shown.items()}
         self._run.do(lambda run: run.log(entry))
 
-    def finish(self, record: Record, problems: datasets.Dataset) -> None:
+    def finish(self, record: Record, problems: datasets.Dataset | None) -> None:
         """Logs a complete record and closes the run.
 
         Args:
             record: Complete record on disk.
-            problems: Problems that were asked, in the order of the record's predictions.
+            problems: Problems that were asked, in the order of the record's predictions; None for
+                text.
         """
         if self._run is None:
             return

@@ -39,17 +39,12 @@ class Joblib:
     Attributes:
         jobs: Number of cells at a time. Each has its part of the cores and, with `device=auto`, a
             GPU of its own as long as there are enough.
-        threads: Number of PyTorch's threads of each cell; None is its part of the cores. The
-            option `threads` of a cell goes before it.
     """
 
     jobs: int = 2
-    threads: int | None = None
 
     def __post_init__(self) -> None:
         whole_number("launcher.jobs", self.jobs)
-        if self.threads is not None:
-            whole_number("launcher.threads", self.threads)
 
     def launch(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
         """Yields the position of each job and its outcome, as the jobs end.
@@ -87,9 +82,7 @@ class Joblib:
         # At least two, because joblib would run a single one in this process.
         count = max(min(self.jobs, len(jobs)), 2)
         parallel = Parallel(n_jobs=count, batch_size=1, return_as="generator_unordered")
-        work = (
-            delayed(_run_numbered)(index, job, self.threads) for index, job in list(jobs.items())
-        )
+        work = (delayed(_run_numbered)(index, job) for index, job in list(jobs.items()))
         yield from parallel(work)
 
 
@@ -97,8 +90,8 @@ class Joblib:
 class Auto(Here):
     """Runs cells of embedded models on a CPU one per core, and any others one after the other.
 
-    Cells of embedded models get one thread each. There are no more of them at a time than fit the
-    memory that is free.
+    Cells of embedded models that run side by side get one thread each, unless `threads` says
+    otherwise. There are no more of them at a time than fit the memory that is free.
     """
 
     def launch(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
@@ -108,7 +101,11 @@ class Auto(Here):
 
         alike = not other_ranks() and all(gains_no_threads(job.cell.config) for job in jobs)
         count = min(len(jobs), cores(), free_bytes() // CELL_BYTES) if alike else 1
-        yield from Joblib(count, threads=1).launch(jobs) if count > 1 else super().launch(jobs)
+        if count > 1:
+            jobs = [replace(job, cell=job.cell.with_threads(1)) for job in jobs]
+            yield from Joblib(count).launch(jobs)
+        else:
+            yield from super().launch(jobs)
 
 
 # What a cell of an embedded model needs at most; its resident set is about 1 GiB.
@@ -127,9 +124,7 @@ def free_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _run_numbered(index: int, job: Job, threads: int | None = None) -> tuple[int, Outcome]:
-    if threads is not None and job.cell.config.threads is None:
-        job = replace(job, cell=job.cell.with_threads(threads))
+def _run_numbered(index: int, job: Job) -> tuple[int, Outcome]:
     device = worker_device(job.cell.config.device)
     if device != job.cell.config.device:
         job = replace(job, cell=job.cell.on(device))

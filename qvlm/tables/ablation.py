@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from qvlm.tables import command
-from qvlm.tables.claims import TOKEN
+from qvlm.tables.claims.catalog import TOKEN
 from qvlm.tables.labels import BASELINE
 from qvlm.tables.variants import Ablation
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from qvlm.evaluation.metrics import CLASSES, class_metrics
+from qvlm.evaluation.text import summarize
 from qvlm.records.record import Record
 
 _SHARES = ("accuracy", "ci_low", "ci_high", "unparsable")
@@ -49,7 +50,21 @@ def _layer_faults(record: Record, weights: int, activations: int) -> Iterator[st
                 yield f"{row['layer']}: {levels} {part} values per scale, {2**bits} allowed"
 
 
+def _text_fault(record: Record) -> str | None:
+    stated, counted = record.metrics["text"], summarize(record.predictions)
+    for name in ("perplexity", "kl", "agreement"):
+        if (stated.get(name) is None) != (counted[name] is None):
+            return f"its {name} does not follow from its documents"
+        if counted[name] is not None:
+            value = stated[name]["value"]
+            if value is None or not math.isclose(value, counted[name]["value"], rel_tol=1e-9):
+                return f"its {name} does not follow from its documents"
+    return None
+
+
 def _metrics_fault(record: Record) -> str | None:
+    if record.on_text:
+        return _text_fault(record)
     for name in CLASSES:
         row = record.metrics.get("classes", {}).get(name)
         if row is None:

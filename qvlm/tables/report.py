@@ -132,7 +132,7 @@ def made_by(records: Sequence[Record], command: str, notes: Sequence[str] = ()) 
         if of:
             lines.append(f"{name}: {'; or '.join(dict.fromkeys(map(value, of)))}.")
 
-    each("Hardware", _hardware, records)
+    each("Hardware", hardware, records)
     each("Versions", lambda r: ", ".join(f"{k} {v}" for k, v in r.run["versions"].items()), records)
     each("Code", revision, records)
     each("Seed", lambda r: str(r.run["seed"]), records)
@@ -145,11 +145,12 @@ def made_by(records: Sequence[Record], command: str, notes: Sequence[str] = ()) 
     return ["## How this was made", bullets(lines)]
 
 
-def _hardware(record: Record) -> str:
-    hardware = record.run["hardware"]
-    used = [f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']:g} GiB"]
+def hardware(record: Record) -> str:
+    """Names the machine of a record."""
+    machine = record.run["hardware"]
+    used = [f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB"]
     if record.run["device"] != "cpu":
-        used.append(f"{hardware['gpu']}")
+        used.append(f"{machine['gpu']}")
     threads = record.run.get("threads")
     return ", ".join(used) + (f", {threads} threads" if threads else "")
 

@@ -64,8 +64,8 @@ def of_whole_method(record: Record) -> bool:
 
 
 def is_ordinary(record: Record) -> bool:
-    """Whether a record is of simulated execution and not of the claims, which have own pages."""
-    return execution(record) == "simulated" and not is_of_claims(record)
+    """Whether a record has no page of its own, as other executions, claims and plain text have."""
+    return execution(record) == "simulated" and not is_of_claims(record) and not record.on_text
 
 
 def is_of_claims(record: Record) -> bool:

@@ -46,7 +46,9 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> Tracked:
     """Replaces data and tracking."""
     calls = Tracked()
 
-    def load_split(source: str, split: str, limit: int | None, seed: int) -> datasets.Dataset:
+    def load_split(
+        source: str, split: str, limit: int | None, seed: int, with_images: bool = True
+    ) -> datasets.Dataset:
         assert (source, seed) == ("miniature", 0)
         return SPLITS[split] if limit is None else SPLITS[split].select(range(limit))
 

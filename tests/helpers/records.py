@@ -14,6 +14,7 @@ from PIL import Image
 from qvlm.data import miniature
 from qvlm.data.scienceqa import COLUMNS, MINIATURE_SIZES
 from qvlm.evaluation.metrics import class_metrics
+from qvlm.evaluation.text import summarize
 from qvlm.records.record import (
     Record,
     write_record,
@@ -110,6 +111,7 @@ def make_record(
     name: str = "",
     parameters: dict[str, Any] | None = None,
     weights: str = "w",
+    documents: pd.DataFrame | None = None,
     generated: bool = False,
     group: str = "table2",
     **setting: Any,
@@ -118,6 +120,7 @@ def make_record(
 
     Args:
         metrics: changes the classes before they are written.
+        documents: sums of documents, which make it a record on plain text.
         generated: whether the problems are those of the miniature, so that answers can be kept.
         group: name of the sweep.
         setting: replaces parts of what the cell depends on: data, evaluation, seed, ...
@@ -169,7 +172,9 @@ def make_record(
     }
     path = runs / (name or f"{model}-{method.lower()}-{bits.lower()}-00000000")
     whole = {**config, "tracking": tracking, "group": group}
-    written = {"classes": classes, "unparsable_rule": "wrong"}
+    written: dict[str, Any] = {"classes": classes, "unparsable_rule": "wrong"}
+    if documents is not None:
+        written, predictions = {"text": summarize(documents)}, documents
     proof = make_layers(bits) if layers is None else list(layers)
     return write_record(path, whole, run, written, predictions, proof)
 

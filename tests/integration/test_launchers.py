@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from qvlm.data.scienceqa import COLUMNS
 from qvlm.errors import RunError, UserError
 from qvlm.records.locks import Held, Lock, Watch
 from qvlm.records.record import find_records
-from qvlm.sweep import job
+from qvlm.sweep import job, local
 from qvlm.sweep.launch import build
-from qvlm.sweep.local import Here, Joblib, worker_device
+from qvlm.sweep.local import Auto, Here, Joblib, worker_device
 from qvlm.sweep.ray import Ray
 from qvlm.sweep.slurm import Slurm
 from tests.helpers.configs import load
@@ -56,7 +56,7 @@ def test_joblib_goes_on_when_a_worker_is_killed(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("-m launcher=foo", ["launcher=foo", "here", "joblib", "ray", "slurm"]),
+        ("-m launcher=foo", ["launcher=foo", "auto", "here", "joblib", "ray", "slurm"]),
         ("-m launcher=joblib launcher.jobs=0", ["launcher.jobs", "0", "at least 1"]),
         ("-m launcher=joblib launcher.jobs=many", ["launcher.jobs", "many", "Integer"]),
         ("-m launcher=joblib launcher.partition=long", ["launcher.partition", "jobs"]),
@@ -163,8 +163,44 @@ def test_a_job_refuses_code_that_has_changed_since_it_was_planned(
     assert "mini_llava, rtn, W4A4 has changed" in str(outcome)
 
 
-def test_here_is_the_default() -> None:
-    assert build(load().launcher) == Here()
+def test_auto_is_the_default() -> None:
+    assert build(load().launcher) == Auto()
+
+
+@pytest.mark.parametrize(
+    ("cores", "free", "options", "side_by_side"),
+    [
+        (4, 2**34, (), 3),  # as many as there are cells
+        (2, 2**34, (), 2),
+        (1, 2**34, (), 0),
+        (4, 2 * local.CELL_BYTES, (), 2),
+        (4, local.CELL_BYTES, (), 0),
+        (4, 2**34, ("model.path=/elsewhere",), 0),  # not an embedded model
+        (4, 2**34, ("threads=2",), 3),
+    ],
+)
+def test_cells_of_embedded_models_run_one_per_core_with_one_thread_each(
+    cores: int,
+    free: int,
+    options: tuple[str, ...],
+    side_by_side: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched: list[tuple[str, list[int | None]]] = []
+
+    def note(launcher: Here | Joblib, jobs: Sequence[job.Job]) -> Iterator[tuple[int, Path]]:
+        width = launcher.jobs if isinstance(launcher, Joblib) else 0
+        launched.append((str(width), [each.cell.config.threads for each in jobs]))
+        yield from ()
+
+    monkeypatch.setattr(local, "cores", lambda: cores)
+    monkeypatch.setattr(local, "free_bytes", lambda: free)
+    monkeypatch.setattr(Joblib, "launch", note)
+    monkeypatch.setattr(Here, "launch", note)
+    config = load("device=cpu", *options)
+    assert list(Auto().launch([job.Job(Cell(config, "", {}, "", {}))] * 3)) == []
+    threads = config.threads or (1 if side_by_side else None)
+    assert launched == [(str(side_by_side), [threads] * 3)]
 
 
 def no_launch(*_: object) -> None:

@@ -74,7 +74,9 @@ def few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "open_scienceqa", opened)
 
 
-def problems(source: str, split: str, limit: int | None, seed: int) -> Any:
+def problems(
+    source: str, split: str, limit: int | None, seed: int, with_images: bool = True
+) -> Any:
     if "rows" not in PROBLEMS:
         rows = miniature.generate("test", 8, seed=0)
         PROBLEMS["rows"] = Dataset.from_list(rows, features=COLUMNS)

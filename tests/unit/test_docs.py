@@ -16,11 +16,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from qvlm.config.compose import CONF
 from qvlm.config.schema import RunConfig
+from qvlm.routes import ROUTES
 from tests.helpers.configs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = ROOT / "docs" / "LOG.md"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
+PAGES = [*TOP, *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, *sorted((ROOT / "qvlm").rglob("README.md"))]
 TARGETS = set(
     re.findall(r"^([a-z0-9_-]+)(?: [a-z0-9_-]+)*:.*##", (ROOT / "Makefile").read_text(), re.M)
@@ -39,8 +41,9 @@ OPTION_KEY = "normalise"  # a key that people use in their commands
 
 def fenced(page: Path) -> str:
     """The content of a page's code blocks that have no language, which are commands."""
-    found = re.findall(r"^ *```\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.M | re.S)
-    return "\n".join(found).replace("\\\n", " ")
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.M | re.S)
+    return "\n".join(block for kind, block in blocks if not kind).replace("\\\n", " ")
 
 
 def prose(page: Path) -> str:
@@ -102,15 +105,25 @@ def test_every_target_is_documented() -> None:
     assert TARGETS - named <= {"help", "mini_llava", "mini_moe_llava"}
 
 
+ROUTE = r"^(?:python -m )?qvlm [a-z][a-z0-9-]*(?: |$)"  # a command line that names a command
+# The words before the overrides of a command that runs cells.
+PROGRAM = re.compile(r"^(?:.*\brun\.py|qvlm|python -m qvlm)(?: |$)")
+
+
 def runs() -> list[str]:
-    """The command lines of run.py that need nothing but this repository."""
-    return [line for line in of_all_pages(r"\brun\.py .*=") if "--config-dir" not in line]
+    """The command lines that need nothing but this repository."""
+    lines = [line for line in of_all_pages(PROGRAM.pattern) if "--config-dir" not in line]
+    return [line for line in lines if "=" in line and " -sc " not in line]
 
 
 @pytest.mark.parametrize("line", runs())
 def test_commands_compose(line: str) -> None:
-    words = shlex.split(line.partition("run.py")[2])
+    words = shlex.split(PROGRAM.sub("", line, count=1))
     assert {word for word in words if word.startswith("-")} <= {"-m", "--help", "--cfg"}
+    route = ROUTES.get(words[0])
+    if route is not None:
+        swept = [f"experiment={name}" for name in route.experiments[:1]]
+        words = ["-m", *swept, *route.overrides, *words[1:]]
     given = [word for word in words if "=" in word]
     choices = []
     for override in OverridesParser.create().parse_overrides(given):
@@ -148,8 +161,7 @@ def test_modules_exist(line: str) -> None:
     _, _, rest = line.partition("python -m ")
     module, *arguments = shlex.split(rest)
     if module == "qvlm":
-        assert {word for word in arguments if not word.startswith("-")} <= TARGETS
-        return
+        return  # a command line like those of `qvlm`
     if module.endswith(".NAME"):
         module = module.removesuffix(".NAME")
     spec = importlib.util.find_spec(module)
@@ -165,6 +177,21 @@ def test_modules_exist(line: str) -> None:
 @pytest.mark.parametrize("line", of_all_pages(r"\bpython (experiments|requirements)/"))
 def test_scripts_exist(line: str) -> None:
     assert (ROOT / shlex.split(line.partition("python ")[2])[0]).is_file()
+
+
+@pytest.mark.parametrize("line", of_all_pages(ROUTE))
+def test_routes_exist(line: str) -> None:
+    name = shlex.split(line.partition("qvlm ")[2])[0]
+    assert name in ROUTES, line
+
+
+def test_there_are_routes_to_look_for() -> None:
+    assert len(of_all_pages(ROUTE)) >= 2
+
+
+@pytest.mark.parametrize("line", of_all_pages(r"^python examples/"))
+def test_examples_exist(line: str) -> None:
+    assert (ROOT / shlex.split(line)[1]).is_file()
 
 
 def accepts(key: str) -> bool:
@@ -216,7 +243,7 @@ def test_a_wrong_option_is_noticed() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_exist(page: Path) -> None:
-    folders = "qvlm|tests|conf|docs|experiments|hydra_plugins|requirements"
+    folders = "qvlm|tests|conf|docs|experiments|examples|hydra_plugins|requirements"
     for span in spans(page):
         for name in re.findall(rf"(?<![\w/.])(?:{folders})/[\w./-]*", span):
             if "NAME" not in name:
@@ -232,11 +259,13 @@ def test_pages_are_short_and_narrow(page: Path) -> None:
     assert wide == []
 
 
-@pytest.mark.parametrize("folder", ["qvlm", "docs", "experiments", "hydra_plugins", "tests"])
+@pytest.mark.parametrize(
+    "folder", ["qvlm", "docs", "examples", "experiments", "hydra_plugins", "tests"]
+)
 def test_spelling_is_american(folder: str) -> None:
     files = [path for kind in ("*.py", "*.md", "*.c") for path in (ROOT / folder).rglob(kind)]
     if folder == "docs":
-        files += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+        files += TOP
     found = [
         f"{path.relative_to(ROOT)}: {match.group(0)}"
         for path in files

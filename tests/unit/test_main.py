@@ -1,5 +1,7 @@
 """`python -m qvlm` is the command line, and makes each page without `make`."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +90,7 @@ def test_the_other_routes(calls: list[tuple[str, list[str]]]) -> None:
         ("run", ["-m", "experiment=table2", "preflight=true", "scale=paper"]),
         ("run", ["method=rtn"]),
         ("run", ["-m", "experiment=demo"]),
+        ("qvlm.report.__main__", ["--results=results/demo", "--command=qvlm demo"]),
     ]
 
 
@@ -128,6 +131,50 @@ def test_help_lists_the_commands(
     assert "qvlm -m experiment=table2 " in shown
     for name, route in ROUTES.items():
         assert f"  qvlm {name:<15} {route.does}\n" in shown
+
+
+def test_a_demo_says_that_it_is_one(
+    calls: list[tuple[str, list[str]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert routes.main([]) == 0
+    assert "This was a demonstration" in capfd.readouterr().out
+    assert routes.main(["demo", "fails"]) == 3
+    assert routes.main(["method=rtn"]) == 0
+    assert capfd.readouterr().out == ""
+    assert calls[0] == ("run", ["-m", "experiment=demo"])
+
+
+COMPLETE = """
+eval "$(qvlm -sc install=bash)"
+export COMP_LINE={line!r} COMP_POINT={point}
+COMP_CWORD={word}
+hydra_bash_completion
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+SCRIPT = f"#!{sys.executable}\nimport sys\nfrom qvlm.__main__ import main\nsys.exit(main())\n"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [
+        ("qvlm tab", {"table1", "table2", "table4", "table4-scale", "table5"}),
+        ("qvlm model=mini_", {"model=mini_llava", "model=mini_moe_llava"}),
+        ("qvlm method=rtn bits=w4", {"bits=w4a4"}),
+    ],
+)
+def test_a_shell_completes(line: str, offers: set[str], tmp_path: Path) -> None:
+    (tmp_path / "qvlm").write_text(SCRIPT)
+    (tmp_path / "qvlm").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE.format(line=line, point=len(line), word=len(line.split()) - 1)],
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert {*done.stdout.split()} == offers, done.stderr
 
 
 @pytest.mark.parametrize(

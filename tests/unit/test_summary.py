@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from rich.console import Console, RenderableType
 
@@ -50,6 +51,17 @@ def test_a_cell_shows_every_class_beside_full_precision(tmp_path: Path) -> None:
     assert "proven in 5 layers: at most 16 weight and 15 input values per scale" in text
     assert str(record.path) in text.replace("\n", "")
     assert "load 1.5, quantize 1.5, evaluate 1.5" in text
+
+
+def test_it_says_where_the_report_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/qvlm"])
+    record = make_record(tmp_path / "runs")
+    for rendered in (summary.cell_summary, lambda one: summary.sweep_summary([one, one])):
+        assert f"qvlm report --results={tmp_path}" in plain(rendered(record), 300)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").touch()
+    for rendered in (summary.cell_summary, lambda one: summary.sweep_summary([one, one])):
+        assert str(tmp_path / "report" / "index.html") in plain(rendered(record), 300)
 
 
 def test_without_full_precision_it_says_how_to_get_it(tmp_path: Path) -> None:
@@ -182,3 +194,23 @@ def test_a_damaged_record_costs_the_summary_only(
     assert out == ""
     assert err.startswith("warning: there is no summary, because ")
     assert err.count("\n") == 1
+
+
+def test_a_cell_on_text_shows_its_measures(tmp_path: Path) -> None:
+    documents = pd.DataFrame(
+        {
+            "document": ["a", "b"],
+            "tokens": [100, 300],
+            "nll": [100.0, 300.0],
+            "kl": [10.0, 50.0],
+            "agreement": [90, 270],
+        }
+    )
+    record = make_record(tmp_path, documents=documents)
+    shown = plain(summary.cell_summary(record))
+    assert "2.718" in shown  # exp(1)
+    assert "0.150" in shown
+    assert "90.000" in shown
+    assert "2 documents of miniature" in shown
+    other = make_record(tmp_path, method="AWQ", documents=documents)
+    assert "KL, nats" in plain(summary.sweep_summary([record, other]))

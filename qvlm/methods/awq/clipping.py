@@ -46,7 +46,7 @@ def clipped_quantizer(
     if not ratios:
         return default
     estimator = _clamped if reference else _scaled_minmax
-    size = spec.group_size if spec.granularity == "per_group" else weight.shape[1]
+    size = spec.group if spec.granularity == "per_group" else weight.shape[1]
     order = slice(None) if default.order is None else default.order
     # [groups, tokens, size]
     parts = wide(seen)[:, order].unflatten(1, (-1, size)).transpose(0, 1)

@@ -22,7 +22,13 @@ from qvlm.methods.qvlm.dependency import JOINTS, entropy, mine, quantization_err
 from qvlm.methods.qvlm.partition import check_depth, check_threshold, mean_dependency, partition
 from qvlm.methods.qvlm.search import search_block, unsearched
 from qvlm.methods.qvlm.search_options import PERCENTILES, SearchOptions, with_weights
-from qvlm.methods.qvlm.simulation import freeze, simulate, tower_layers, unwind
+from qvlm.methods.qvlm.simulation import (
+    freeze,
+    language_layers,
+    simulate,
+    tower_layers,
+    unwind,
+)
 from qvlm.methods.qvlm.vision import fine_tune, with_images
 from qvlm.methods.qvlm.vision_loss import Tuning, reference
 from qvlm.quantization import Block, Walk
@@ -30,6 +36,7 @@ from qvlm.quantization import Block, Walk
 GRANULARITIES = ("linear", "layer")
 PROXIES = ("entropy", "quantization_error")
 ORDERS = ("before", "after")
+OBSERVED = {"vision": tower_layers, "language": language_layers}
 
 
 class QVLM:
@@ -50,6 +57,8 @@ class QVLM:
         percentiles, normalise, output, clip, clip_weights, search_tokens, weights: See
             `SearchOptions`.
         veo_order: "before" the search, as in the paper, or "after" it, with the ranges it chose.
+        veo_layers: Layers whose dependencies L_ent sums: "vision", or "language" for the linears of
+            the language model that read every token, as in the released code.
         veo_epochs, veo_batch_size, veo_learning_rate, veo_regression, veo_entropy, veo_error,
             veo_eta, seed: See `Tuning`.
 
@@ -88,6 +97,7 @@ class QVLM:
         veo_entropy: float = 0.1,
         veo_error: float = 1.0,
         veo_eta: float = 1.0,
+        veo_layers: str = "vision",
         seed: int = 0,
     ) -> None:
         check_depth(max_depth)
@@ -97,6 +107,7 @@ class QVLM:
             ("proxy", proxy, PROXIES),
             ("pairing", pairing, tuple(JOINTS)),
             ("veo_order", veo_order, ORDERS),
+            ("veo_layers", veo_layers, tuple(OBSERVED)),
         ):
             validation.one_of(f"method.{option}", value, accepted)
         for option, switch in (("cdm", cdm), ("veo", veo), ("scale_free", scale_free)):
@@ -119,6 +130,7 @@ class QVLM:
             percentiles, normalise, output, clip, clip_weights, search_tokens, weights
         )
         self.veo_order = veo_order
+        self.observed = OBSERVED[veo_layers]
         self.tuning = Tuning(
             veo_epochs,
             veo_batch_size,
@@ -148,7 +160,7 @@ class QVLM:
         if self.veo and not after:
             floats = simulate(walk, self.search_options)
             details["veo"] = fine_tune(
-                walk.model, batches, references, tower_layers(walk.model), self.joint, self.tuning
+                walk.model, batches, references, self.observed(walk.model), self.joint, self.tuning
             )
             unwind(walk.model, floats)
             walk.uncalibrated.clear()  # it names layers of the simulation, which is undone
@@ -156,7 +168,7 @@ class QVLM:
         found, without_data = self._search(walk, segments, keep_tower=after)
         if after:
             details["veo"] = fine_tune(
-                walk.model, batches, references, tower_layers(walk.model), self.joint, self.tuning
+                walk.model, batches, references, self.observed(walk.model), self.joint, self.tuning
             )
             freeze(walk.model)
         details["blocks"] = found

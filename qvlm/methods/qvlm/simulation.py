@@ -11,7 +11,7 @@ from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.methods.qvlm.vision_loss import Layers
 from qvlm.quantization import QuantLinear, UniformQuantizer, Walk
 from qvlm.quantization.precision import settled
-from qvlm.quantization.targets import vision_layers
+from qvlm.quantization.targets import decoder_layers, vision_layers
 
 
 def simulate(walk: Walk, options: SearchOptions) -> dict[str, nn.Linear]:
@@ -61,9 +61,19 @@ def freeze(model: PreTrainedModel) -> None:
 
 def tower_layers(model: PreTrainedModel) -> Layers:
     """The quantized linears of the vision tower; empty if it is in floating point."""
+    return _quantized(vision_layers(model))
+
+
+def language_layers(model: PreTrainedModel) -> Layers:
+    """The quantized linears of the language model that read every token: all but experts."""
+    found = _quantized(decoder_layers(model))
+    return {name: layer for name, layer in found.items() if ".experts." not in name}
+
+
+def _quantized(layers: Mapping[str, nn.Module]) -> Layers:
     return {
         f"{name}.{inner}": (layer, layer.input_quantizer)
-        for name, module in vision_layers(model).items()
+        for name, module in layers.items()
         for inner, layer in module.named_modules()
         if isinstance(layer, QuantLinear)
     }

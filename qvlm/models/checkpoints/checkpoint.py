@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from transformers import CLIPImageProcessorPil
 
+from qvlm.data.prompts import IMAGE_TOKEN
 from qvlm.errors import UserError, first_line
 from qvlm.models.checkpoints.tensors import Tensors
 from qvlm.models.checkpoints.tokenizer import TextEncoding
-from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.llava import Llava
 from qvlm.models.meta import model_with_meta_layers
+from qvlm.models.networks import Architecture, LanguageModel, network
 
 
 @dataclass(frozen=True)
@@ -20,27 +22,28 @@ class Checkpoint:
     Attributes:
         model: The network.
         text: Tokenizer, and how a text begins.
-        image_processor: Processor that resizes images and normalizes them for the tower.
+        image_processor: Processor that resizes images and normalizes them for the tower; None for a
+            language model alone.
         image_fit: How an image becomes square, "crop" or "pad".
         image_text: Text that stands for an image in a prompt, `<image>` or around it.
         tensors: Tensors of the checkpoint, where the decoder layers are on the meta device.
     """
 
-    model: Llava
+    model: Llava | LanguageModel
     text: TextEncoding
-    image_processor: CLIPImageProcessorPil
-    image_fit: str
-    image_text: str
+    image_processor: CLIPImageProcessorPil | None = None
+    image_fit: str = "crop"
+    image_text: str = IMAGE_TOKEN
     tensors: Tensors | None = None
 
 
 def build_model(
-    architecture: LlavaArchitecture,
+    architecture: Architecture,
     tensors: Tensors,
     dtype: torch.dtype,
     meta_layers_for: str | None,
     owner: str,
-) -> Llava:
+) -> Llava | LanguageModel:
     """Builds a model from tensors that are complete and fit.
 
     Args:
@@ -57,7 +60,7 @@ def build_model(
     if meta_layers_for is not None:
         return model_with_meta_layers(architecture, tensors, dtype, meta_layers_for)
     # The state is complete, so that no weight is initialized at random.
-    model, report = Llava.from_pretrained(
+    model, report = network(architecture).from_pretrained(
         None,
         config=architecture,
         state_dict=dict(tensors),

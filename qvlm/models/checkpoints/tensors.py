@@ -14,7 +14,8 @@ from torch import Tensor
 from qvlm.errors import UserError, first_line
 from qvlm.models.checkpoints.families import Renamings, rename, split
 from qvlm.models.checkpoints.weights import Weights
-from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.llava import Llava
+from qvlm.models.networks import Architecture, LanguageModel, network
 
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _TOWER = "model.vision_tower."
@@ -52,7 +53,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def find_tensors(
-    architecture: LlavaArchitecture,
+    architecture: Architecture,
     sources: Mapping[str, tuple[Weights, Renamings]],
     owner: str,
 ) -> Tensors:
@@ -99,7 +100,7 @@ def find_tensors(
     return Tensors(found)
 
 
-def _empty_model(architecture: LlavaArchitecture, held: int, owner: str) -> Llava:
+def _empty_model(architecture: Architecture, held: int, owner: str) -> Llava | LanguageModel:
     """Builds a model on the meta device.
 
     Args:
@@ -112,14 +113,12 @@ def _empty_model(architecture: LlavaArchitecture, held: int, owner: str) -> Llav
             weights have tensors. Building a layer takes time and memory even on the meta device.
     """
     try:
-        layers = (
-            architecture.text_config.num_hidden_layers
-            + architecture.vision_config.num_hidden_layers
-        )
+        parts = [architecture.get_text_config(), getattr(architecture, "vision_config", None)]
+        layers = sum(part.num_hidden_layers for part in parts if part is not None)
         if layers > held:
             raise ValueError(f"it names {layers} layers, but the weights have {held} tensors")
         with torch.device("meta"):
-            return Llava(architecture)
+            return network(architecture)(architecture)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(
             f"{owner}: config.json does not describe the model of these weights: {first_line(e)}. "
@@ -140,13 +139,13 @@ def _check_shape(weights: Weights, name: str, expected: tuple[int, ...], owner: 
         )
 
 
-def _compare(weights: Weights, name: str, architecture: LlavaArchitecture, owner: str) -> None:
+def _compare(weights: Weights, name: str, architecture: Architecture, owner: str) -> None:
     """Compares a tensor that follows from config.json with what follows from it."""
     saved = weights[name].flatten().double()
     if name.endswith("position_ids"):
         expected = torch.arange(len(saved)).double()
     else:
-        text = architecture.text_config
+        text = architecture.get_text_config()
         rope = text.rope_parameters
         width = text.hidden_size // text.num_attention_heads
         width = int(width * rope.get("partial_rotary_factor", 1.0))

@@ -56,7 +56,7 @@ def serving(layer: PackedLinear) -> list[Kernel]:
 
 
 def preferred(layer: PackedLinear, rows: int, dtype: torch.dtype) -> Kernel:
-    """Returns the kernel that is preferred for an input, as far as can be said without a measurement.
+    """Returns the kernel that is preferred for an input before anything is measured.
 
     Args:
         layer: Layer to serve.

@@ -1,10 +1,11 @@
 """What `kernel=auto` takes: the fastest of the products that give the same answers, as measured.
 
-`preferred` says from device, rows and bit widths which kernel serves a layer. On a CPU, kernels that
-sum integers exactly give the same answers, so of these the fastest is taken. At a layer's first
-input of some number of rows, each of them is timed on this machine, and so is the product of
+`preferred` says from device, rows and bit widths which kernel serves a layer. On a CPU, kernels
+that sum integers exactly give the same answers, so of these the fastest is taken. At a layer's
+first input of some number of rows, each of them is timed on this machine, and so is the product of
 floating-point numbers of the same size. That one rounds differently and is never taken instead. But
-where it is faster, the user is warned once with the factor, and the record says so.
+where it is faster, the record says so, and for layers of `WARNED` weights the user is warned once
+with the factor. What smaller layers take is their bookkeeping, which no other kernel would save.
 
 A measurement takes milliseconds, and is kept for this machine in the cache folder, by the shape and
 form of the layer, its number of rows, the model's type and the number of threads. A file there that
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # The product of floating-point numbers, beside the names of kernels.
 FLOAT = "float"
 SMALLEST = 2**14
+WARNED = 2**20
 # Numbers of rows that are timed. A larger input counts as the largest, any other as the next one.
 ROWS = (1, 8, 128)
 # Weights of the floating-point product that is timed; more are taken to be proportionally slower.
@@ -71,7 +73,8 @@ def fastest(
         _keep(key, seconds)
     _KNOWN[key] = seconds
     kernel = min(rivals, key=lambda rival: seconds[rival.name])
-    if seconds[kernel.name] > TOLERANCE * seconds[FLOAT]:
+    slower = seconds[kernel.name] > TOLERANCE * seconds[FLOAT]
+    if slower and layer.in_features * layer.out_features >= WARNED:
         _warn(kernel.name, layer, timed, seconds[kernel.name], seconds[FLOAT])
     return kernel, {name: seconds[name] for name in (*names, FLOAT)}
 
@@ -141,8 +144,8 @@ def _warn(kernel: str, layer: PackedLinear, rows: int, seconds: float, of_float:
         "Packed products are slower than floating point on this machine: "
         f"{layer.layer_name or 'a linear'} takes {1e3 * seconds:.3g} ms instead of "
         f"{1e3 * of_float:.3g} ms for rows={rows}, "
-        f"{seconds / of_float:.1f} times as long, with the kernel {kernel}.{reason} The record lists "
-        "other layers.",
+        f"{seconds / of_float:.1f} times as long, with the kernel {kernel}.{reason} "
+        "The record lists other layers.",
         stacklevel=2,
     )
 

@@ -7,7 +7,9 @@ rows only.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -98,8 +100,21 @@ def _rounds(weight: library.Weight, x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and weight.is_paired()
 
 
+# Weights as the library reads them, which a layer of a hundred channels would wait for.
+_WEIGHTS: WeakKeyDictionary[PackedLinear, tuple[tuple[Tensor, ...], library.Weight]]
+_WEIGHTS = WeakKeyDictionary()
+
+
 def _weight(layer: PackedLinear) -> library.Weight:
-    """Returns a layer's weight as the library reads it."""
+    """Returns a layer's weight as the library reads it, which is kept with the layer's buffers."""
+    buffers = tuple(layer.buffers(recurse=False))
+    kept = _WEIGHTS.get(layer)
+    if kept is None or not all(map(operator.is_, kept[0], buffers)):
+        kept = _WEIGHTS[layer] = (buffers, _new_weight(layer))
+    return kept[1]
+
+
+def _new_weight(layer: PackedLinear) -> library.Weight:
     form = layer.form
     weight = library.Weight(layer.codes, layer.in_features, form.weight_bits, form.group_size)
     if form.weight == "uniform":

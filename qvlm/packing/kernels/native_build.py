@@ -2,15 +2,15 @@
 
 There is a library for each instruction set of `INSTRUCTION_SETS`, and the machine's first one is
 loaded. All of them give the same bits where sums are exact. The machine's C compiler compiles a
-library when it is first needed, which takes about ten seconds, and it is kept in a cache folder that
-only the user may write. Its name holds the hash of its content, and it is loaded only if it is the
-user's own file with that content, because loading runs it. Without such a folder it is compiled
+library when it is first needed, which takes about ten seconds, and it is kept in a cache folder
+that only the user may write. Its name holds the hash of its content, and it is loaded only if it is
+the user's own file with that content, because loading runs it. Without such a folder it is compiled
 anew by each process.
 
-The environment variable `QVLM_WITHOUT` names instruction sets to do without, separated by commas, so
-that a developer can run what another CPU runs: `QVLM_WITHOUT=avx512,avx512vl,avxvnni` leaves AVX2.
-With "native" there is no library at all, as on a machine without a compiler. It must be set before
-the first packed layer is made. `make test-narrow` sets it.
+The environment variable `QVLM_WITHOUT` names instruction sets to do without, separated by commas,
+so that a developer can run what another CPU runs: `QVLM_WITHOUT=avx512,avxvnni,avx512vl` leaves
+AVX2. With "native" there is no library at all, as on a machine without a compiler. It must be set
+before the first packed layer is made. `make test-narrow` sets it.
 """
 
 import ctypes

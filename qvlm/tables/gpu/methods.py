@@ -14,7 +14,7 @@ from qvlm.methods.awq import AWQ
 from qvlm.methods.base import Method
 from qvlm.methods.layerwise import LayerWise
 from qvlm.methods.qvlm import QVLM
-from qvlm.models.llava import image_tokens
+from qvlm.models.networks import image_tokens
 from qvlm.quantization import Block, QuantizationConfig, Walk
 from qvlm.quantization.targets import block_layers, quantizable
 from qvlm.tables.gpu.bench import Bench, Measures

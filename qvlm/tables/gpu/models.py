@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from qvlm.models.architectures import architecture
-from qvlm.models.llava import Llava, LlavaArchitecture, image_tokens
+from qvlm.models.llava import Llava, LlavaArchitecture
+from qvlm.models.networks import image_tokens
 from qvlm.packing import PackedLinear, weight_bytes
 from qvlm.packing.decoder import Decoder
 from qvlm.packing.kernels import triton_launch
@@ -67,7 +68,7 @@ def build(
         for path, linear in quantizable(block).items():
             torch.manual_seed(linear.in_features)  # linears of one input quantize it alike
             quantized = quantize_uncalibrated(
-                linear, quantization.weight, inputs, form.normal_float
+                linear, quantization.weights(kind), inputs, form.normal_float
             )
             block.set_submodule(path, PackedLinear.from_quantized(quantized))
 

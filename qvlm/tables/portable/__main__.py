@@ -39,7 +39,7 @@ def _compare(cells: Sequence[Sequence[str]]) -> None:
     """
     first, *others = SETTINGS
     reference = []
-    for outcome in outcomes(first, cells, every_kernel=True):
+    for outcome in outcomes(first, cells, packed="every"):
         reference.append(outcome)
         found = differences(outcome, outcome)
         print(_line(first.name, outcome.cell, found), flush=True)

@@ -48,14 +48,19 @@ SETTINGS = (
 
 
 def outcomes(
-    setting: Setting, cells: Sequence[Sequence[str]], every_kernel: bool = False
+    setting: Setting, cells: Sequence[Sequence[str]], packed: str = "auto"
 ) -> Iterator[Outcome]:
     """Computes cells in a process of a setting, and yields what they came out as, in order.
+
+    Args:
+        setting: Setting of the process.
+        cells: Overrides of each cell.
+        packed: How the packed models answer, see `Job`.
 
     Raises:
         RunError: If the process fails.
     """
-    job = Job([list(cell) for cell in cells], setting.threads, every_kernel)
+    job = Job([list(cell) for cell in cells], setting.threads, packed)
     threads = {"OMP_NUM_THREADS": str(setting.threads), "MKL_NUM_THREADS": str(setting.threads)}
     process = subprocess.Popen(
         [sys.executable, "-m", "qvlm.tables.portable.worker"],

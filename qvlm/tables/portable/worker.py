@@ -32,13 +32,13 @@ class Job:
     Attributes:
         cells: Overrides of each cell, as on the command line.
         threads: Number of PyTorch's threads.
-        kernels: Whether the packed model answers with each kernel that sums in float64, or with
-            those that it chooses by itself.
+        packed: How the packed model answers: with "every" kernel that sums in float64, with those
+            that "auto" chooses, or with "none", which is not at all.
     """
 
     cells: list[list[str]]
     threads: int
-    kernels: bool = False
+    packed: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Outcome:
     candidates: int
 
 
-def compute(overrides: Sequence[str], every_kernel: bool) -> Outcome:
-    """Quantizes a model, asks it, packs it and asks it again."""
-    config = inputs.settle_answer_length(_config(overrides))
+def compute(overrides: Sequence[str], packed: str) -> Outcome:
+    """Quantizes a model, asks it, packs it and asks it again; see `Job` for `packed`."""
+    config = inputs.settle_evaluation(_config(overrides))
     inputs.settle(config, "cpu")
     loaded = inputs.load(config, "cpu")
     samples, _ = inputs.draw_calibration(config)
@@ -73,7 +73,8 @@ def compute(overrides: Sequence[str], every_kernel: bool) -> Outcome:
         name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
         for name, tensor in loaded.model.state_dict().items()
     }
-    for kernel in _kernels(loaded) if every_kernel else [kernels.AUTO]:
+    names = {"none": [], "auto": [kernels.AUTO], "every": _kernels(loaded)}
+    for kernel in names[packed]:
         for layer in packed_layers(loaded.model).values():
             layer.kernel = kernels.AUTO
         force_kernel(loaded.model, kernel)
@@ -91,7 +92,7 @@ def _config(overrides: Sequence[str]) -> RunConfig:
 
 def _answers(loaded: LoadedModel, config: RunConfig) -> list[str]:
     options = asdict(config.evaluation)
-    del options["limit"]
+    del options["limit"], options["kl_problems"]  # the problems are limited already
     found = evaluate(loaded, inputs.load_problems(config), seed=config.seed, **options)
     return list(found.predictions["text"])
 
@@ -112,7 +113,7 @@ def main() -> None:
     job = Job(**json.load(sys.stdin))
     torch.set_num_threads(job.threads)
     for cell in job.cells:
-        print(json.dumps(asdict(compute(cell, job.kernels))), flush=True)
+        print(json.dumps(asdict(compute(cell, job.packed))), flush=True)
 
 
 if __name__ == "__main__":

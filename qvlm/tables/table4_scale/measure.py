@@ -11,7 +11,7 @@ import torch
 
 from qvlm.errors import UserError
 from qvlm.models.architectures import architecture
-from qvlm.models.llava import image_tokens
+from qvlm.models.networks import image_tokens
 from qvlm.planning import footprint, measured
 from qvlm.planning.footprint import ANSWER_TOKENS, FULL, GIB, SCALE_ANSWER, Variant
 from qvlm.runtime.processes import in_fresh_process

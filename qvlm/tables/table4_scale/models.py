@@ -107,7 +107,9 @@ def changer(model: str, variant: Variant) -> Callable[[str, nn.Module], None]:
     def quantized(kind: str, block: nn.Module) -> None:
         for name, linear in quantizable(block).items():
             inputs = quantization.activation(kind)
-            layer = quantize_uncalibrated(linear, quantization.weight, inputs, variant.normal_float)
+            layer = quantize_uncalibrated(
+                linear, quantization.weights(kind), inputs, variant.normal_float
+            )
             packs = variant != SIMULATED
             block.set_submodule(name, PackedLinear.from_quantized(layer) if packs else layer)
 

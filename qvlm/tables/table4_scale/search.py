@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from qvlm.models.architectures import architecture
-from qvlm.models.llava import image_tokens
 from qvlm.models.meta import meta_model
+from qvlm.models.networks import image_tokens
 from qvlm.quantization.targets import block_layers, quantizable
 from qvlm.tables.table4_scale.clock import QuestionTimes
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from qvlm.cell import inputs as prepare
 from qvlm.models.architectures import architecture
-from qvlm.models.llava import image_tokens
+from qvlm.models.networks import image_tokens
 from qvlm.packing import weight_bytes
 from qvlm.planning import footprint
 from qvlm.planning.footprint import FULL, SCALE_ANSWER, Variant

@@ -227,7 +227,7 @@ def test_what_is_not_a_file_is_not_opened(kind: str, tmp_path: Path) -> None:
         ("bits.weights=8", "has bits.weights=4"),
         ("bits=fp", "has bits=w4a4"),
         ("model=mini_moe_llava", "has model.name=mini_llava"),
-        ("model.dtype=bfloat16", "has model.dtype=float32"),
+        ("model.dtype=bfloat16", "has model.dtype=float64"),
         ("quantizer.p=3", "has quantizer.p=2.0"),
         ("calibration.samples=3", "has calibration.samples=64"),
         ("method_name=mine", "has method_name=rtn"),

@@ -1,5 +1,6 @@
 """Every option composes, and none is hidden."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -34,7 +35,8 @@ def test_the_groups_of_the_command_line_exist() -> None:
         *("model", "method", "bits", "quantizer", "data", "calibration"),
         *("evaluation", "tracking", "launcher", "experiment", "scale"),
     }
-    assert GROUPS["bits"] == ["fp", "w2a4", "w3a3", "w4a4", "w6a6", "w8a8"]
+    bits = ["fp", "w2a4", "w3a3", "w4a4", "w4a8", "w6a6", "w8a4", "w8a8"]
+    assert GROUPS["bits"] == bits
     assert {"mini_llava", "mini_moe_llava"} <= set(GROUPS["model"])
     assert {"fp", "rtn"} <= set(GROUPS["method"])
 
@@ -48,6 +50,7 @@ def test_every_option_composes(group: str, option: str) -> None:
             continue
         if not isinstance(value, dict) and "${" not in str(value) and value != "???":
             node = getattr(config, group)
+            value = os.path.expanduser(value) if str(value).startswith("~") else value
             assert (node[key] if isinstance(node, dict) else getattr(node, key)) == value
 
 
@@ -75,8 +78,8 @@ def test_the_defaults_are_the_documented_cell() -> None:
     assert config.bits.label == "W4A4"
     assert config.quantizer.weight.granularity == "per_group"
     assert config.quantizer.weight.group_size == config.model.weight_group_size == 64
-    assert config.quantizer.language.granularity == "per_channel_group"
-    assert config.quantizer.language.group_size == 128
+    assert config.quantizer.language.granularity == "per_channel"
+    assert config.quantizer.language.group_size is None
     assert config.quantizer.vision.granularity == "per_token"
     assert config.quantizer.vision_tower
     assert (config.calibration.split, config.calibration.samples) == ("train", 64)

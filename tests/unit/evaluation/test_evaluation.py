@@ -129,13 +129,12 @@ def test_a_split_without_a_name_is_numbered(
 
 
 def test_ids_of_the_authors_are_kept(
-    loaded: LoadedModel, problems: list[dict[str, Any]], tmp_path: Path
+    loaded: LoadedModel, dataset: datasets.Dataset, tmp_path: Path
 ) -> None:
-    named = make_dataset(problems[:6]).add_column("official_id", list("abcdef"))
-    predictions = run(loaded, named)
-    assert predictions["official_id"].tolist() == list("abcdef")
+    ids = [str(7 * index) for index in range(len(dataset))]
+    predictions = run(loaded, dataset.add_column("official_id", ids))
     predictions.to_parquet(tmp_path / "predictions.parquet")
-    assert pd.read_parquet(tmp_path / "predictions.parquet")["official_id"][3] == "d"
+    assert list(pd.read_parquet(tmp_path / "predictions.parquet")["official_id"]) == ids
 
 
 def test_predictions_survive_parquet(predictions: pd.DataFrame, tmp_path: Path) -> None:

@@ -44,6 +44,34 @@ def test_packed_computes_what_is_simulated(data: st.DataObject) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
+def test_in_a_model_in_float64_every_kernel_sums_in_float64(data: st.DataObject) -> None:
+    group_size = data.draw(st.sampled_from([1, 16, 32, 64]))
+    width = group_size * data.draw(st.integers(1, 4))
+    layer, _ = quantized(
+        (data.draw(st.integers(1, 70)), width),
+        (data.draw(st.integers(2, 8)), data.draw(st.integers(2, 8))),
+        data.draw(st.sampled_from(WEIGHTS)),
+        data.draw(st.sampled_from(ACTIVATION_GRANULARITIES)),
+        group_size,
+        seed=data.draw(st.integers(0, 1000)),
+        ordered=data.draw(st.booleans()),
+    )
+    packed = PackedLinear.from_quantized(layer)
+    x = torch.randn(data.draw(st.sampled_from([1, 3, 33])), width, dtype=torch.float64)
+    exact = in_float64(layer)
+    expected = exact(x)
+    assert exact.weight is not None
+    largest = float((exact.input_quantizer(x).abs() @ exact.weight.abs().T).max())
+    for kernel in ("auto", *packed.serving()):
+        packed.kernel = kernel
+        found = packed(x)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13 * largest + 1e-300)
+    assert all(kernel_named(kernel).sums_in_float64(packed) for kernel in packed.used)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
 def test_models_in_bf16_round_within_bounds(data: st.DataObject) -> None:
     group_size = data.draw(st.sampled_from([16, 32, 64, 96, 128]))
     width = group_size * data.draw(st.integers(1, 4))
@@ -210,8 +238,8 @@ def test_float64_rounds_the_output_only(weight: str, inputs: str) -> None:
     x_hat = steps if layer.input_quantizer.folds else steps * grid.scale
     weights = layer.weight_quantizer
     if isinstance(weights, NormalFloatQuantizer):
-        constants = weights.dequantized_absmax.double().repeat_interleave(32).view(48, 96)
-        w_hat = weights.levels.double()[layer.weight_codes().long()] * constants
+        constants = weights.dequantized_absmax.repeat_interleave(32).view(48, 96)
+        w_hat = (weights.levels[layer.weight_codes().long()] * constants).double()
     else:
         index = weights.group_index(layer.weight).expand(48, 96)
         scale, zero = (part.flatten()[index] for part in (weights.scale, weights.zero_point))

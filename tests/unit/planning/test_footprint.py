@@ -9,8 +9,8 @@ import torch
 from qvlm.cell import inputs as prepare
 from qvlm.methods import RTN
 from qvlm.models.architectures import KNOWN, architecture
-from qvlm.models.llava import image_tokens
 from qvlm.models.meta import meta_model
+from qvlm.models.networks import image_tokens
 from qvlm.packing import pack_model, packed_layers, weight_bytes
 from qvlm.packing.uncalibrated import put_empty_layers
 from qvlm.planning import footprint, measured

@@ -65,6 +65,7 @@ def _read(content: Mapping[str, Any], facts: Facts, owner: str) -> Blueprint:
     if kind in moe_llava.KINDS:
         return moe_llava.read_moe_llava(facts, kind)
     known = (llava.ARCHITECTURE, *moe_llava.ARCHITECTURES, transformers_llava.ARCHITECTURE)
+    known += (transformers_llava.LANGUAGE_MODEL,)
     raise UserError(
         f"{owner}: the architecture {kind} in config.json is not known. "
         f"Choose one of: {', '.join(known)}."

@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 from qvlm.models.checkpoints.families.blueprint import Blueprint, Facts, Renamings, vision_config
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
+LANGUAGE_MODEL = "LlamaForCausalLM"  # without vision: `qvlm.models.checkpoints.language_model`
 NAMES: Renamings = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.(model\.)?", "model.language_model."),

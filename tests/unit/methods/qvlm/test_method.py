@@ -355,3 +355,21 @@ def test_the_control_of_normal_float_weights_has_them_too() -> None:
     assert equal(model, other)
     with pytest.raises(UserError, match="method.weights=nf"):
         LayerWise(weights="nf")
+
+
+def test_the_entropy_may_be_that_of_the_language_model() -> None:
+    """Experts are left out: they do not read the tokens that their neighbors read."""
+    found = {}
+    for layers in ("vision", "language"):
+        model = build("routed")
+        method = QVLM(cdm=False, veo_epochs=1, veo_layers=layers, veo_entropy=5.0, **SHORT)
+        report = method.quantize(Walk(model, toy_batches(2), config()))
+        found[layers] = integers(model), report.details["veo"]["jacobian_norms"]
+    assert all("vision_tower" in name for name in found["vision"][1])
+    names = list(found["language"][1])
+    assert names and all("language_model" in name and "experts" not in name for name in names)
+    assert sum(found["language"][1].values()) == pytest.approx(1)
+    one, other = (found[layers][0] for layers in ("vision", "language"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(UserError, match="method.veo_layers=all"):
+        QVLM(veo_layers="all")

@@ -17,7 +17,7 @@ from torch import Tensor
 from qvlm.errors import UserError
 from qvlm.packing.form import Form
 from qvlm.packing.formats import pack
-from qvlm.packing.kernels import kernel_named, reference
+from qvlm.packing.kernels import kernel_named, native_build, reference
 from qvlm.packing.kernels import native as native_kernel
 from qvlm.packing.kernels import native_library as native
 from qvlm.packing.layer import PackedLinear
@@ -206,8 +206,14 @@ def test_sums_of_bf16_are_exact(
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """Nothing is compiled, asked or switched off yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(native.WITHOUT, raising=False)
-    caches = (native.obstacle, native._library)
+    monkeypatch.delenv(native_build.WITHOUT, raising=False)
+    caches = (
+        native.obstacle,
+        native.instruction_set,
+        native._library,
+        native.library_of,
+        native_build.library,
+    )
     for cache in caches:
         cache.cache_clear()
     yield monkeypatch
@@ -229,7 +235,7 @@ def test_what_is_in_the_way_is_said(fresh: pytest.MonkeyPatch) -> None:
 
 def test_developers_can_do_without(fresh: pytest.MonkeyPatch) -> None:
     layer, x = quantized((5, 64))
-    fresh.setenv(native.WITHOUT, "native")
+    fresh.setenv(native_build.WITHOUT, "native")
     assert native.obstacle() == "QVLM_WITHOUT=native is set"
     packed = PackedLinear.from_quantized(layer)
     packed(x)
@@ -237,8 +243,8 @@ def test_developers_can_do_without(fresh: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"some\.layer: QVLM_WITHOUT=native is set"):
         packed.kernel = "native"
     native.obstacle.cache_clear()
-    fresh.setenv(native.WITHOUT, "int_mm")
-    with pytest.raises(UserError, match="QVLM_WITHOUT='int_mm' is not .*: native"):
+    fresh.setenv(native_build.WITHOUT, "int_mm")
+    with pytest.raises(UserError, match="QVLM_WITHOUT='int_mm' is not .*: native, avx512"):
         native.obstacle()
 
 
@@ -256,14 +262,14 @@ def compiler(fresh: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def count(compiler: Path) -> int:
-    """The number of times that the library was made: it is compiled and linked."""
+    """The number of times that a library was made: it is compiled and linked."""
     return len(Path(f"{compiler}.calls").read_text().splitlines()) // 2
 
 
 def cached() -> Path:
-    folder = native._cache_folder()
+    folder = native_build.cache_folder()
     assert folder is not None
-    return native._compiled(folder)
+    return native_build.compiled(folder, "native_cpu.c", [])
 
 
 def test_it_is_compiled_once_for_the_user_alone(compiler: Path, tmp_path: Path) -> None:
@@ -317,7 +323,7 @@ def test_what_is_not_intact_is_made_anew_and_not_loaded(
     fault(compiled)
     assert cached() == compiled
     assert count(compiler) == 2
-    assert native._is_intact(compiled) and compiled.read_bytes() == content
+    assert native_build.is_intact(compiled) and compiled.read_bytes() == content
 
 
 def test_a_planted_library_of_another_name_is_not_loaded(compiler: Path) -> None:
@@ -360,7 +366,7 @@ def test_a_folder_that_cannot_be_trusted_is_not_used(
     place: Callable[[Path], None], compiler: Path, tmp_path: Path
 ) -> None:
     place(tmp_path / "qvlm")
-    assert native._cache_folder() is None
+    assert native_build.cache_folder() is None
     assert "file too short" in (native.obstacle() or "")  # the compiler's text is no library
     assert count(compiler) == 1
     assert not list(tmp_path.glob("theirs/*"))
@@ -370,7 +376,7 @@ def test_a_folder_that_cannot_be_trusted_is_not_used(
 def test_no_home_is_no_traceback(home: str, fresh: pytest.MonkeyPatch, compiler: Path) -> None:
     fresh.delenv("XDG_CACHE_HOME")
     fresh.setenv("HOME", home)
-    assert native._cache_folder() is None
+    assert native_build.cache_folder() is None
     assert native.obstacle() is not None
     assert count(compiler) == 1
 
@@ -378,14 +384,41 @@ def test_no_home_is_no_traceback(home: str, fresh: pytest.MonkeyPatch, compiler:
 def test_a_library_without_the_products_is_an_obstacle(
     fresh: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It loads, and has none of the functions."""
+    """It loads, knows of a CPU with everything, and has none of the functions."""
     real = shutil.which("cc") or shutil.which("gcc")
     if real is None:
         pytest.skip("needs a C compiler")
     compiler = tmp_path / "compiler"
+    code = "int supports(void) { return 1; }"
     compiler.write_text(
-        f'#!/bin/sh\nfor at; do :; done\necho "int x;" | {real} -shared -fPIC -xc - -o "$at"\n'
+        f'#!/bin/sh\nfor at; do :; done\necho "{code}" | {real} -shared -fPIC -xc - -o "$at"\n'
     )
     compiler.chmod(0o755)
     fresh.setenv("CC", str(compiler))
     assert native.obstacle() == "the compiled library has no integer_rows"
+
+
+def test_a_narrower_machine_can_be_played(fresh: pytest.MonkeyPatch) -> None:
+    monkeypatch = fresh
+    monkeypatch.setattr(native_build, "supported", lambda: ["avx512", "avx2"])
+    assert native.instruction_set() == "avx512"
+    native.instruction_set.cache_clear()
+    monkeypatch.setenv(native_build.WITHOUT, "avx512,avxvnni")
+    assert native.instruction_set() == "avx2"
+    native.instruction_set.cache_clear()
+    monkeypatch.setenv(native_build.WITHOUT, "avx512,avx2")
+    assert "none of the instruction sets avx512, " in (native.obstacle() or "")
+    assert "but those of QVLM_WITHOUT=avx512,avx2" in (native.obstacle() or "")
+
+
+def test_a_changed_header_is_another_library(
+    compiler: Path, tmp_path: Path, fresh: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "sources"
+    shutil.copytree(native_build.FOLDER, sources)
+    fresh.setattr(native_build, "FOLDER", sources)
+    before = cached()
+    with (sources / "native_types.h").open("a") as file:
+        file.write("/* changed */")
+    assert cached().stem.split("-")[1] != before.stem.split("-")[1]
+    assert count(compiler) == 2

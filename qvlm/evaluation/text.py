@@ -1,0 +1,225 @@
+"""How well a language model predicts plain text, alone and beside the model in full precision.
+
+Every token of every document is scored once, given the tokens before it in its window. The windows
+are those of `loglikelihood_rolling` (`likelihood.windows`): the first one of a document begins with
+the tokenizer's bos token, and windows do not overlap. Three measures per token, in the order of
+what they need:
+
+- the negative log-likelihood in nats, whose mean's exponential is the perplexity;
+- KL(p || q) in nats, where p is the next-token distribution in full precision and q the model's;
+- whether both find the same token most likely.
+
+Tokens of one document depend on each other. Intervals therefore treat documents as clusters.
+
+The states of the model in full precision, and its output head, are kept in a file for all cells of
+a results folder. `divergence.Reference` is the same for the answers of one cell.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import exp, isfinite
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from scipy.stats import t as student
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from qvlm.data.text import Document
+from qvlm.errors import RunError
+from qvlm.evaluation import likelihood
+from qvlm.evaluation.divergence import kl, ratio
+from qvlm.evaluation.evaluator import Evaluation
+from qvlm.evaluation.likelihood import Passage
+from qvlm.models.loaded import LoadedModel
+from qvlm.records.files import write_file
+
+CONFIDENCE = 0.95
+# Number of positions whose logits are computed at a time, which bounds memory.
+_POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a document that is read at once.
+
+    Attributes:
+        document: Name of the document.
+        passage: Tokens that are read, of which the last ones are scored.
+    """
+
+    document: str
+    passage: Passage
+
+    @property
+    def targets(self) -> Tensor:
+        """The token ids that are scored, [scored]."""
+        return torch.tensor(self.passage.ids[len(self.passage.ids) - self.passage.scored :])
+
+
+@dataclass(frozen=True)
+class SavedStates:
+    """What a model in full precision makes of windows.
+
+    Attributes:
+        states: Last hidden states at the positions of the targets, [targets, width] per window.
+        head: Weight of the output head, [vocabulary, width].
+    """
+
+    states: list[Tensor]
+    head: Tensor
+
+
+def windows_of(loaded: LoadedModel, documents: Sequence[Document], length: int) -> list[Window]:
+    """Cuts documents into windows.
+
+    Args:
+        loaded: Model with its tokenizer.
+        documents: Documents, of which each token is scored in one window.
+        length: Largest number of tokens that a window reads.
+    """
+    return [
+        Window(document.name, passage)
+        for document in documents
+        for passage in likelihood.windows(loaded, document.text, length)
+    ]
+
+
+@torch.inference_mode()
+def refer(loaded: LoadedModel, windows: Sequence[Window], file: Path | None = None) -> SavedStates:
+    """Runs a model in full precision, or reads what it gave before.
+
+    Args:
+        loaded: Model in full precision.
+        windows: Windows to score.
+        file: File that keeps the states for other cells. Its name has to identify the model and
+            the windows.
+    """
+    if file is not None and (saved := read_states(file)) is not None:
+        return saved
+    states = [part.clone() for part in _states(loaded, windows, "full precision")]
+    saved = SavedStates(states, _head(loaded).detach().clone())
+    if file is not None:
+        tensors = {"head": saved.head.cpu()}
+        tensors |= {f"states.{number}": part.cpu() for number, part in enumerate(states)}
+        write_file(file, lambda path: save_file(tensors, path))
+    return saved
+
+
+def read_states(file: Path) -> SavedStates | None:
+    """Reads the states that another cell left, or returns None if there are none."""
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as opened:
+        count = len(opened.keys()) - 1
+        states = [opened.get_tensor(f"states.{number}") for number in range(count)]
+        return SavedStates(states, opened.get_tensor("head"))
+
+
+@torch.inference_mode()
+def evaluate_text(
+    loaded: LoadedModel,
+    windows: Sequence[Window],
+    reference: SavedStates | None = None,
+    observe: Callable[[nn.Module], Any] | None = None,
+    is_reference: bool = False,
+) -> Evaluation:
+    """Scores every token of the windows.
+
+    Args:
+        loaded: Model with its tokenizer.
+        windows: Windows, from `windows_of`.
+        reference: The same windows in full precision; None measures no distance to it.
+        observe: Function that is called with the model at the end.
+        is_reference: Whether the model is the one that gave the reference. It is not run again, and
+            no distance is measured.
+
+    Returns:
+        Evaluation whose metrics have the one key `text` (see `summarize`). Its predictions have a
+        row per document with the columns `document`, `tokens`, and the sums `nll` and, with a
+        reference, `kl` and `agreement`.
+
+    Raises:
+        RunError: If logits are not finite.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    all_states: Iterable[Tensor] = _states(loaded, windows, loaded.name)
+    distance_to = None if is_reference else reference
+    if is_reference and reference is not None:
+        all_states = (part.to(_head(loaded)) for part in reference.states)
+    for number, (window, states) in enumerate(zip(windows, all_states, strict=True)):
+        targets = window.targets.to(states.device)
+        sums = rows.setdefault(window.document, {"document": window.document, "tokens": 0})
+        sums["tokens"] += len(targets)
+        for start in range(0, len(targets), _POSITIONS):
+            part = slice(start, start + _POSITIONS)
+            logits = likelihood.output_head(loaded)(states[part])
+            scores = likelihood.log_softmax(logits).gather(1, targets[part, None])
+            found = {"nll": -float(scores.double().sum())}
+            if distance_to is not None:
+                head = distance_to.head.to(states)
+                wanted = functional.linear(distance_to.states[number][part].to(states), head)
+                found["kl"] = float(kl(wanted, logits).sum())
+                found["agreement"] = float((wanted.argmax(1) == logits.argmax(1)).sum())
+            for name, value in found.items():
+                if not isfinite(value):
+                    raise RunError(
+                        f"model {loaded.name}: the logits for document {window.document} are not "
+                        "finite; check its weights and the scales of its quantized layers"
+                    )
+                sums[name] = sums.get(name, 0.0) + value
+    table = pd.DataFrame(rows.values())
+    observed = [observe(loaded.model)] if observe else []
+    return Evaluation({"text": summarize(table)}, table, 0, [len(windows)], observed)
+
+
+def summarize(documents: pd.DataFrame) -> dict[str, Any]:
+    """Computes the measures of `evaluate_text` with their intervals.
+
+    Args:
+        documents: One row per document with its sums.
+
+    Returns:
+        `tokens`, `documents`, and for each measure a mapping with the keys `value`, `low` and
+        `high`: `perplexity`; `kl` in nats per token; `agreement` in percent. Low and high end a
+        95 % interval and are None with a single document. A measure without sums is None.
+    """
+    nll = _per_token(documents, "nll")
+    assert nll is not None
+    agreement = _per_token(documents, "agreement")
+    return {
+        "tokens": int(documents["tokens"].sum()),
+        "documents": len(documents),
+        "perplexity": {key: None if v is None else exp(v) for key, v in nll.items()},
+        "kl": _per_token(documents, "kl"),
+        "agreement": agreement
+        and {key: None if v is None else 100 * v for key, v in agreement.items()},
+    }
+
+
+def _per_token(documents: pd.DataFrame, name: str) -> dict[str, float | None] | None:
+    """The mean of a measure per token, with an interval by Student's t over the documents."""
+    if name not in documents:
+        return None
+    mean, error = ratio(documents[name], documents["tokens"])
+    if not isfinite(error):
+        return {"value": mean, "low": None, "high": None}
+    reach = float(student.ppf((1 + CONFIDENCE) / 2, len(documents) - 1)) * error
+    return {"value": mean, "low": mean - reach, "high": mean + reach}
+
+
+def _states(loaded: LoadedModel, windows: Sequence[Window], label: str) -> Iterator[Tensor]:
+    """The last hidden states at the positions of each window's targets, [targets, width]."""
+    for window in tqdm(windows, desc=f"{label}: windows", unit="w", leave=False, disable=None):
+        yield likelihood.states_of(loaded, [window.passage])[0]
+
+
+def _head(loaded: LoadedModel) -> Tensor:
+    weight = likelihood.output_head(loaded).weight
+    assert isinstance(weight, Tensor)
+    return weight

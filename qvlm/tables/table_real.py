@@ -1,0 +1,262 @@
+"""Table "real": `python -m qvlm.tables.table_real`, methods and granularities on a real model.
+
+The table is a pure function of the records whose data are plain text. Each combination of model,
+granularity of the language model's activations, method and bit widths has a row, with the mean over
+the draws of the calibration rows. A combination of the design (`GRANULARITIES`, `METHODS`, `BITS`)
+without a record says "not measured".
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from qvlm.command import run_command
+from qvlm.markdown import bullets, table
+from qvlm.records.record import Record
+from qvlm.tables.command import add_runs, made_with, records_of, table_parser, write_files
+from qvlm.tables.labels import FP, bits_order, method_order
+from qvlm.tables.proof import fault
+from qvlm.tables.report import hardware, revision
+
+NAME = "table_real"
+NOT_MEASURED = "not measured"
+# Granularity of the language model's activations -> how the page calls it.
+GRANULARITIES = {
+    "per_tensor": "static, per tensor",
+    "per_channel_group": "static, clusters",
+    "per_channel": "static, per channel",
+    "per_token": "per token",
+    "per_channel_prompt": "per channel of the prompt",
+}
+FIRST_IN_FLOAT = ", first token in float"
+METHODS = ("RTN", "AWQ", "QLoRA", "Layer-wise", "Q-VLM, CDM only")
+BITS = ("W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
+MEASURES = ("perplexity", "kl", "agreement")
+
+HEAD = """\
+# A real language model on plain text
+
+SmolLM2-135M is a LLaMA with outlier channels and massive activations, which the miniatures do not
+have. Every token of {documents} documents ({tokens} tokens) is predicted. KL is that of the
+next-token distribution to full precision, in nats per token. Each cell is **KL** and, in
+parentheses, the perplexity, means over the draws of the calibration rows. In full precision the
+perplexity is {perplexity} ({interval}). Lower is better, and a KL of 0 is full precision."""
+
+ONCE = """\
+The weights have been rounded once before: the file that the package index carries is of type Q4_1,
+4 bits in groups of 32. Full precision here means these weights. So W4 rounds numbers a second time,
+and what it costs is not what it costs with the original weights. W8A4 holds only the activations'
+part, and W4A8 only the weights'."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What identifies a row of the table within one model and one set of texts.
+
+    Attributes:
+        activations: How the language model's activations are quantized, in words.
+        method: Name of the method.
+    """
+
+    activations: str
+    method: str
+
+
+Cells = dict[Row, dict[str, list[Record]]]
+"""Records of a model by row and bit widths, one per draw."""
+
+
+def activations(record: Record) -> str:
+    """Says in words how a record quantizes the language model's activations."""
+    quantizer = record.run["influences"]["quantizer"]
+    words = GRANULARITIES[quantizer["language"]["granularity"]]
+    return words + (FIRST_IN_FLOAT if quantizer.get("first_token") == "float" else "")
+
+
+def arrange(records: Sequence[Record]) -> tuple[list[Record], Cells, list[str]]:
+    """Arranges the records of one model.
+
+    Of several records of one row, bit widths and draw, the newest is kept.
+
+    Returns:
+        Records in full precision, the newest first; the others by row and bit widths; sentences on
+        the records that are refused.
+    """
+    full, cells, refused = [], defaultdict(lambda: defaultdict(dict)), []
+    for record in sorted(records, key=lambda record: record.run["finished"]):
+        if reason := fault(record, {}):
+            refused.append(f"`{record.name}`: {reason}")
+        elif record.bit_widths.is_full_precision:
+            full.append(record)
+        else:
+            row = Row(activations(record), record.method)
+            draw = record.run["influences"]["calibration"]["seed"]
+            cells[row][record.bits][draw] = record
+    found: Cells = {
+        row: {bits: list(draws.values()) for bits, draws in by_bits.items()}
+        for row, by_bits in cells.items()
+    }
+    return full[::-1], found, refused
+
+
+def rows_of(cells: Cells) -> list[Row]:
+    """Returns the rows of the design and those that were measured beside it, in order."""
+    default = GRANULARITIES["per_channel"]
+    wanted = [Row(words, METHODS[0]) for words in GRANULARITIES.values()]
+    wanted += [Row(default, method) for method in METHODS[1:]]
+    order = [*GRANULARITIES.values()]
+
+    def rank(row: Row) -> tuple[Any, ...]:
+        words = row.activations.removesuffix(FIRST_IN_FLOAT)
+        return method_order(row.method), order.index(words), row.activations
+
+    return sorted(dict.fromkeys([*wanted, *cells]), key=rank)
+
+
+def mean(records: Sequence[Record], measure: str) -> float | None:
+    """Returns the mean of a measure over draws, or None if one of them lacks it."""
+    found = [record.metrics["text"][measure] for record in records]
+    return None if None in found or not found else fmean(value["value"] for value in found)
+
+
+def long(records: Sequence[Record]) -> pd.DataFrame:
+    """Returns the rows of the CSV, one per record and measure."""
+    entries = []
+    for record in sorted(records, key=lambda r: (r.model, bits_order(r.bit_widths), r.name)):
+        if fault(record, {}):
+            continue
+        full = record.bit_widths.is_full_precision
+        for measure in MEASURES:
+            value = record.metrics["text"][measure] or dict.fromkeys(("value", "low", "high"))
+            entries.append(
+                {
+                    "model": record.model,
+                    "activations": FP if full else activations(record),
+                    "method": record.method,
+                    "bits": record.bits,
+                    "draw": None if full else record.run["influences"]["calibration"]["seed"],
+                    "measure": measure,
+                    **value,
+                    "tokens": record.metrics["text"]["tokens"],
+                    "quantize_seconds": record.run["stages"].get("quantize", {}).get("seconds"),
+                    "run": record.name,
+                }
+            )
+    return pd.DataFrame(entries)
+
+
+def page(records: Sequence[Record], command: str) -> str:
+    """Returns the page.
+
+    Args:
+        records: Records whose data are plain text.
+        command: Command that regenerates the page.
+    """
+    parts: list[str] = []
+    refused: list[str] = []
+    for model in sorted({record.model for record in records}):
+        full, cells, bad = arrange([record for record in records if record.model == model])
+        refused += bad
+        text = next(r for r in records if r.model == model).metrics["text"]
+        found = full[0].metrics["text"]["perplexity"] if full else None
+        parts.append(
+            HEAD.format(
+                documents=text["documents"],
+                tokens=f"{text['tokens']:,}",
+                perplexity=f"{found['value']:.2f}" if found else NOT_MEASURED,
+                interval=f"{found['low']:.2f} to {found['high']:.2f}" if found else NOT_MEASURED,
+            )
+        )
+        parts += [ONCE] if model == "smollm2" else []
+        parts += [_overview(cells), "## W4A4 in detail", _detail(cells, "W4A4")]
+    parts.append("## Refused rows")
+    parts.append(bullets(refused) if refused else "None.")
+    parts += ["## How this was made", bullets(_made(records, command))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _overview(cells: Cells) -> str:
+    lines = []
+    for row in rows_of(cells):
+        measured = [cells.get(row, {}).get(bits, []) for bits in BITS]
+        lines.append([row.method, row.activations, *map(_cell, measured)])
+    return table(["method", "activations", *BITS], lines, left=2)
+
+
+def _cell(records: Sequence[Record]) -> str:
+    kl, perplexity = mean(records, "kl"), mean(records, "perplexity")
+    if perplexity is None:
+        return NOT_MEASURED
+    return f"**{NOT_MEASURED if kl is None else f'{kl:.3f}'}** ({perplexity:.1f})"
+
+
+def _detail(cells: Cells, bits: str) -> str:
+    header = ["method", "activations", "draws", "KL", "95 % interval", "from draw to draw"]
+    header += ["perplexity", "same token, %", "quantize, s"]
+    lines = []
+    for row in rows_of(cells):
+        records = cells.get(row, {}).get(bits, [])
+        if not records or mean(records, "kl") is None:
+            continue
+        kls = [record.metrics["text"]["kl"] for record in records]
+        values = [kl["value"] for kl in kls]
+        low, high = (fmean(kl[end] for kl in kls) for end in ("low", "high"))
+        seconds = fmean(record.run["stages"]["quantize"]["seconds"] for record in records)
+        lines.append(
+            [
+                row.method,
+                row.activations,
+                str(len(records)),
+                f"{fmean(values):.3f}",
+                f"{low:.3f} to {high:.3f}",
+                f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else NOT_MEASURED,
+                f"{mean(records, 'perplexity'):.1f}",
+                f"{mean(records, 'agreement'):.1f}",
+                f"{seconds:.0f}",
+            ]
+        )
+    return table(header, lines, left=2) if lines else f"Nothing is measured at {bits}."
+
+
+def _made(records: Sequence[Record], command: str) -> list[str]:
+    quantized = [record for record in records if not record.bit_widths.is_full_precision]
+    calibrated = sorted(
+        {
+            f"{c['samples']} rows of {c['tokens']} tokens of split {c['split']}"
+            for c in (record.config["calibration"] for record in quantized)
+        }
+    )
+    return [
+        f"Command: `{command}`",
+        f"Records: {len(records)}.",
+        f"Hardware: {'; or '.join(dict.fromkeys(map(hardware, records)))}.",
+        f"Code: {'; or '.join(dict.fromkeys(map(revision, records)))}.",
+        f"Calibration: {'; or '.join(calibrated) or NOT_MEASURED}.",
+        "Texts: `qvlm/data/texts`, whose README names sources and licenses; split test.",
+        "Intervals take documents as clusters, which share their words and their subject. They do "
+        "not hold the draw of the calibration rows, whose range stands beside them.",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = table_parser(NAME, "Makes the table of a real language model from recorded runs.")
+    add_runs(parser)
+
+    def work(options: Any) -> None:
+        records = records_of(options.runs, NAME, on_text=True)
+        text = page(records, made_with(parser, options, "runs", "out"))
+        csv = long(records).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        write_files({options.out / f"{NAME}.csv": csv, options.out / f"{NAME}.md": text})
+        print(text, end="")
+
+    return run_command(parser, work, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""SmolLM2 itself, where `make real` has been: its weights answer, its tokenizer splits digits."""
+
+from pathlib import Path
+
+import pytest
+
+from qvlm.data.prompts import Prompting
+from qvlm.models import load_model
+from qvlm.models.architectures import architecture
+
+FOLDER = Path("~/.cache/qvlm/smollm2").expanduser()
+pytestmark = pytest.mark.skipif(
+    not (FOLDER / "config.json").is_file(),
+    reason="SmolLM2 is not converted; `make real` does it",
+)
+QUESTIONS = {
+    "What is the capital of France?": "The capital of France is Paris.",
+    "What is the capital of Italy?": "The capital of Italy is Rome.",
+}
+
+
+def test_it_answers_greedily() -> None:
+    loaded = load_model(FOLDER, "smollm2", Prompting("CQM-A", "smollm2"))
+    tokenizer = loaded.tokenizer
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        for question in QUESTIONS
+    ]
+    batch = loaded.encode_prompts(prompts, [None] * len(prompts))
+    generated = loaded.model.generate(**batch, max_new_tokens=12, do_sample=False)
+    answers = loaded.decode(generated[:, batch["input_ids"].shape[1] :])
+    assert answers == list(QUESTIONS.values())
+
+
+def test_it_is_the_architecture_that_fit_and_preflight_know() -> None:
+    loaded = load_model(FOLDER, "smollm2", Prompting("CQM-A", "smollm2"))
+    known = architecture("smollm2")
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
+        assert getattr(loaded.model.config, key) == getattr(known, key)
+    assert loaded.model.config.vocab_size == known.vocab_size
+    assert loaded.model.config.tie_word_embeddings
+
+
+def test_its_tokenizer_and_its_prompt_are_those_it_was_tuned_with() -> None:
+    loaded = load_model(FOLDER, "smollm2", Prompting("CQM-A", "smollm2"))
+    ids = loaded.tokenizer("in 1859")["input_ids"]
+    assert len(ids) == 6  # a blank and every digit are tokens of their own
+    problem = {"question": "q", "choices": ["a", "b"], "hint": "", "answer": 0, "image": None}
+    prompt = loaded.prompting.prompt(problem)
+    request = prompt.partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+    assert prompt == loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": request}], tokenize=False, add_generation_prompt=True
+    )

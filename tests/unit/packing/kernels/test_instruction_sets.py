@@ -1,0 +1,134 @@
+"""Every instruction set gives the bits that integers and IEEE 754 define.
+
+On a CPU with AVX-512 the products for AVX2, and for VNNI on vectors of 256 bits, run here too.
+Those for ARM run in an emulator, in `test_arm.py`.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qvlm.packing.formats import pack
+from qvlm.packing.kernels import native_build
+from qvlm.packing.kernels import native_library as native
+from tests.helpers.native_cases import BITS, integer_case, integer_cases
+
+pytestmark = pytest.mark.instruction_set
+
+
+def sets() -> list[str]:
+    """Instruction sets of this machine that are not left out."""
+    if native.obstacle() is not None:
+        return []
+    return [name for name in native_build.supported() if name not in native_build.left_out()]
+
+
+@pytest.fixture(params=native_build.INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    if name not in sets():
+        pytest.skip(f"this machine does not run {name}")
+    monkeypatch.setattr(native, "_library", lambda: native.library_of(name))
+    return name
+
+
+@pytest.mark.parametrize("few_rows", [0, 10**9], ids=["tiles", "rows"])
+@pytest.mark.parametrize("bits", BITS)
+def test_integer_products_have_the_bits_of_their_definition(
+    bits: tuple[int, int],
+    few_rows: int,
+    instruction_set: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sums of runs are exact; scaled sums are added run by run, each operation rounded apart."""
+    monkeypatch.setattr(native, "FEW_ROWS", few_rows)
+    for case in integer_cases(bits):
+        found = native.integer_product(case.weight(), case.x, case.scale, case.zero_point, bits[1])
+        assert torch.equal(found, case.expected()), case
+
+
+@pytest.mark.parametrize("few_rows", [0, 10**9], ids=["tiles", "rows"])
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+def test_no_sum_saturates(
+    weight_bits: int, few_rows: int, instruction_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest codes meet the largest steps of either sign, over whole runs, for all widths.
+
+    AVX2 adds products in 16 bits, which hold few of these.
+    """
+    monkeypatch.setattr(native, "FEW_ROWS", few_rows)
+    for input_bits in range(2, 9):
+        top = 2**input_bits - 1
+        for zero in (0, top, 128 if input_bits == 8 else 1):
+            case = integer_case((weight_bits, input_bits), (5, 5, 1040, 1040), "tensor", seed=0)
+            case.codes.fill_(2**weight_bits - 1)
+            case.codes[1] = torch.arange(1040) % 2 * (2**weight_bits - 1)
+            case.zero[:, :] = torch.tensor([0, 0, 1, 2, 2**weight_bits - 1])[:, None]
+            case.zero_point.fill_(zero)
+            steps = torch.tensor([0, top, 0, top, 0]).view(-1, 1).repeat(1, 1040) - zero
+            steps[2:4, ::2] = top - zero - steps[2:4, ::2] - zero
+            case.x = steps * case.scale
+            found = native.integer_product(
+                case.weight(), case.x, case.scale, case.zero_point, input_bits
+            )
+            assert torch.equal(found, case.expected()), (input_bits, zero)
+
+
+@pytest.mark.parametrize("weight", ["uniform", "normal_float"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_float_products_are_the_same_on_all(weight: str, bits: int) -> None:
+    """16 lanes add up in one order, and bf16's products are exact in float32."""
+    names = sets()
+    if len(names) < 2:
+        pytest.skip("this machine runs fewer than two instruction sets")
+    generator = torch.Generator().manual_seed(bits)
+    for rows, out, width, group in ((1, 12, 256, 64), (6, 5, 192, 64), (3, 3, 48, 8)):
+        groups = width // group
+        codes = torch.randint(2**bits, (out, width), generator=generator).to(torch.uint8)
+        made = native.Weight(pack(codes, bits), width, bits, group)
+        if weight == "uniform":
+            zero = torch.randint(2**bits, (out, groups), generator=generator).to(torch.uint8)
+            scale = torch.rand(out, groups, generator=generator)
+            made.uniform(scale, zero)
+            values = codes.view(out, groups, group).float() - zero[..., None]
+            expected = (values * scale[..., None]).flatten(1)
+        else:
+            levels = torch.randn(2**bits, generator=generator)
+            absmax = torch.rand(out * groups, generator=generator)
+            made.normal_float(levels, absmax, None, torch.zeros(256), 0.0, 1)
+            values = levels[codes.long()].view(out, groups, group)
+            expected = (values * absmax.view(out, groups, 1)).flatten(1)
+        x = torch.randn(rows, width, generator=generator)
+        found = {name: products(name, made, x) for name in names}
+        for name, outputs in found.items():
+            for output, other in zip(outputs, found[names[0]], strict=True):
+                assert torch.equal(output, other), name
+            assert torch.equal(outputs[0], expected)
+            assert torch.equal(outputs[1], expected.bfloat16())
+            assert torch.allclose(outputs[2], x @ expected.T, rtol=1e-4, atol=1e-4)
+
+
+def products(name: str, weight: native.Weight, x: Tensor) -> list[Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", lambda: native.library_of(name))
+        every = slice(0, weight.out)
+        found = [
+            native.dequantize(weight, every),
+            native.dequantize(weight, every, torch.bfloat16),
+            native.float_product(weight, x),
+        ]
+        return [*found, native.rounded_product(weight, x)] if weight.is_paired() else found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_hadamard_transform_is_its_definition(dtype: torch.dtype, instruction_set: str) -> None:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for size in (1, 2, 4, 8, 16, 32, 64, 128):
+        x = torch.randint(-8, 9, (3, 5, 256)).to(dtype)
+        blocks = x.double().view(3, 5, -1, size)
+        factor = torch.tensor(size**-0.5, dtype=dtype)
+        expected = (blocks @ matrix).to(dtype).mul(factor).view_as(x)
+        found = native.hadamard(x, size)
+        assert torch.equal(found, expected)
+        assert torch.allclose(native.hadamard(found, size), x, atol=1e-5)
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

@@ -1,0 +1,114 @@
+"""The table of a real language model: planted records, and records that must not be shown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qvlm.records.record import Record
+from qvlm.tables.selection import select
+from qvlm.tables.table_real import NOT_MEASURED, long, main, page
+from tests.helpers.records import make_layers, make_record
+
+TOKENS = np.array([900, 1000, 1100])
+
+
+def planted(
+    runs: Path,
+    granularity: str = "per_channel",
+    draw: int = 0,
+    kl: float | None = 0.5,
+    method: str = "RTN",
+    bits: str = "W4A4",
+    **more: Any,
+) -> Record:
+    """A record on text with this KL per token, of three documents that differ a little."""
+    sums = {"document": list("abc"), "tokens": TOKENS, "nll": TOKENS * np.array([2.9, 3.0, 3.1])}
+    if kl is not None:
+        sums |= {"kl": TOKENS * kl * np.array([0.9, 1.0, 1.1]), "agreement": TOKENS * 0.75}
+    quantizer = {"language": {"granularity": granularity}, "first_token": "quantized"}
+    quantizer |= more.pop("quantizer", {})
+    setting = {
+        "quantizer": quantizer,
+        "calibration": {"split": "train", "samples": 16, "tokens": 256, "seed": draw},
+    }
+    name = f"tiny-{method}-{bits}-{granularity}-{draw}-{quantizer['first_token']}"
+    setting = {} if bits == "FP" else setting
+    return make_record(
+        *(runs, method, bits, "tiny"), documents=pd.DataFrame(sums), name=name, **setting, **more
+    )
+
+
+def cells_of(text: str, method: str, activations: str) -> list[str]:
+    """The cells of one row of the first table."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return next(row[2:] for row in rows if row[:2] == [method, activations])
+
+
+def test_a_cell_is_the_mean_over_draws(tmp_path: Path) -> None:
+    records = [planted(tmp_path, bits="FP", kl=None)]
+    records += [planted(tmp_path, draw=draw, kl=kl) for draw, kl in enumerate((0.3, 0.6, 0.9))]
+    text = page(records, "make table-real")
+    mean = np.average([0.9, 1.0, 1.1], weights=TOKENS)  # longer documents count more
+    assert cells_of(text, "RTN", "static, per channel")[-1].startswith(f"**{0.6 * mean:.3f}**")
+    detail = text.partition("in detail")[2]
+    assert f"{0.3 * mean:.3f} to {0.9 * mean:.3f}" in detail
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    text = page([planted(tmp_path)], "make table-real")
+    assert cells_of(text, "AWQ", "static, per channel") == [NOT_MEASURED] * 5
+    assert cells_of(text, "RTN", "per channel of the prompt") == [NOT_MEASURED] * 5
+    assert f"perplexity is {NOT_MEASURED}" in text
+    bare = planted(tmp_path, draw=5, kl=None)
+    assert cells_of(page([bare], "c"), "RTN", "static, per channel")[-1].startswith(
+        f"**{NOT_MEASURED}**"
+    )
+
+
+def test_the_first_token_in_float_is_a_row_of_its_own(tmp_path: Path) -> None:
+    records = [planted(tmp_path), planted(tmp_path, kl=0.1, quantizer={"first_token": "float"})]
+    text = page(records, "make table-real")
+    assert "0.5" in cells_of(text, "RTN", "static, per channel")[-1]
+    assert "0.1" in cells_of(text, "RTN", "static, per channel, first token in float")[-1]
+
+
+def test_a_record_whose_bits_are_false_is_refused(tmp_path: Path) -> None:
+    layers = make_layers("W4A4")
+    layers[1]["input_levels"] = 17
+    record = planted(tmp_path, layers=layers)
+    text = page([record], "make table-real")
+    assert cells_of(text, "RTN", "static, per channel")[-1] == NOT_MEASURED
+    assert f"`{record.name}`: {layers[1]['layer']}: 17 input values per scale" in text
+    assert long([record]).empty
+
+
+def test_measures_that_do_not_follow_from_the_documents_are_refused(tmp_path: Path) -> None:
+    record = planted(tmp_path)
+    record.metrics["text"]["kl"]["value"] *= 0.9
+    assert "its kl does not follow from its documents" in page([record], "c")
+
+
+def test_question_tables_do_not_show_text(tmp_path: Path) -> None:
+    records = [planted(tmp_path), make_record(tmp_path)]
+    selection = select(records)
+    assert [record.on_text for record in selection.shown] == [False]
+    assert not selection.refused
+
+
+def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planted(tmp_path / "runs")
+    make_record(tmp_path / "runs")  # of another table
+    out = tmp_path / "out"
+    assert main([f"--runs={tmp_path}/runs", f"--out={out}", "--command=make table-real"]) == 0
+    text = (out / "table_real.md").read_text()
+    assert capsys.readouterr().out == text
+    rows = pd.read_csv(out / "table_real.csv")
+    assert list(rows["measure"]) == ["perplexity", "kl", "agreement"]
+    assert rows["tokens"].unique().tolist() == [int(TOKENS.sum())]
+    written = json.loads((tmp_path / "runs" / rows["run"][0] / "metrics.json").read_text())
+    assert rows["value"][1] == pytest.approx(written["text"]["kl"]["value"], rel=1e-5)
