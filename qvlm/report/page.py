@@ -80,7 +80,7 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    grids = [*tables.accuracy(content), *tables.parts(content)]
+    grids = [*tables.accuracy(content), *tables.parts(content), *tables.texts(content)]
     if table4 is not None:
         caption = "Table 4: time and memory of packed models, as make table4 measured them."
         grids.append(tables.from_frame(caption, table4, {}))
@@ -103,7 +103,9 @@ def page(
         by_kl=_by_kl(content),
         by_cost=_by_cost(content, table4),
         losses=_losses(content),
-        strips=[_strip(r, content) for r in [*content.records, *refused] if r.layers],
+        strips=[
+            _strip(r, content) for r in [*content.records, *content.texts, *refused] if r.layers
+        ],
         asked=questions.asked(content, private),
         rule=questions.RULE.format(least=questions.LEAST, per_method=questions.PER_METHOD),
         classes=[name for name in CLASSES if name != "Avg"],

@@ -14,6 +14,7 @@ from qvlm.tables.comparison import changed, drop
 from qvlm.tables.labels import bits_order, method_order
 from qvlm.tables.published import label, paper_model, table2_values
 from qvlm.tables.report import interval, paired_interval, signed, with_interval
+from qvlm.tables.table_real import long
 
 NOT_MEASURED = "not measured"
 TABLES = {table.name: table for table in (table1.TABLE, table5.TABLE)}
@@ -92,6 +93,13 @@ def parts(content: Content) -> list[Grid]:
         frame = TABLES[name].long(selection)
         grids.append(from_frame(f"{TABLES[name].title}, from the records.", frame, content.numbers))
     return grids
+
+
+def texts(content: Content) -> list[Grid]:
+    """Returns the measures of the records on plain text, if there are any."""
+    if not content.texts:
+        return []
+    return [from_frame("Plain text, from the records.", long(content.texts), content.numbers)]
 
 
 _NAMES = {
