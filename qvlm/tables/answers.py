@@ -234,7 +234,7 @@ def _letters(predictions: pd.DataFrame) -> tuple[str, list[int]]:
     found = [
         UNPARSABLE if pd.isna(choice) else LETTERS[choice] for choice in predictions["prediction"]
     ]
-    cut = predictions.get("cut", [])
+    cut = predictions["cut"].tolist() if "cut" in predictions else []
     return "".join(found), [index for index, value in enumerate(cut) if value]
 
 

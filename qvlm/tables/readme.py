@@ -12,6 +12,8 @@ from qvlm.markdown import bullets, table
 from qvlm.tables.labels import BASELINE, FP, bits_order
 from qvlm.tables.report import signed
 
+_SHOWN = ["model", "bits", "method", "accuracy"]
+
 BEGIN, END = "<!-- from results/table2.csv -->", "<!-- to here -->"
 
 
@@ -38,11 +40,10 @@ def block(csv: str) -> str:
     """
     frame = pd.read_csv(io.StringIO(csv)).query("`class` == 'Avg'")
     quantized = frame[frame["bits"] != FP]
-    columns = {
-        (model, bits): own.set_index("method")["accuracy"].to_dict()
-        for (model, bits), own in quantized.groupby(["model", "bits"], sort=False)
-    }
-    full = frame[frame["bits"] == FP].set_index("model")["accuracy"].to_dict()
+    columns: dict[tuple[str, str], dict[str, float]] = {}
+    for model, bits, method, accuracy in quantized[_SHOWN].itertuples(index=False):
+        columns.setdefault((model, bits), {})[method] = accuracy
+    full: dict[str, float] = dict(frame[frame["bits"] == FP][["model", "accuracy"]].to_numpy())
     rows = [["full precision"]]
     shown: set[str] = set()
     for model, _ in columns:
