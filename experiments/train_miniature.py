@@ -437,6 +437,7 @@ def save(loaded: LoadedModel, folder: Path) -> None:
     # The model is copied, because rounding would also change its rotary frequencies for good.
     copy.deepcopy(loaded.model).to(torch.bfloat16).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
+    assert loaded.image_processor is not None
     loaded.image_processor.save_pretrained(folder)
 
 
