@@ -41,7 +41,7 @@ from qvlm.evaluation.text import evaluate_text
 from qvlm.methods.base import MethodReport
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model
-from qvlm.packing import measure_packed_bits, pack_model, packed_layers
+from qvlm.packing import Origin, measure_packed_bits, pack_model, packed_layers, read_origin
 from qvlm.quantization import (
     LayerBits,
     check_bits,
@@ -61,6 +61,7 @@ class Model:
         method: Name of the method that quantized it, as tables print it.
         expected: Names of the layers that must be quantized.
         quantized: What quantizing it found out.
+        origin: How it was made, if it was loaded from a packed checkpoint.
     """
 
     overrides: list[str]
@@ -69,6 +70,7 @@ class Model:
     method: str = "FP"
     expected: list[str] = field(default_factory=list)
     quantized: Quantized = field(default_factory=Quantized)
+    origin: Origin | None = None
 
     @property
     def bits(self) -> BitWidths:
@@ -148,7 +150,8 @@ def load(model: str | Path, *overrides: str) -> Model:
     inputs.settle(config, device)
     loaded = Model(given, config, inputs.load(config, device))
     if config.model.packed is not None:
-        loaded.method = config.method_name
+        loaded.origin = read_origin(config.model.packed)
+        loaded.method = loaded.origin.method
         loaded.expected = expected_of(loaded.loaded, config)
     return loaded
 
@@ -270,9 +273,12 @@ def save(model: Model, folder: str | Path) -> None:
         pack_model(model.loaded.model, config.kernel)
     if failing := prove(model).failing:
         raise RunError(f"{failing[0]} does not take {model.bits} values. Nothing is saved.")
-    cell = Cell.of(config)
-    origin = describe_origin(cell, model.loaded, model.method, model.expected, model.quantized)
-    save_packed_model(model.loaded, Path(folder), origin)
+    if model.origin is None:
+        cell = Cell.of(config)
+        model.origin = describe_origin(
+            cell, model.loaded, model.method, model.expected, model.quantized
+        )
+    save_packed_model(model.loaded, Path(folder), model.origin)
 
 
 def _quoted(path: str | Path) -> str:
