@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def _times(rows: int, repeats: int, outputs: int) -> dict[str, list[float]]:
     }
     for name in native_build.supported():
         if name not in native_build.left_out():
-            calls[name] = lambda name=name: product(name)
+            calls[name] = partial(product, name)
     for call in calls.values():
         call()
     found: dict[str, list[float]] = {name: [] for name in calls}

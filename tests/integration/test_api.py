@@ -29,6 +29,7 @@ def model(checkpoint: Path, tracked: Tracked) -> qvlm.Model:
         f"model.path={checkpoint}",
         "model.dtype=float32",
         "model.weight_group_size=16",
+        "model.vision_weight_group_size=16",
         "calibration.samples=6",
         "evaluation.max_new_tokens=4",
         "device=cpu",
