@@ -92,6 +92,12 @@ class PackedQuantizer(HfQuantizer):
             with torch.device("meta"):
                 model.set_submodule(name, PackedLinear(form, layer_name=name))
 
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Returns the tensors that `save_pretrained` writes, and no metadata."""
+        return {name: in_float32(tensor) for name, tensor in model.state_dict().items()}, {}
+
     def is_serializable(self) -> bool:
         """Packed models can be saved again."""
         return True
@@ -136,8 +142,7 @@ def save_packed(model: PreTrainedModel, folder: str | Path, shard_size: str = "2
     add_packed_config(model, {name: asdict(layer.form) for name, layer in layers.items()})
     # Tensors are saved under their names in the model, not under those of the original checkpoint.
     model._weight_conversions = []
-    state = {name: in_float32(tensor) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
+    model.save_pretrained(folder, max_shard_size=shard_size)
 
 
 def in_float32(tensor: Tensor) -> Tensor:

@@ -88,7 +88,9 @@ def arrange(records: Sequence[Record]) -> tuple[list[Record], Cells, list[str]]:
         Records in full precision, the newest first; the others by row and bit widths; sentences on
         the records that are refused.
     """
-    full, cells, refused = [], defaultdict(lambda: defaultdict(dict)), []
+    full: list[Record] = []
+    cells: dict[Row, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    refused: list[str] = []
     for record in sorted(records, key=lambda record: record.run["finished"]):
         if reason := fault(record, {}):
             refused.append(f"`{record.name}`: {reason}")

@@ -6,19 +6,21 @@ from qvlm.tables.portable import settings
 from qvlm.tables.portable.settings import SETTINGS, differences, outcomes
 from qvlm.tables.portable.worker import Outcome
 
-# Small searches of every method. Answers are few for each cell, and 204 of all cells together.
+# Small searches of every method. Answers are few for each cell, and 208 of all cells together.
 METHODS = (
     ["method=rtn"],
     ["method=qlora"],
     ["method=awq", "method.n_grid=3", "method.clip_grid=6"],
     ["method=layerwise", "method.percentiles=[1.0,0.99]", "method.search_tokens=128"],
     ["method=zeroquant"],
+    ["method=smoothquant", "method.n_grid=3"],
+    ["method=roco"],  # rotates, weighs tokens and rounds by GPTQ
     [
         *("method=qvlm", "method.percentiles=[1.0,0.99]", "method.search_tokens=128"),
         *("method.veo_epochs=1", "method.mining_tokens=64"),
     ],
 )
-SMALL = ["calibration.samples=4", "evaluation.limit=17"]
+SMALL = ["calibration.samples=4", "evaluation.limit=13"]
 CELLS = [
     [f"model={model}", *method, *SMALL]
     for model in ("mini_llava", "mini_moe_llava")

@@ -9,7 +9,10 @@ from qvlm.markdown import table
 from qvlm.tables.portable.settings import SETTINGS, differences, outcomes
 
 MODELS = ("mini_llava", "mini_moe_llava")
-METHODS = ("rtn", "awq", "qlora", "zeroquant", "layerwise", "qvlm")
+METHODS = (
+    *("rtn", "awq", "qlora", "zeroquant", "layerwise", "qvlm"),
+    *("smoothquant", "gptq", "quarot", "roco"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

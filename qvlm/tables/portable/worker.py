@@ -91,9 +91,17 @@ def _config(overrides: Sequence[str]) -> RunConfig:
 
 
 def _answers(loaded: LoadedModel, config: RunConfig) -> list[str]:
-    options = asdict(config.evaluation)
-    del options["limit"], options["kl_problems"]  # the problems are limited already
-    found = evaluate(loaded, inputs.load_problems(config), seed=config.seed, **options)
+    options, problems = config.evaluation, inputs.load_problems(config)
+    assert options.max_new_tokens is not None
+    found = evaluate(
+        loaded,
+        problems,
+        options.batch_size,
+        options.max_new_tokens,
+        options.unparsable,
+        config.seed,
+        temperature=options.temperature,
+    )
     return list(found.predictions["text"])
 
 

@@ -99,7 +99,7 @@ def test_cache_and_activations() -> None:
     built = architecture("mini_llava")
     short, long = (footprint.predict(built, config, FULL, text, 4) for text in (10, 20))
     text = built.text_config
-    per_token = 2 * 4 * text.num_hidden_layers * text.hidden_size
+    per_token = 2 * 8 * text.num_hidden_layers * text.hidden_size  # keys and values in float64
     assert long.cache - short.cache == 10 * per_token
     assert short.cache == per_token * (image_tokens(built) + 10 + 4)
     assert 0 < short.activations < long.activations
