@@ -45,8 +45,10 @@ def unwind(model: PreTrainedModel, floats: Mapping[str, nn.Linear]) -> None:
         assert isinstance(layer, QuantLinear)
         if layer.float_weight is not None:
             weight, inputs = layer.float_weight, layer.input_quantizer
-            folds = isinstance(inputs, UniformQuantizer) and inputs.folds
-            linear.weight.copy_(settled(weight / inputs.scale if folds else weight))
+            if isinstance(inputs, UniformQuantizer) and inputs.folds:
+                linear.weight.copy_(settled(weight / inputs.scale))
+            else:
+                linear.weight.copy_(settled(weight))
             if linear.bias is not None and layer.bias is not None:
                 linear.bias.copy_(layer.bias)
         model.set_submodule(full_name, linear)
