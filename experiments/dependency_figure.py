@@ -1,6 +1,6 @@
 """Figures 2 and 5: does the dependency of layers predict what a joint search gains?
 
-`python experiments/dependency_figure.py` takes calibration problems one by one. For each problem it
+`python -m experiments.dependency_figure` takes calibration problems one by one. For each problem it
 measures three decoder layers of the floating-point model, with ranges from that problem alone:
 
 - The discretization error difference (DED) is the error of the layer's output with percentiles
@@ -32,8 +32,6 @@ from hydra import compose, initialize_config_dir
 from matplotlib import pyplot
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qvlm.cell import inputs as prepare
 from qvlm.command import run_command

@@ -1,6 +1,6 @@
 """Writes the model card of the miniatures from records and training logs.
 
-`python experiments/model_card.py` reads the newest full-precision record of each miniature under
+`python -m experiments.model_card` reads the newest full-precision record of each miniature under
 `results/runs` and the training log beside its weights, and writes
 `qvlm/models/miniature/README.md`. Every number in the card's tables comes from there; the history
 of the training is written by hand in `HISTORY`.

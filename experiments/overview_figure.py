@@ -58,7 +58,7 @@ def answers_of(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
     return found
 
 
-def choose(answers: dict[str, pd.DataFrame]) -> tuple[dict[str, Any], dict[str, pd.Series]]:
+def choose(answers: dict[str, pd.DataFrame]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the problem of the picture, and what each method answered.
 
     Raises:

@@ -44,6 +44,7 @@ def work(options: argparse.Namespace) -> None:
         )
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.goto(options.report.resolve().as_uri())
+        page.locator("select[name=outcome]").first.select_option("lost")
         for name, selector in SHOWN.items():
             page.eval_on_selector(selector, "element => element.scrollIntoView()")
             page.screenshot(path=options.out / name)

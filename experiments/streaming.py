@@ -1,6 +1,6 @@
 """Peak memory and time of quantizing a model that is larger than memory, at full size.
 
-`python experiments/streaming.py` writes a random checkpoint of the shape of LLaVA-7B, one layer at
+`python -m experiments.streaming` writes a random checkpoint of the shape of LLaVA-7B, one layer at
 a time. It has 13 GiB in half precision and the layout of its authors: shards of safetensors with an
 index. A fresh process quantizes it with the command that docs/streaming.md gives. Another fresh
 process loads the packed checkpoint and proves its bits. For both, the script prints the seconds and
@@ -30,8 +30,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
     import resource

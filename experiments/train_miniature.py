@@ -1,4 +1,7 @@
-"""Trains an embedded miniature from scratch: `python experiments/train_miniature.py --model NAME`.
+"""Trains a miniature from scratch: `python -m experiments.train_miniature --model NAME [--seed N]`.
+
+Without a seed the result is the embedded miniature; with one it is a sister of it in `trainings/`,
+by the same recipe from other random numbers. `qvlm claims` measures how much trainings differ.
 
 Training has three phases, because a small model that learns everything at once stays at chance for
 long. To write "The answer is B." it must find the letter before a text. The circuit for this
@@ -15,7 +18,8 @@ look-up forms late and suddenly, and an untrained tower passes hardly any gradie
 
 Muon trains the hidden matrices, AdamW everything else. Every random draw depends on the seed and
 the step only, and a checkpoint holds weights, optimizers and phase, so a killed run continues where
-it stopped. A GPU is used where there is one.
+it stopped. A GPU is used where there is one. A training that is finished leaves `training.yaml`
+beside its weights, with its recipe and the weights' hash.
 """
 
 import argparse
@@ -24,16 +28,16 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -43,14 +47,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from qvlm.cell.identity import CHECKPOINT_FILES
 from qvlm.data.miniature import SKILLS, generate, stream, vocabulary
 from qvlm.data.prompts import IMAGE_TOKEN, Prompting
 from qvlm.data.prompts import OFFICIAL_LETTERS as LETTERS
 from qvlm.models import Llava, LlavaArchitecture, LoadedModel, MoeStableLmConfig
 from qvlm.models.load import MINIATURES
 from qvlm.models.mixture import MixtureOfExperts
+from qvlm.records.environment import hardware, versions
+from qvlm.records.files import write_file
+from qvlm.records.provenance import content_hash
+from qvlm.tables.claims.plan import FOLDER, TRAINED
 
 IGNORED = -100
 VALIDATION_PROBLEMS = 500
@@ -430,7 +437,22 @@ def save(loaded: LoadedModel, folder: Path) -> None:
     # The model is copied, because rounding would also change its rotary frequencies for good.
     copy.deepcopy(loaded.model).to(torch.bfloat16).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
+    assert loaded.image_processor is not None
     loaded.image_processor.save_pretrained(folder)
+
+
+def describe(name: str, recipe: Recipe, folder: Path, device: str, minutes: float) -> None:
+    """Writes `training.yaml`, which says that a training is finished and how it was made."""
+    about = {
+        "model": name,
+        "recipe": asdict(recipe),
+        "weights": content_hash(folder, CHECKPOINT_FILES),
+        "device": device,
+        "minutes": round(minutes, 1),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_file(folder / TRAINED, yaml.safe_dump(about, sort_keys=False))
 
 
 def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: int) -> None:
@@ -536,28 +558,35 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: 
             log(phase="validation", step=joint_step, accuracy=100 * right / asked, skills=by_skill)
             save(loaded, out)
     minutes = (time.monotonic() - started) / 60
+    describe(name, recipe, out, device, minutes)
     log(phase="done", lookup_steps=lookup_step, joint_steps=joint_step, minutes=minutes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=sorted(RECIPES), required=True)
+    parser.add_argument("--seed", type=int, help="seed (default: the embedded miniature's)")
     parser.add_argument("--work", type=Path, help="checkpoint and log (default: checkpoints/NAME)")
-    parser.add_argument("--out", type=Path, help="the model (default: the embedded miniature)")
+    parser.add_argument(
+        "--out", type=Path, help="the model (default: the embedded miniature, or trainings/NAME)"
+    )
     parser.add_argument("--steps", type=int, help="joint steps instead of the recipe's")
     parser.add_argument("--every", type=int, default=500, help="steps between validations")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    recipe = RECIPES[args.model]
+    recipe, name, out = RECIPES[args.model], args.model, MINIATURES / args.model
+    if args.seed is not None:
+        recipe, name = replace(recipe, seed=args.seed), f"{args.model}-seed{args.seed}"
+        out = Path(FOLDER) / name
     if args.steps:
         recipe = replace(recipe, joint_steps=args.steps, restart=None)
     train(
         args.model,
         recipe,
-        args.work or Path("checkpoints") / args.model,
-        args.out or MINIATURES / args.model,
+        args.work or Path("checkpoints") / name,
+        args.out or out,
         "cuda" if torch.cuda.is_available() else "cpu",
         args.every,
     )

@@ -18,6 +18,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def train(
                 "optimizer": optimizer.state_dict(),
                 "weights": {name: p.detach() for name, p in parameters.items()},
             }
-            write_file(file, lambda path, progress=progress: torch.save(progress, path))
+            write_file(file, partial(torch.save, progress))
     return losses
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qvlm import cli
 from qvlm.command import program
+from qvlm.errors import UserError
 from qvlm.routes import ROUTES, Route
 
 COMMAND = "--command="  # the command that a page names, if it is not the route
@@ -58,7 +59,7 @@ def _begun(line: str) -> list[str]:
 
 def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
     """Runs what is missing of a page, makes it of what is recorded, and then the report."""
-    overrides = [word for word in words if not word.startswith("-")]
+    overrides = given = [word for word in words if not word.startswith("-")]
     options = [word for word in words if word.startswith("-")]
     if others := [option for option in options if not option.startswith(COMMAND)]:
         if {*others} <= {"-h", "--help"}:
@@ -69,11 +70,22 @@ def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    for experiment in route.experiments:
-        if code := cli.main(["-m", f"experiment={experiment}", *overrides]):
+    sweeps = [[f"experiment={experiment}"] for experiment in route.experiments]
+    if route.design:
+        try:
+            plan = import_module(route.design).plan(overrides)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        print(plan.announcement, flush=True)
+        if plan.estimate:
+            return 0
+        sweeps, overrides = plan.sweeps, plan.others
+    for sweep in sweeps:
+        if code := cli.main(["-m", *sweep, *overrides]):
             return code
     results = _results_folder(overrides)
-    said = options or [COMMAND + " ".join([program(), name, *overrides])]
+    said = options or [COMMAND + " ".join([program(), name, *given])]
     if code := _page(route)([f"--runs={results / 'runs'}", f"--out={results}", *said]):
         return code
     return _page(ROUTES["report"])([f"--results={results}", *said])

@@ -27,7 +27,7 @@ from qvlm.bits import BitWidths
 from qvlm.cell import inputs, text
 from qvlm.cell.findings import Quantized
 from qvlm.cell.identity import Cell, resolve
-from qvlm.cell.material import PROOF_PROBLEMS, calibration_batches, load_material
+from qvlm.cell.material import calibration_batches, load_material
 from qvlm.cell.method import build_method
 from qvlm.cell.origin import describe_origin, expected_of
 from qvlm.cell.walk import ProgressWalk
@@ -41,7 +41,7 @@ from qvlm.evaluation.text import evaluate_text
 from qvlm.methods.base import MethodReport
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model
-from qvlm.packing import measure_packed_bits, pack_model, packed_layers
+from qvlm.packing import Origin, measure_packed_bits, pack_model, packed_layers, read_origin
 from qvlm.quantization import (
     LayerBits,
     check_bits,
@@ -61,6 +61,7 @@ class Model:
         method: Name of the method that quantized it, as tables print it.
         expected: Names of the layers that must be quantized.
         quantized: What quantizing it found out.
+        origin: How it was made, if it was loaded from a packed checkpoint.
     """
 
     overrides: list[str]
@@ -69,6 +70,7 @@ class Model:
     method: str = "FP"
     expected: list[str] = field(default_factory=list)
     quantized: Quantized = field(default_factory=Quantized)
+    origin: Origin | None = None
 
     @property
     def bits(self) -> BitWidths:
@@ -95,8 +97,7 @@ class Model:
             image: Image that the question is about, of any size and mode.
             hint: Text that belongs to the question.
         """
-        problem = {"question": question, "choices": list(choices), "image": image, "hint": hint}
-        problem |= {"lecture": "", "solution": "", "answer": 0}
+        problem = {"question": question, "choices": choices, "image": image, "hint": hint}
         batch = self.loaded.encode([problem])
         network: Any = self.loaded.model
         with torch.inference_mode():
@@ -149,7 +150,8 @@ def load(model: str | Path, *overrides: str) -> Model:
     inputs.settle(config, device)
     loaded = Model(given, config, inputs.load(config, device))
     if config.model.packed is not None:
-        loaded.method = config.method_name
+        loaded.origin = read_origin(config.model.packed)
+        loaded.method = loaded.origin.method
         loaded.expected = expected_of(loaded.loaded, config)
     return loaded
 
@@ -193,16 +195,14 @@ def prove(model: Model) -> Proof:
     """Counts the distinct values per scale that enter every product of a quantized model.
 
     Returns:
-        The proof, on `PROOF_PROBLEMS` problems of the model's data set.
+        The proof, on a few problems of the model's data set.
 
     Raises:
         UserError: If the model is in full precision, which has nothing to prove.
     """
     if model.bits.is_full_precision:
         raise UserError(f"{model.loaded.name} is in full precision. Quantize it first.")
-    limit = 1 if model.config.on_text else PROOF_PROBLEMS
-    limited = replace(model.config, evaluation=replace(model.config.evaluation, limit=limit))
-    batches = load_material(limited, model.loaded).proof()
+    batches = load_material(model.config, model.loaded).proof()
     if model.is_packed:
         layers = measure_packed_bits(model.loaded.model, model.expected, batches)
     else:
@@ -273,9 +273,12 @@ def save(model: Model, folder: str | Path) -> None:
         pack_model(model.loaded.model, config.kernel)
     if failing := prove(model).failing:
         raise RunError(f"{failing[0]} does not take {model.bits} values. Nothing is saved.")
-    cell = Cell.of(config)
-    origin = describe_origin(cell, model.loaded, model.method, model.expected, model.quantized)
-    save_packed_model(model.loaded, Path(folder), origin)
+    if model.origin is None:
+        cell = Cell.of(config)
+        model.origin = describe_origin(
+            cell, model.loaded, model.method, model.expected, model.quantized
+        )
+    save_packed_model(model.loaded, Path(folder), model.origin)
 
 
 def _quoted(path: str | Path) -> str:

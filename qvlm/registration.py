@@ -29,7 +29,7 @@ def _register(module: ModuleType) -> None:
     if MODEL_TYPE in module.CONFIG_MAPPING:
         return  # qvlm.models was imported before
 
-    class StandIn(module.PreTrainedConfig):  # type: ignore[misc, name-defined]
+    class StandIn(module.PreTrainedConfig):  # type: ignore[name-defined]
         """The configuration of our architecture until `qvlm.models` is imported."""
 
         model_type = MODEL_TYPE

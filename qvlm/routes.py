@@ -17,6 +17,8 @@ class Route:
         does: What the command does, in half a sentence.
         module: Module whose `main(arguments)` returns the exit code. Not for `overrides`.
         experiments: Names of the experiments whose cells the page needs. They run first.
+        design: Module whose `plan(words)` says which cells the page needs, where the experiments'
+            own options do not.
         overrides: Words of the command line that the command stands for, instead of a module.
         closing: Text that is printed after such a run.
     """
@@ -24,6 +26,7 @@ class Route:
     does: str
     module: str = ""
     experiments: tuple[str, ...] = ()
+    design: str = ""
     overrides: tuple[str, ...] = ()
     closing: str = ""
 
@@ -32,7 +35,7 @@ ROUTES = {
     "demo": Route(
         "a first look, in less than a minute; the same as no words at all",
         overrides=("-m", "experiment=demo"),
-        closing="\nThis was a demonstration: a model of two million weights, 1,000 generated "
+        closing="\nThis was a demonstration: a model of two million weights, 500 generated "
         "questions, and methods\nthat search nothing. `table2` measures all methods on 4,000 "
         "questions, and --help shows the rest.",
     ),
@@ -51,7 +54,8 @@ ROUTES = {
     "claims": Route(
         "says which claims of the paper hold",
         "qvlm.tables.claims",
-        ("table2", "table1", "table5", "draws"),
+        ("claims",),
+        "qvlm.tables.claims.plan",
     ),
     "table-real": Route(
         "measures a real language model on plain text",

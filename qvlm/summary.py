@@ -306,7 +306,7 @@ def _seconds(record: Record) -> float:
     return sum(stage["seconds"] for stage in record.run["stages"].values())
 
 
-def _accuracy(row: Mapping[str, Any]) -> str:
+def _accuracy(row: dict[str, Any]) -> str:
     """Returns the accuracy of a class and its interval."""
     return f"{number(row['accuracy'])} ({interval(row)})" if row["n"] else NONE
 

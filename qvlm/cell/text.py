@@ -99,7 +99,7 @@ def reference_of(
     """
     if config.model.packed is not None:
         return None
-    parts = [files_hashed["model"], config.model.dtype, config.model.expert_capacity]
+    parts: list[object] = [files_hashed["model"], config.model.dtype, config.model.expert_capacity]
     parts += [[w.document, w.passage.ids, w.passage.scored] for w in windows]
     identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     file = Path(config.results_dir) / REFERENCES / f"{config.model.name}-{identity}.safetensors"

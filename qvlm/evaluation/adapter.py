@@ -200,7 +200,9 @@ class InMemoryModel(LM):
             RunError: If a log-probability is not finite.
         """
         passages = [
-            likelihood.continuation(self.loaded, *request.args[:2], _encoded_image(request))
+            likelihood.continuation(
+                self.loaded, request.args[0], request.args[1], _encoded_image(request)
+            )
             for request in requests
         ]
         found = self._score(passages, requests)

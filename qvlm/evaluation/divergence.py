@@ -85,8 +85,9 @@ def ratio(
     """
     totals, counts = (np.asarray(array, dtype=np.float64) for array in (values, sizes))
     if clusters is not None:
-        _, index = np.unique(np.asarray(clusters), return_inverse=True)
-        totals, counts = (np.bincount(index, weights=array) for array in (totals, counts))
+        index = np.unique(np.asarray(clusters), return_inverse=True)[1]
+        totals = np.bincount(index, weights=totals).astype(np.float64)
+        counts = np.bincount(index, weights=counts).astype(np.float64)
     mean = float(totals.sum() / counts.sum())
     if len(totals) < 2:
         return mean, float("inf")

@@ -116,10 +116,9 @@ class Block:
 
         def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                rows = self._first_token.rows(args[0]) if self._first_token else None
                 tokens = args[0].detach().flatten(0, -2)
-                if rows is not None:
-                    tokens = tokens[~rows.flatten()]
+                if (first := self.first_positions(args[0])) is not None:
+                    tokens = tokens[~first]
                 # Indexing copies, so that the tokens that are not kept can be freed.
                 count = len(tokens) if share is None else share
                 kept = tokens[evenly_spaced(len(tokens), count, tokens.device)]
@@ -136,6 +135,18 @@ class Block:
             else self.linears[name].weight.new_empty(0, self.linears[name].in_features)
             for name, parts in seen.items()
         }
+
+    def first_positions(self, x: Tensor) -> Tensor | None:
+        """Says which tokens of a linear's input stay in floating point while the block runs.
+
+        Args:
+            x: Input of a linear, [sequences, tokens, features], or [tokens, features] in an expert.
+
+        Returns:
+            Mask [sequences * tokens] of tokens that are not to be calibrated on; None for none.
+        """
+        rows = None if self._first_token is None else self._first_token.rows(x)
+        return None if rows is None else rows.flatten()
 
     def layer_name(self, name: str) -> str:
         """The full name in the model of a linear of this block."""

@@ -49,7 +49,7 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
         x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
         half *= 2
     if small > 1:
-        matrix = small_matrix(small).to(x)
+        matrix = _placed(small, x.dtype, x.device)
         x = (matrix.T if inverse else matrix) @ x
     return x.flatten(-2) * (1 / math.sqrt(fast))
 
@@ -73,6 +73,11 @@ def factors(width: int) -> tuple[int, int]:
 
 
 @functools.cache
+def _placed(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The small matrix of an order where it is multiplied with."""
+    return small_matrix(order).to(device, dtype)
+
+
 def small_matrix(order: int) -> Tensor:
     """The orthonormal matrix of an order that `factors` returns, [order, order] float64."""
     if order % 4 == 0:

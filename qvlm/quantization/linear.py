@@ -123,9 +123,8 @@ class QuantLinear(nn.Module):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
         weight, folding = self.quantized_weight(), _folding(self.input_quantizer)
         read = (hadamard_transform(x) if self.hadamard else x).to(weight.dtype)
-        inputs = with_first_in_float(
-            self._quantized_input(read), read, folding and folding.scale, self.first_token
-        )
+        unit = None if folding is None else folding.scale
+        inputs = with_first_in_float(self._quantized_input(read), read, unit, self.first_token)
         return F.linear(inputs, weight, self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:

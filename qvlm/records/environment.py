@@ -53,8 +53,10 @@ def revision() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """Returns the command that this process runs, for a shell."""
-    return shlex.join(["python", *sys.argv])
+    """Returns the command of this process, for a shell, without the folder of its program."""
+    program = Path(sys.argv[0])
+    started = ["-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    return shlex.join(["python", *started, *sys.argv[1:]])
 
 
 def hardware() -> dict[str, Any]:

@@ -31,7 +31,8 @@ def write(results: Path, made_with: str, private: bool = False) -> Path:
         UserError: If there are no records, or the page cannot be written.
         RunError: If a record is damaged.
     """
-    records = find_records(results / "runs")
+    runs = results / "runs"
+    records = [*find_records(runs), *find_records(runs, on_text=True)]
     if not records:
         raise UserError(
             f"--results: {results / 'runs'} holds no records. Give the results_dir of a run."

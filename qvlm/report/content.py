@@ -9,6 +9,7 @@ from qvlm.records.record import Record
 from qvlm.tables import table1, table5
 from qvlm.tables.claims import Analysis, Claim, analyze
 from qvlm.tables.labels import FP, method_order
+from qvlm.tables.proof import fault
 from qvlm.tables.selection import Selection, execution, is_of_claims, of_whole_method, select
 
 MARKS = 8  # shapes and colors that the style sheet tells apart
@@ -23,16 +24,20 @@ class Content:
         parts: Records of Tables 1 and 5, by the name of the table.
         packed: Records of packed execution.
         claims: Analysis of the records of the claims' design.
+        texts: Proven records on plain text.
     """
 
     whole: Selection
     parts: dict[str, Selection]
     packed: Selection
     claims: Analysis
+    texts: Sequence[Record] = ()
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> "Content":
         """Divides the records of a folder. The order of the records has no effect."""
+        texts = sorted((r for r in records if r.on_text), key=lambda record: record.name)
+        records = [record for record in records if not record.on_text]
         parts = {}
         for table in (table1.TABLE, table5.TABLE):
             selection = select(records, table.wanted)
@@ -40,7 +45,8 @@ class Content:
             if any(not of_whole_method(record) for record in quantized):
                 parts[table.name] = selection
         whole, packed = select(records, of_whole_method), select(records, _is_packed)
-        return cls(whole, parts, packed, analyze(records))
+        proven = [record for record in texts if fault(record, {}) is None]
+        return cls(whole, parts, packed, analyze(records), proven)
 
     @cached_property
     def records(self) -> list[Record]:
@@ -75,7 +81,7 @@ class Content:
     def every(self) -> list[Record]:
         """Every record that the page names: shown, refused, or behind a claim."""
         behind = [pair for key in self.claims.spreads for pair in self.first_pair(*key)]
-        named = [*self.records, *(record for record, _ in self.refused), *behind]
+        named = [*self.records, *(record for record, _ in self.refused), *behind, *self.texts]
         return [*{record.name: record for record in named}.values()]
 
     def first_pair(self, claim: Claim, model: str) -> list[Record]:

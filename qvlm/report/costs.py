@@ -58,7 +58,7 @@ def costs(content: Content, table4: pd.DataFrame | None) -> list[Cost]:
         rows = table4.to_dict("records")
         return [
             Cost(
-                **{key: str(row[key]) for key in ("model", "bits", "method")},
+                *(str(row["model"]), str(row["bits"]), str(row["method"])),
                 mib=1024 * float(row["weight_gib"]),
                 speed=1 / float(row["seconds_per_question"]),
                 accuracy=float(row["accuracy"]),

@@ -80,7 +80,7 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    grids = [*tables.accuracy(content), *tables.parts(content)]
+    grids = [*tables.accuracy(content), *tables.parts(content), *tables.texts(content)]
     if table4 is not None:
         caption = "Table 4: time and memory of packed models, as make table4 measured them."
         grids.append(tables.from_frame(caption, table4, {}))
@@ -103,7 +103,9 @@ def page(
         by_kl=_by_kl(content),
         by_cost=_by_cost(content, table4),
         losses=_losses(content),
-        strips=[_strip(r, content) for r in [*content.records, *refused] if r.layers],
+        strips=[
+            _strip(r, content) for r in [*content.records, *content.texts, *refused] if r.layers
+        ],
         asked=questions.asked(content, private),
         rule=questions.RULE.format(least=questions.LEAST, per_method=questions.PER_METHOD),
         classes=[name for name in CLASSES if name != "Avg"],
@@ -149,8 +151,8 @@ def _dots(title: str, records: Sequence[Record], content: Content) -> Markup:
             mark = content.marks[record.method]
             ends = row["ci_low"], row["ci_high"]
             points.append(Point(row["accuracy"], y, about, mark, (run,), *ends))
-    ends = [value for point in points for value in (point.low or 0.0, point.high or 0.0)]
-    x = charts.linear_axis(ends, "accuracy, %", most=100)
+    reached = [value for point in points for value in (point.low or 0.0, point.high or 0.0)]
+    x = charts.linear_axis(reached, "accuracy, %", most=100)
     height = len(names) * max(34, 13 * (len(records) + 1))
     return charts.chart(
         f"Accuracy by class, {title}", x, charts.bands(names), points, (), height, sideways=True
@@ -253,7 +255,7 @@ def _by_cost(
 
 def _losses(content: Content) -> list[tuple[str, Markup | None, dict[str, float], str]]:
     """Returns per quantized record its errors by layer as a chart, and by kind of linear."""
-    found = []
+    found: list[tuple[str, Markup | None, dict[str, float], str]] = []
     for record in content.whole.shown:
         if record.bit_widths.is_full_precision:
             continue

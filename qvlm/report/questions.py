@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import datasets
 import pandas as pd
 
 from qvlm.data.images import to_rgb
@@ -32,6 +33,16 @@ RULE = (
     "Of each skill the first questions of the split, as many of each as make {least} together. "
     "Then for each method and bit width the first {per_method} questions that full precision "
     "answers correctly and the method does not. No question is chosen by hand."
+)
+
+
+WITHHELD = (
+    "Their texts and images are not in this page, because the data set may not be passed on with "
+    "it. The option --private writes a page with them that stays on this machine."
+)
+CHANGED = (
+    "The data set is not the one that was asked: its questions or their right answers have changed "
+    "since. Run the cells again to see them."
 )
 
 
@@ -86,9 +97,9 @@ class Asked:
     Attributes:
         title: Name of the data set and its split.
         records: Records that were asked them.
-        questions: Chosen questions; empty if their texts may not be shown.
         total: Number of questions that were asked.
-        withheld: Whether the texts may not be passed on.
+        missing: Why the questions are not shown, or "".
+        questions: Chosen questions.
         bits: Labels of the bit widths, the columns of the answers.
         matrix: Rows of the answers by model: the method, and per column the number of the record
             or None.
@@ -96,9 +107,9 @@ class Asked:
 
     title: str
     records: Sequence[Record]
-    questions: Sequence[Question]
     total: int
-    withheld: bool
+    missing: str
+    questions: Sequence[Question] = ()
     bits: Sequence[str] = ()
     matrix: Mapping[str, Sequence[tuple[str, Sequence[int | None]]]] = field(default_factory=dict)
 
@@ -122,24 +133,36 @@ def asked(content: Content, private: bool = False) -> list[Asked]:
     for (name, source, split, limit, seed), records in groups.items():
         title, total = f"{name}, split {split}", len(records[0].predictions)
         if source != GENERATED and not private:
-            found.append(Asked(title, records, [], total, withheld=True))
+            found.append(Asked(title, records, total, WITHHELD))
             continue
         problems = load_scienceqa(source, split, limit, seed)
+        same = [record for record in records if _asked_these(record, problems)]
+        if not same:
+            found.append(Asked(title, records, total, CHANGED))
+            continue
         by_id = {str(problem): row for row, problem in enumerate(problems["question_id"])}
-        answers = {n: _answers(r, n) for r in records for n in [content.numbers[r.name]]}
-        classes = _classes(records[0].predictions)
+        answers = {n: _answers(r, n) for r in same for n in [content.numbers[r.name]]}
+        classes = _classes(same[0].predictions)
         questions = [
             _question(
                 problems[by_id[name]],
                 classes[name],
-                {number: own[name] for number, own in answers.items() if name in own},
+                {number: own[name] for number, own in answers.items()},
             )
-            for name in choose(records)
-            if name in by_id
+            for name in choose(same)
         ]
-        bits, matrix = _matrix(records, content)
-        found.append(Asked(title, records, questions, total, False, bits, matrix))
+        bits, matrix = _matrix(same, content)
+        found.append(Asked(title, same, total, "", questions, bits, matrix))
     return found
+
+
+def _asked_these(record: Record, problems: datasets.Dataset) -> bool:
+    """Whether a record's questions are these: the same names, skills and right answers."""
+    frame = record.predictions
+    columns = [name for name in ("question_id", "skill", "answer") if name in frame]
+    asked = zip(*(map(str, frame[name]) for name in columns), strict=True)
+    there = zip(*(map(str, problems[name]) for name in columns), strict=True)
+    return {*asked} <= {*there}
 
 
 def _matrix(

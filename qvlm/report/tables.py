@@ -14,6 +14,7 @@ from qvlm.tables.comparison import changed, drop
 from qvlm.tables.labels import bits_order, method_order
 from qvlm.tables.published import label, paper_model, table2_values
 from qvlm.tables.report import interval, paired_interval, signed, with_interval
+from qvlm.tables.table_real import long
 
 NOT_MEASURED = "not measured"
 TABLES = {table.name: table for table in (table1.TABLE, table5.TABLE)}
@@ -94,6 +95,13 @@ def parts(content: Content) -> list[Grid]:
     return grids
 
 
+def texts(content: Content) -> list[Grid]:
+    """Returns the measures of the records on plain text, if there are any."""
+    if not content.texts:
+        return []
+    return [from_frame("Plain text, from the records.", long(content.texts), content.numbers)]
+
+
 _NAMES = {
     "ci_low": "95 % low",
     "ci_high": "95 % high",
@@ -116,7 +124,8 @@ def from_frame(caption: str, frame: pd.DataFrame, numbers: Mapping[str, int]) ->
     """
     first = [name for name in ("method", "bits") if name in frame]
     # A column that is empty says nothing. One with the same text everywhere is in the caption.
-    kept = [c for c in frame if c not in (*first, "run") and frame[c].notna().any()]
+    names = [str(name) for name in frame.columns]
+    kept = [c for c in names if c not in (*first, "run") and frame[c].notna().any()]
     same = [c for c in kept if frame[c].dtype == object and frame[c].nunique(dropna=False) == 1]
     said = [f"{c.replace('_', ' ')}: {frame[c].iloc[0]}" for c in same]
     columns = [*first, *(c for c in kept if c not in same)]

@@ -130,7 +130,7 @@ def costs(content: Content) -> list[Verdict]:
         if record.bit_widths.is_full_precision:
             continue
         text = f"{record.method} at {record.bits}, {record.model}"
-        runs = (content.numbers[record.name],)
+        runs: tuple[int, ...] = (content.numbers[record.name],)
         fall = drop(record, reference)
         if reference is None or fall is None:
             found.append(Verdict(MISSING, text, "Full precision was not asked this.", runs))

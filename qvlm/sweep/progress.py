@@ -123,6 +123,7 @@ class SweepProgress:
     ) -> None:
         self._ended.set()
         self._thread.join()
+        self._bar.set_postfix_str(self.left() if self._waiting else "", refresh=False)
         self._bar.close()
 
     def done(self, cell: "Cell", computed: bool = True) -> None:

@@ -209,7 +209,7 @@ def _compact(record: Record) -> dict[str, Any]:
     for key in _PATHS:
         if Path(model.get(key) or "").is_absolute():
             del model[key]
-    for key in ("save_packed", "tracking", "scale"):
+    for key in ("save_packed", "tracking"):
         parts["config"].pop(key, None)
     parts["run"]["report"].pop("details", None)
     letters, cut = _letters(record.predictions)
@@ -234,7 +234,7 @@ def _letters(predictions: pd.DataFrame) -> tuple[str, list[int]]:
     found = [
         UNPARSABLE if pd.isna(choice) else LETTERS[choice] for choice in predictions["prediction"]
     ]
-    cut = predictions.get("cut", [])
+    cut = predictions["cut"].tolist() if "cut" in predictions else []
     return "".join(found), [index for index, value in enumerate(cut) if value]
 
 

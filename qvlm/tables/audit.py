@@ -69,18 +69,22 @@ def page(made_with: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _setting(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["model"], row["bits"], row["method"]
+
+
 def _name(row: dict[str, Any]) -> list[str]:
     return [label(row["model"]), row["bits"], row["method"]]
 
 
 def _averages() -> list[str]:
     sizes = class_sizes()
-    printed = published("table2").set_index(_SETTING)
+    printed = {_setting(row): row for row in rows(published("table2"))}
     all_gaps = average_gaps(published("table2"), tolerance=-1)["gap"].abs()
     rest = all_gaps[all_gaps <= 0.05].max()
     lines = []
     for row in rows(average_gaps(published("table2"))):
-        own = printed.loc[(row["model"], row["bits"], row["method"])]
+        own = printed[_setting(row)]
         terms = " + ".join(f"{sizes[name]} x {own[name]:.2f}" for name in SUBJECTS)
         computed, gap = f"{row['computed']:.2f}", signed(row["gap"])
         questions = signed(row["gap"] * PUBLISHED_QUESTIONS / 100, 0)
@@ -151,8 +155,8 @@ def _fractions() -> list[str]:
 
 
 def _ratios() -> list[str]:
-    own = published("table4").query("model == 'llava_13b'").set_index(["bits", "method"])
-    full, four = own.loc[("FP", "FP")], own.loc[("W4A4", "Q-VLM")]
+    own = {_setting(row): row for row in rows(published("table4"))}
+    full, four = own["llava_13b", "FP", "FP"], own["llava_13b", "W4A4", "Q-VLM"]
     lines = []
     for column, claimed in CLAIMED.items():
         ratio = full[column] / four[column]
@@ -219,8 +223,9 @@ def _noise() -> list[str]:
     """Shows the gains of Q-VLM in Table 2 beside the uncertainty of a difference."""
     printed = published("table2").query("method != 'FP'")
     lines = []
-    for (model, bits), own in printed.groupby(["model", "bits"], sort=False):
-        averages = own.set_index("method")["Avg"]
+    by_setting = {_setting(row): float(row["Avg"]) for row in rows(printed)}
+    for model, bits in dict.fromkeys((model, bits) for model, bits, _ in by_setting):
+        averages = {method: by_setting[model, bits, method] for method in ("QLoRA", "AWQ", "Q-VLM")}
         for other in ("QLoRA", "AWQ"):
             gain = averages["Q-VLM"] - averages[other]
             shares = [averages[name] / 100 for name in ("Q-VLM", other)]

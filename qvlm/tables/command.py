@@ -150,7 +150,7 @@ def write(table: Table, selection: Selection, out: Path, made_with: str) -> tupl
 def texts_of(table: Table, selection: Selection, made_with: str) -> dict[str, str]:
     """Returns the text of a table's two files by their names."""
     frame = table.long(selection)
-    for column in frame.columns.intersection(FINE):
+    for column in frame.columns.intersection(list(FINE)):
         frame[column] = frame[column].map("{:.5f}".format, na_action="ignore")
     csv = frame.to_csv(index=False, float_format="%.2f", lineterminator="\n")
     return {f"{table.name}.csv": csv, f"{table.name}.md": table.render(selection, made_with)}

@@ -90,7 +90,7 @@ def _row(
         named: Number of columns that name the row, which are added to `place`.
     """
     if a is None or b is None:
-        yield Difference(place, *(_shown(row and ", ".join(row)) for row in (a, b)))
+        yield Difference(place, *(_shown(", ".join(row or [])) for row in (a, b)))
         return
     if named:
         place += f", row {' '.join(a[:named])}"

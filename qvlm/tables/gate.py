@@ -112,7 +112,7 @@ def beside_published(record: Record, checkpoint: str) -> pd.DataFrame:
             f"{record.name}: {first} is not a question of ScienceQA's test split, or is there "
             "twice. Give a run with data=scienceqa or data=official, split test."
         )
-    known = known.loc[ids].reset_index()
+    known = known.loc[ids.tolist()].reset_index()
     other = own["answer"].to_numpy() != known["answer"].to_numpy()
     if other.any():
         raise UserError(

@@ -180,10 +180,10 @@ def plot(rows: pd.DataFrame) -> bytes:
         for name, style in (("attention", "-"), ("MLP output", "--")):
             part = own[own["input"] == name].groupby("layer")["channel"].max()
             left.plot(part.index / depth, part, style, color=f"C{index}", label=f"{model}, {name}")
-        part = own[own["input"] == RESIDUAL].sort_values("layer")
-        place = part["layer"] / depth
-        right.plot(place, part["norm"], "-", color=f"C{index}", label=f"{model}, other tokens")
-        right.plot(place, part["first_norm"], "--", color=f"C{index}", label=f"{model}, first")
+        residual = own[own["input"] == RESIDUAL].sort_values("layer")
+        place = residual["layer"] / depth
+        right.plot(place, residual["norm"], "-", color=f"C{index}", label=f"{model}, other tokens")
+        right.plot(place, residual["first_norm"], "--", color=f"C{index}", label=f"{model}, first")
     left.set_title("largest channel / median channel of an input")
     right.set_title("norm of the residual stream")
     for axis in (left, right):

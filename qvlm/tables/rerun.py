@@ -57,7 +57,8 @@ def configuration(committed: Record, results: str) -> RunConfig:
         results: Folder for the new record.
 
     Raises:
-        RunError: If the method is not one of this package, which alone may be run.
+        RunError: If the method is not one of this package, which alone may be run, or the
+            checkpoint was in a folder of another machine.
     """
     options: dict[str, Any] = {
         **committed.config,
@@ -69,6 +70,8 @@ def configuration(committed: Record, results: str) -> RunConfig:
         raise RunError(
             f"{committed.name}: {target} is not a method of this package; run it yourself"
         )
+    if "path" not in options["model"]:
+        raise RunError(f"{committed.name}: its checkpoint is not known here; run it yourself")
     return typed(options)
 
 

@@ -45,13 +45,14 @@ SmolLM2-135M is a LLaMA with outlier channels and massive activations, which the
 have. Every token of {documents} documents ({tokens} tokens) is predicted. KL is that of the
 next-token distribution to full precision, in nats per token. Each cell is **KL** and, in
 parentheses, the perplexity, means over the draws of the calibration rows. In full precision the
-perplexity is {perplexity} ({interval}). Lower is better, and a KL of 0 is full precision."""
+perplexity is {perplexity} (95 % interval {interval}). Lower is better, and a KL of 0 is full
+precision."""
 
 ONCE = """\
 The weights have been rounded once before: the file that the package index carries is of type Q4_1,
 4 bits in groups of 32. Full precision here means these weights. So W4 rounds numbers a second time,
-and what it costs is not what it costs with the original weights. W8A4 holds only the activations'
-part, and W4A8 only the weights'."""
+and what it costs is not what it costs with the original weights. W8A4 shows what 4-bit activations
+cost, and W4A8 what 4-bit weights cost."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def arrange(records: Sequence[Record]) -> tuple[list[Record], Cells, list[str]]:
         Records in full precision, the newest first; the others by row and bit widths; sentences on
         the records that are refused.
     """
-    full, cells, refused = [], defaultdict(lambda: defaultdict(dict)), []
+    full: list[Record] = []
+    cells: dict[Row, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    refused: list[str] = []
     for record in sorted(records, key=lambda record: record.run["finished"]):
         if reason := fault(record, {}):
             refused.append(f"`{record.name}`: {reason}")

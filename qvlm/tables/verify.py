@@ -19,11 +19,14 @@ from pathlib import Path
 
 from qvlm.command import folder, run_command
 from qvlm.errors import RunError
-from qvlm.tables import audit, claims, table1, table2, table5
-from qvlm.tables.answers import folder_of, read_answers
+from qvlm.records.strict import build
+from qvlm.tables import ablation, audit, claims, readme, table1, table2, table5
+from qvlm.tables.answers import folder_of, read_answers, read_facts
 from qvlm.tables.command import Table, texts_of, write_files
 from qvlm.tables.differences import Difference, differences
 from qvlm.tables.selection import select
+from qvlm.tables.table4 import facts as table4_facts
+from qvlm.tables.table4 import page as table4_page
 from qvlm.validation import whole_number
 
 _COMMAND = re.compile(r"^- Command: `(.+)`$", re.M)
@@ -58,14 +61,35 @@ def _claims(results: Path, command: str) -> Mapping[str, str]:
     return {"claims.md": claims.page(read_answers(folder_of(results, "claims")), command)}
 
 
+def _table4(results: Path, command: str) -> Mapping[str, str]:
+    place = folder_of(results, "table4")
+    records = {record.name: record for record in read_answers(place)}
+    try:
+        facts = build(table4_facts.Facts, read_facts(place), "facts")
+        return table4_page.texts_of(facts, records, command)
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{place}: {error} is not what a page wrote; make the page anew") from error
+
+
 def _audit(results: Path, command: str) -> Mapping[str, str]:
     return {"audit.md": audit.page(command)}
 
 
+def _readme(results: Path, command: str) -> Mapping[str, str]:
+    """The README beside the folder of results, if it has a part on Table 2."""
+    place, csv = results.parent / "README.md", results / "table2.csv"
+    if not (place.is_file() and csv.is_file()):
+        return {}
+    text = readme.with_block(place.read_text(encoding="utf-8"), csv.read_text(encoding="utf-8"))
+    return {} if text is None else {"../README.md": text}
+
+
 PAGES = (
-    *map(_of, (table1.TABLE, table2.TABLE, table5.TABLE)),
+    *map(_of, (table1.TABLE, table2.TABLE, table5.TABLE, ablation.TABLE)),
+    Page("table4", _table4),
     Page("claims", _claims),
     Page("audit", _audit, answered=False),
+    Page("../README", _readme, answered=False),
 )
 
 
@@ -132,7 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found: list[Difference] = []
         for page in PAGES:
             own = check(page, options.results, options.write)
-            print(f"{page.name}: {_count(own) or 'every value follows from its answers'}")
+            made = (options.results / f"{page.name}.md").is_file()
+            good = "every value follows from its answers" if made else "not made"
+            print(f"{page.name}: {_count(own) or good}")
             for difference in own[:_SHOWN]:
                 print(f"  {difference}")
             found += own

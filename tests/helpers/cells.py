@@ -82,6 +82,7 @@ def cell(checkpoint: Path, tmp_path: Path) -> Any:
             "model.name=toy",
             f"model.path={checkpoint}",
             "model.weight_group_size=16",
+            "model.vision_weight_group_size=16",
             f"results_dir={tmp_path}/results",
             "calibration.samples=6",
             "evaluation.max_new_tokens=4",

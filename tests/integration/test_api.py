@@ -29,6 +29,7 @@ def model(checkpoint: Path, tracked: Tracked) -> qvlm.Model:
         f"model.path={checkpoint}",
         "model.dtype=float32",
         "model.weight_group_size=16",
+        "model.vision_weight_group_size=16",
         "calibration.samples=6",
         "evaluation.max_new_tokens=4",
         "device=cpu",
@@ -77,7 +78,7 @@ def test_any_data_set_of_the_schema_is_evaluated(model: qvlm.Model) -> None:
     evaluation = qvlm.evaluate(model, own)
     assert evaluation.metrics["classes"]["Avg"]["n"] == 7
     assert len(qvlm.evaluate(model, own, limit=3).predictions) == 3
-    assert len(qvlm.evaluate(model, limit=5).predictions) == 5
+    assert len(qvlm.evaluate(model, limit=11).predictions) == 11
     with pytest.raises(UserError, match="column 'hint' is missing"):
         qvlm.evaluate(model, own.remove_columns("hint"))
     with pytest.raises(UserError, match="data, row 1"):
@@ -107,7 +108,7 @@ ANSWER = """
 import sys
 {imports}
 from PIL import Image
-model = AutoModelForImageTextToText.from_pretrained({folder!r}).float()
+model = AutoModelForImageTextToText.from_pretrained({folder!r})
 processor = AutoProcessor.from_pretrained({folder!r})
 prompt = processor.prompt("g h", ["r", "s"], image=True)
 inputs = processor(images=Image.new("RGB", (20, 12), "red"), text=prompt, return_tensors="pt")

@@ -25,12 +25,12 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     layers[1]["input_levels"] = 17
     cells = [("RTN", "W6A6", 90), ("RTN", "W4A4", 60), ("AWQ", "W4A4", 55), ("Q-VLM", "W4A4", 80)]
     return [
-        make_record(runs, bits="FP", accuracy=91, n=COUNT),
+        make_record(runs, bits="FP", accuracy=91, n=COUNT, generated=True),
         *(
-            make_record(runs, method, bits, accuracy=accuracy, n=COUNT, seed=seed)
+            make_record(runs, method, bits, accuracy=accuracy, n=COUNT, seed=seed, generated=True)
             for seed, (method, bits, accuracy) in enumerate(cells, 1)
         ),
-        make_record(runs, "QLoRA", layers=layers, n=COUNT),
+        make_record(runs, "QLoRA", layers=layers, n=COUNT, generated=True),
     ]
 
 

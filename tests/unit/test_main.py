@@ -1,6 +1,7 @@
 """`python -m qvlm` is the command line, and makes each page without `make`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from qvlm import __main__ as routes
 from qvlm import cli
 from qvlm.command import program
 from qvlm.routes import ROUTES
+from qvlm.tables.claims.plan import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 # Commands without a target in the Makefile, and why.
@@ -37,7 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     monkeypatch.setattr(
         routes,
         "import_module",
-        lambda name: SimpleNamespace(main=lambda arguments: called(name, arguments)),
+        lambda name: SimpleNamespace(main=lambda arguments: called(name, arguments), plan=plan),
     )
     return made
 
@@ -65,12 +67,35 @@ def test_a_table_is_swept_and_then_made(calls: list[tuple[str, list[str]]]) -> N
 
 
 def test_the_makefile_names_itself(calls: list[tuple[str, list[str]]]) -> None:
-    assert routes.main(["claims", "--command=make claims", "results_dir=mine"]) == 0
+    assert routes.main(["table4", "--command=make table4", "results_dir=mine"]) == 0
     assert [arguments[1] for name, arguments in calls if name == "run"] == [
-        f"experiment={name}" for name in ("table2", "table1", "table5", "draws")
+        f"experiment={name}" for name in ("table4", "table4_exact")
     ]
-    assert calls[-2][1] == ["--runs=mine/runs", "--out=mine", "--command=make claims"]
-    assert calls[-1][1] == ["--results=mine", "--command=make claims"]
+    assert calls[-2][1] == ["--runs=mine/runs", "--out=mine", "--command=make table4"]
+    assert calls[-1][1] == ["--results=mine", "--command=make table4"]
+
+
+def test_the_claims_run_their_design(
+    calls: list[tuple[str, list[str]]], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["questions=50", "draws=2", f"trainings={tmp_path}", "results_dir=mine"]
+    assert routes.main(["claims", *words]) == 0
+    assert "50 questions x 2 calibration draws x 1 trainings" in capfd.readouterr().out
+    ran = [arguments for name, arguments in calls if name == "run"]
+    assert len(ran) == 2 * (2 * 2 + 1)  # models, draws x bit widths and full precision
+    for arguments in ran:
+        assert arguments[:2] == ["-m", "experiment=claims"]
+        assert {"evaluation.limit=50", "results_dir=mine"} <= {*arguments}
+        assert not {*words[:3]} & {*arguments}
+    command = f"--command=qvlm claims {' '.join(words)}"
+    assert calls[-2][1] == ["--runs=mine/runs", "--out=mine", command]
+
+    calls.clear()
+    assert routes.main(["claims", "estimate=true"]) == 0
+    assert "hours of one core" in capfd.readouterr().out
+    assert routes.main(["claims", "draws=many"]) == 2
+    assert capfd.readouterr().err == "error: draws=many is not a whole number.\n"
+    assert calls == []
 
 
 def test_a_failed_sweep_makes_no_page(calls: list[tuple[str, list[str]]]) -> None:
@@ -106,9 +131,10 @@ def test_an_unknown_option_is_refused_before_the_sweep(
 
 @pytest.mark.parametrize("name", ROUTES)
 def test_the_makefile_calls_every_route(name: str) -> None:
-    _, found, target = (ROOT / "Makefile").read_text().partition(f"\n{name}: install")
+    targets = (ROOT / "Makefile").read_text().split("\n\n")
+    found = [target for target in targets if re.match(rf"{name}: (install|real)\b", target)]
     assert bool(found) is (name not in WITHOUT_TARGET)
-    recipe = target.partition("\n\n")[0]
+    recipe = "".join(found)
     assert not found or "$(call route,$@" in recipe or "python -m qvlm $@" in recipe
 
 
@@ -158,9 +184,9 @@ SCRIPT = f"#!{sys.executable}\nimport sys\nfrom qvlm.__main__ import main\nsys.e
 @pytest.mark.parametrize(
     ("line", "offers"),
     [
-        ("qvlm tab", {"table1", "table2", "table4", "table4-scale", "table5"}),
+        ("qvlm tab", {name for name in ROUTES if name.startswith("tab")}),
         ("qvlm model=mini_", {"model=mini_llava", "model=mini_moe_llava"}),
-        ("qvlm method=rtn bits=w4", {"bits=w4a4"}),
+        ("qvlm method=rtn bits=w6", {"bits=w6a6"}),
     ],
 )
 def test_a_shell_completes(line: str, offers: set[str], tmp_path: Path) -> None:

@@ -79,10 +79,13 @@ def collect(
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             tokens = args[0].detach().flatten(0, -2)
-            rows = evenly_spaced(len(tokens), share, tokens.device)
             weight = None
             if of_call is not None:
-                weight = _weights_of(name, len(tokens), around, of_call)[rows]
+                weight = _weights_of(name, len(tokens), around, of_call)
+            if (first := block.first_positions(args[0])) is not None:
+                tokens, weight = tokens[~first], None if weight is None else weight[~first]
+            rows = evenly_spaced(len(tokens), share, tokens.device)
+            weight = None if weight is None else weight[rows]
             kept[name].append((settled(tokens[rows]).to(tokens.dtype), weight))
 
         return hook

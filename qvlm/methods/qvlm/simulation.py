@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qvlm.methods.qvlm.candidates import weights_of
@@ -44,11 +44,11 @@ def unwind(model: PreTrainedModel, floats: Mapping[str, nn.Linear]) -> None:
         layer = model.get_submodule(full_name)
         assert isinstance(layer, QuantLinear)
         if layer.float_weight is not None:
-            weight, inputs = layer.float_weight, layer.input_quantizer
+            weight: Tensor = layer.float_weight
+            inputs = layer.input_quantizer
             if isinstance(inputs, UniformQuantizer) and inputs.folds:
-                linear.weight.copy_(settled(weight / inputs.scale))
-            else:
-                linear.weight.copy_(settled(weight))
+                weight = weight / inputs.scale
+            linear.weight.copy_(settled(weight))
             if linear.bias is not None and layer.bias is not None:
                 linear.bias.copy_(layer.bias)
         model.set_submodule(full_name, linear)

@@ -14,8 +14,9 @@ Everything is static but the scales that the cell's quantizer makes per token, i
 no search and no training. Without the weights (`floor=null`) a model can be streamed; with them the
 whole float model has to run once.
 
-The parts are known; put together they are the strongest W4A4 here (docs/method.md has the ablation
-and the relatives). The weights, and compensation along the clusters of the activations, are ours.
+The parts are known (docs/method.md has the relatives, and what each part is measured to bring). The
+weights of tokens, compensation along the clusters of the activations, and the rotation that keeps a
+mean are ours.
 """
 
 import time

@@ -17,6 +17,7 @@ H is the orthonormal Hadamard matrix, and the signs are random.
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qvlm.errors import UserError
 from qvlm.quantization.hadamard import hadamard_transform
@@ -103,7 +104,7 @@ def make_plain(norm: nn.Module) -> None:
 
 
 @torch.no_grad()
-def rotate_ends(model: nn.Module, seed: int = 0) -> StreamRotation:
+def rotate_ends(model: PreTrainedModel, seed: int = 0) -> StreamRotation:
     """Rotates what writes to the stream before the first decoder layer, and what reads its end.
 
     Embeddings, the projector's last linear and the output head absorb the rotation, the head also

@@ -7,7 +7,7 @@ simulated one. Kernels that sum integers round less often:
 
 - `int_mm` sums each run of channels exactly. For a run it rounds, in float32, the conversion of
   the sum, two factors and the addition, and in float64 the output alone.
-- `native` adds exact sums of runs, or of 16 lanes of runs, as `int_mm` does. Where it dequantizes
+- `native` adds exact sums of runs, as `int_mm` does. Where it dequantizes
   the weight it rounds as the simulation does, or, for an input in bf16, as `bf16`.
 - `triton` sums t v over a tile, a unit of codes, or a chunk exactly: such a sum is at most 2^24,
   which float32 holds. Each sum is multiplied by s and added, fused or not and in any order, which

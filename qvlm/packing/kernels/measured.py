@@ -19,7 +19,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,7 +121,7 @@ def _time(
     weight = torch.ones(some, width, dtype=dtype)
     calls: dict[str, Callable[[], object]] = {FLOAT: lambda: x @ weight.T}
     for kernel in rivals:
-        calls[kernel.name] = lambda kernel=kernel: kernel.linear(layer, x, None)
+        calls[kernel.name] = partial(kernel.linear, layer, x, None)
     for call in calls.values():
         call()
     best = dict.fromkeys(calls, math.inf)

@@ -162,6 +162,7 @@ def integer_product(
     zero_point: Tensor,
     input_bits: int,
     order: Tensor | None = None,
+    library: str | None = None,
 ) -> Tensor:
     """Quantizes an input and sums t v s over its channels.
 
@@ -175,6 +176,7 @@ def integer_product(
         input_bits: Bit width of the input's codes, 2 to 8.
         order: Channel of `x` that each channel of the weight is, [in] int32; None if they are the
             same.
+        library: Instruction set to compute with, for measurements; None for the preferred one.
 
     Returns:
         Sums of t v s, [rows, out]: float32 for an input in bf16, float64 for any other.
@@ -202,7 +204,8 @@ def integer_product(
         by_channel=not by_row and scale.numel() > 1,
         bits=input_bits,
     )
-    product = _library().integer_rows if rows <= FEW_ROWS else _library().integer_tiles
+    functions = library_of(library) if library else _library()
+    product = functions.integer_rows if rows <= FEW_ROWS else functions.integer_tiles
     if product(_at(weight), ctypes.addressof(inputs), _of(y)):
         raise RunError("There is not enough memory for a packed product.")
     return y

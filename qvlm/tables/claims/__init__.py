@@ -1,11 +1,12 @@
 """The paper's claims, each with a verdict: a designed experiment and one analysis of it.
 
-`catalog.py` lists the claims, `design.py` says what runs, what it costs and what it can see,
+`catalog.py` lists the claims, `design.py` says what it costs and what it can see,
+`plan.py` says which cells run over which trainings,
 `components.py` takes the uncertainty of a difference apart, and `page.py` makes the page.
 """
 
-from qvlm.tables.claims.__main__ import main
 from qvlm.tables.claims.catalog import CLAIMS, Claim
+from qvlm.tables.claims.command import main
 from qvlm.tables.claims.page import Analysis, analyze, concerned, page, verdict
 
 __all__ = ["CLAIMS", "Analysis", "Claim", "analyze", "concerned", "main", "page", "verdict"]

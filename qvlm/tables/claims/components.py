@@ -79,7 +79,7 @@ class Spread:
             parts[name] = total / freedom / size if freedom else 0.0
         # Methods that never differ may differ on the next question.
         parts["Q"] = max(parts["Q"], (100 / differences.shape[2]) ** 2)
-        return cls(float(effects[""].item()), differences.shape, parts)  # type: ignore[arg-type]
+        return cls(float(effects[""].item()), differences.shape, parts)
 
     def ratio(self, source: str) -> float | None:
         """Returns T / TQ or D / DQ, or None where that says nothing.

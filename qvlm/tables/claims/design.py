@@ -4,24 +4,18 @@ Everything here is worked out before a cell runs, from the numbers of a design a
 that are stated. `qvlm/tables/claims/components.py` analyzes what the cells then answered.
 """
 
-import json
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 
 from scipy import stats
 
 from qvlm.data.scienceqa import MINIATURE_SIZES
-from qvlm.errors import UserError
 from qvlm.tables.claims.catalog import CLAIMS
 from qvlm.validation import whole_number
 
 SPLIT = "claims"
 MODELS = ("mini_llava", "mini_moe_llava")
 GROUP = "claims"  # the group of the experiment's records
-TRAINED = "training.json"  # what a finished training leaves beside its weights
 POWER = 0.8
 # Method files by bit widths. Those without calibration give the same answers for every draw.
 METHODS = {
@@ -126,102 +120,3 @@ def least_detectable(
     known = variance**2 / sum(terms[name] ** 2 / freedom[name] for name in terms)
     quantiles = stats.t.ppf(1 - 0.025 / comparisons, known) + stats.t.ppf(POWER, known)
     return float(quantiles) * sqrt(variance)
-
-
-@dataclass(frozen=True)
-class Training:
-    """A training of a model.
-
-    Attributes:
-        model: Name of the model's YAML file.
-        name: Name in records: that of the model, with the seed unless it is the shipped training.
-        path: Folder of the weights, or None for the shipped ones.
-    """
-
-    model: str
-    name: str
-    path: Path | None = None
-
-
-def find_trainings(folder: Path, count: int) -> dict[str, list[Training]]:
-    """Finds the trainings of each model: the shipped one, and the finished ones of a folder.
-
-    Args:
-        folder: Folder that `make miniature SEED=n` writes to.
-        count: Number of trainings to find for each model at most.
-    """
-    found = {model: [Training(model, model)] for model in MODELS}
-    for model in MODELS:
-        seeds = {}
-        for path in folder.glob(f"{model}-seed*"):
-            seed = re.fullmatch(rf"{model}-seed(\d+)", path.name)
-            if seed and (path / TRAINED).is_file():
-                seeds[int(seed[1])] = path
-        found[model] += [Training(model, seeds[seed].name, seeds[seed]) for seed in sorted(seeds)]
-    return {model: trainings[:count] for model, trainings in found.items()}
-
-
-def model_of(name: str) -> str:
-    """Returns the model of a training by its name in records."""
-    return re.sub(r"-seed\d+$", "", name)
-
-
-def sweeps(design: Design, trainings: Mapping[str, Sequence[Training]]) -> list[list[str]]:
-    """Returns the overrides of each sweep, draw by draw.
-
-    Whatever has run when the sweeps are stopped then covers all trainings.
-
-    Args:
-        design: Design to run.
-        trainings: Trainings of each model that are there.
-    """
-    found = []
-    for draw in range(design.draws):
-        for training in (one for each in trainings.values() for one in each):
-            shared = ["experiment=claims", f"model={training.model}"]
-            if training.path is not None:
-                shared += [f"model.name={training.name}", f"model.path={training.path}"]
-            shared.append(f"evaluation.limit={design.questions}")
-            shared.append(f"calibration.seed={draw}")
-            if draw == 0:
-                found.append([*shared, "method=fp"])
-            for bits, methods in METHODS.items():
-                asked = methods + (UNCALIBRATED.get(bits, ()) if draw == 0 else ())
-                found.append([*shared, f"bits={bits}", f"method={','.join(asked)}"])
-    return found
-
-
-def announcement(design: Design, trainings: Mapping[str, Sequence[Training]]) -> str:
-    """Returns what the design is going to cost and able to see, in words."""
-    there = min(map(len, trainings.values()))
-    reduced = Design(design.questions, design.draws, there)
-    cells = reduced.cells * len(MODELS)
-    lines = [
-        f"{design.questions} questions x {design.draws} calibration draws x {there} trainings of "
-        f"{len(MODELS)} models: {cells} cells, about {reduced.hours():.1f} hours of one core.",
-    ]
-    if there < design.trainings:
-        lines.append(
-            f"{design.trainings - there} of {design.trainings} trainings are missing: "
-            "`make miniature SEED=1` makes one of each model."
-        )
-    seen = [
-        f"{least_detectable(reduced, assumed):.2f} points on {model} at {bits}"
-        for (model, bits), assumed in ASSUMED.items()
-    ]
-    lines.append(f"Seen with a power of 80 %: {', '.join(seen)}.")
-    return "\n".join(lines)
-
-
-def read_training(path: Path) -> dict[str, object]:
-    """Reads what a finished training says of itself.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
-    try:
-        content = json.loads((path / TRAINED).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / TRAINED} cannot be read: {error}") from error
-    assert isinstance(content, dict)
-    return content

@@ -25,8 +25,8 @@ from qvlm.tables.claims.design import (
     SPLIT,
     Design,
     least_detectable,
-    model_of,
 )
+from qvlm.tables.claims.plan import model_of
 from qvlm.tables.comparison import paired
 from qvlm.tables.labels import FP
 from qvlm.tables.proof import fault

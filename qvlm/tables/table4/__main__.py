@@ -3,16 +3,18 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
-import pandas as pd
+import torch
 
 from qvlm.cell.inputs import find_device
 from qvlm.command import folder, run_command
-from qvlm.tables.command import add_runs, made_with, table_parser, write_files
-from qvlm.tables.cost import COLUMNS
+from qvlm.records.environment import revision_in_words, surroundings
+from qvlm.tables.command import add_runs, keep_answers, made_with, table_parser, write_files
+from qvlm.tables.table4.facts import Facts
 from qvlm.tables.table4.measure import measure
-from qvlm.tables.table4.page import Setting, page
-from qvlm.tables.table4.subjects import find_subjects
+from qvlm.tables.table4.page import texts_of
+from qvlm.tables.table4.subjects import find_subjects, records_of
 from qvlm.validation import whole_number
 
 
@@ -33,18 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = find_device(options.device)
         packed = options.packed or options.runs.parent / "packed"
         found = find_subjects(options.runs, packed, device)
-        rows = [
-            row
-            for subjects in found.values()
-            for row in measure(subjects, options.questions, options.repeats)
-        ]
+        about = surroundings()
+        facts = Facts(
+            options.questions,
+            options.repeats,
+            device,
+            torch.get_num_threads(),
+            about["hardware"],
+            about["versions"],
+            revision_in_words(about["git"]),
+            [measure(own, options.questions, options.repeats) for own in found.values()],
+        )
+        records = {record.name: record for own in found.values() for record in records_of(own)}
         names = ("runs", "packed", "out", "questions", "repeats", "device")
-        command = made_with(parser, options, *names)
-        text = page(rows, Setting(options.questions, options.repeats, device, command))
-        frame = pd.DataFrame([row.columns for row in rows]).reindex(columns=list(COLUMNS))
-        csv = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-        write_files({options.out / "table4.csv": csv, options.out / "table4.md": text})
-        print(text, end="")
+        texts = texts_of(facts, records, made_with(parser, options, *names))
+        write_files({options.out / name: text for name, text in texts.items()})
+        keep_answers(options.out, "table4", list(records.values()), asdict(facts))
+        print(texts["table4.md"], end="")
 
     return run_command(parser, work, arguments)
 

@@ -1,18 +1,16 @@
 """The Markdown page of Table 4 on the miniatures."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-import torch
+import pandas as pd
 
 from qvlm.data.scienceqa import PUBLISHED_QUESTIONS
 from qvlm.markdown import bullets, table
 from qvlm.planning.footprint import GIB
-from qvlm.records.environment import revision_in_words, surroundings
+from qvlm.records.record import Record
 from qvlm.runtime.stages import MIB
-from qvlm.tables.cost import median_and_range
-from qvlm.tables.table4.measure import Measured
-from qvlm.tables.table4.subjects import NOT_PACKED
+from qvlm.tables.cost import COLUMNS, median_and_range
+from qvlm.tables.table4.facts import NOT_PACKED, Facts, Measured, rows_of
 
 HEAD = """\
 # Table 4: what packed models cost
@@ -42,35 +40,36 @@ _HEADER = (
 )
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How the rows were measured.
+def texts_of(facts: Facts, records: Mapping[str, Record], command: str) -> dict[str, str]:
+    """Returns the texts of the table's two files by their names.
 
-    Attributes:
-        questions: Number of questions asked in each repeat.
-        repeats: Number of timed repeats.
-        device: Device on which the models ran.
+    Args:
+        facts: What was measured.
+        records: Records that the facts name, by name.
+        command: Command that the page names.
+    """
+    measured = rows_of(facts, records)
+    frame = pd.DataFrame([row.columns for row in measured]).reindex(columns=list(COLUMNS))
+    csv = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    return {"table4.csv": csv, "table4.md": page(measured, facts, command)}
+
+
+def page(rows: Sequence[Measured], facts: Facts, command: str) -> str:
+    """Returns the page.
+
+    Args:
+        rows: Rows of the facts.
+        facts: What was measured.
         command: Command that regenerates the page.
     """
-
-    questions: int
-    repeats: int
-    device: str
-    command: str
-
-
-def page(rows: Sequence[Measured], setting: Setting) -> str:
-    """Returns the page."""
-    head = HEAD.format(
-        questions=setting.questions, repeats=setting.repeats, test=PUBLISHED_QUESTIONS
-    )
+    head = HEAD.format(questions=facts.questions, repeats=facts.repeats, test=PUBLISHED_QUESTIONS)
     parts = [head]
     for model in dict.fromkeys(row.record.model for row in rows):
         own = [row for row in rows if row.record.model == model]
         parts += [f"## {model}", _costs(own)]
     for other in NOT_PACKED:
         parts += _disagreements(rows, other)
-    parts += [QUANTIZATION, _quantization(rows), _notes(rows, setting)]
+    parts += [QUANTIZATION, _quantization(rows), _notes(rows, facts, command)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -147,7 +146,7 @@ def _quantization(rows: Sequence[Measured]) -> str:
     return table(header, lines, left=3)
 
 
-def _notes(rows: Sequence[Measured], setting: Setting) -> str:
+def _notes(rows: Sequence[Measured], facts: Facts, command: str) -> str:
     """Returns the list of how the page was made."""
     kernels = [
         f"{row.record.model} {row.record.bits} {row.record.method} "
@@ -156,18 +155,17 @@ def _notes(rows: Sequence[Measured], setting: Setting) -> str:
         if row.alone.kernels
     ]
     questions = sorted({len(row.record.predictions) for row in rows})
-    about = surroundings()
-    hardware, versions = about["hardware"], about["versions"]
-    gpu = f"; {hardware['gpu']}" if setting.device != "cpu" else "; GPU: not measured"
+    hardware, versions = facts.hardware, facts.versions
+    gpu = f"; {hardware['gpu']}" if facts.device != "cpu" else "; GPU: not measured"
     return bullets(
         [
-            f"Command: `{setting.command}`",
+            f"Command: `{command}`",
             f"Calls of packed products for these questions: {'; '.join(kernels)}",
-            f"Device: {setting.device}; {hardware['cpu']}, {torch.get_num_threads()} threads, "
+            f"Device: {facts.device}; {hardware['cpu']}, {facts.threads} threads, "
             f"{hardware['memory_gib']} GiB{gpu}",
             f"Questions behind each accuracy: {', '.join(map(str, questions))}",
             f"Versions: python {versions['python']}, torch {versions['torch']}, transformers "
             f"{versions['transformers']}",
-            f"Revision: {revision_in_words(about['git'])}",
+            f"Revision: {facts.revision}",
         ]
     )

@@ -13,8 +13,7 @@ from qvlm.records.record import Record, find_records
 from qvlm.tables.labels import FP, bits_order
 from qvlm.tables.proof import fault
 from qvlm.tables.selection import execution, is_of_claims, select
-
-NOT_PACKED = ("simulated",)  # the other executions that answers are compared with
+from qvlm.tables.table4.facts import NOT_PACKED, disagreements
 
 
 @dataclass(frozen=True)
@@ -34,19 +33,8 @@ class Subject:
     others: Mapping[str, Record] = field(default_factory=dict)
 
     def disagreements(self) -> dict[str, list[str]]:
-        """Returns the questions that this model answers differently from other executions.
-
-        Returns:
-            Question ids by execution. An execution that was not asked all of the same questions is
-            absent.
-        """
-        own = self.record.predictions.set_index("question_id")["prediction"].fillna(-1)
-        found = {}
-        for name, record in self.others.items():
-            other = record.predictions.set_index("question_id")["prediction"].fillna(-1)
-            if own.index.equals(other.index):
-                found[name] = [str(question) for question in own.index[own != other]]
-        return found
+        """Returns the questions that this model answers otherwise (see `facts.disagreements`)."""
+        return disagreements(self.record, self.others)
 
     def load(self) -> LoadedModel:
         """Returns the model as it is measured. What is not packed is bfloat16."""
@@ -96,6 +84,11 @@ def find_subjects(runs: Path, packed: Path, device: str) -> dict[str, list[Subje
         subjects.sort(key=lambda s: (bits_order(s.record.bit_widths), s.record.method))
         subjects.insert(0, Subject(full, full.config["model"]["path"], device))
     return found
+
+
+def records_of(subjects: Sequence[Subject]) -> list[Record]:
+    """Returns the records behind the rows of some subjects, those of other executions included."""
+    return [record for subject in subjects for record in (subject.record, *subject.others.values())]
 
 
 def _proven(folder: Path, by_hash: Mapping[str, Record]) -> tuple[Record | None, str | None]:

@@ -105,13 +105,14 @@ class Clock:
 
 
 @torch.no_grad()
-def ask(clock: Clock, prompt: int, tokens: int) -> QuestionTimes:
+def ask(clock: Clock, prompt: int, tokens: int, image: bool = True) -> QuestionTimes:
     """Times one question.
 
     Args:
         clock: Clock of the model.
         prompt: Number of tokens of image and text together.
         tokens: Number of tokens of the answer that are timed; fewer where they are slow.
+        image: Whether the question has an image. Without one, its vision takes no time.
     """
     model = clock.model
     text, side = model.config.text_config, model.config.vision_config.image_size
@@ -121,9 +122,10 @@ def ask(clock: Clock, prompt: int, tokens: int) -> QuestionTimes:
     def features() -> Tensor:
         return torch.cat(tuple(model.model.get_image_features(pixels).pooler_output))
 
-    image, vision = clock("vision_tower", features)
-    embedded = model.get_input_embeddings()(ids)
-    embedded[0, : len(image)] = image
+    embedded, vision = model.get_input_embeddings()(ids), 0.0
+    if image:
+        seen, vision = clock("vision_tower", features)
+        embedded[0, : len(seen)] = seen
     cache = DynamicCache()
     read = partial(model.__call__, inputs_embeds=embedded, past_key_values=cache, logits_to_keep=1)
     _, prefill = clock("language_model", read)

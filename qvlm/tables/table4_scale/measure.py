@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +18,7 @@ from qvlm.runtime.processes import in_fresh_process
 from qvlm.tables.cost import paper_columns
 from qvlm.tables.labels import QVLM
 from qvlm.tables.table4_scale.clock import Clock, QuestionTimes, ask
+from qvlm.tables.table4_scale.mixture import Mixture, ask_both
 from qvlm.tables.table4_scale.models import (
     OURS,
     PEER,
@@ -73,12 +74,14 @@ class Row:
         predicted_gib: Predicted peak of memory; None for bitsandbytes.
         prefill_ratios: Speed-up of the prefill over bf16 in each repeat.
         decoding_ratios: Speed-up of decoding over bf16 in each repeat.
+        mixtures: Times of ScienceQA's questions in each repeat.
     """
 
     columns: dict[str, Any]
     predicted_gib: float | None
     prefill_ratios: list[float]
     decoding_ratios: list[float]
+    mixtures: list[Mixture] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,14 @@ def measure(model: str, setting: Setting) -> Measured:
         )
     peers = [PEER] if find_spec("bitsandbytes") else []
     variants = [*OURS, *peers, SIMULATED]
-    sides = side_by_side(model, variants, setting.repeats, setting.prompt, setting.device)
+    sides, mixtures = side_by_side(model, variants, setting.repeats, setting.prompt, setting.device)
     simulated = sides.pop(SIMULATED)
     without_model = measured.without_model() if setting.device == "cpu" else 0
     rows = [
-        _row(model, variant, sides[FULL], repeats, without_model, setting)
+        replace(
+            _row(model, variant, sides[FULL], repeats, without_model, setting),
+            mixtures=mixtures[variant],
+        )
         for variant, repeats in sides.items()
     ]
     full = rows[0].columns["peak_memory_gib"]
@@ -210,7 +216,7 @@ def _whole_model(
 
 def side_by_side(
     model: str, variants: Sequence[Variant], repeats: int, prompt: int, device: str
-) -> dict[Variant, list[QuestionTimes]]:
+) -> tuple[dict[Variant, list[QuestionTimes]], dict[Variant, list[Mixture]]]:
     """Times variants of a model in turn, each with a layer of each shape.
 
     Args:
@@ -221,7 +227,8 @@ def side_by_side(
         device: Device on which the models run.
 
     Returns:
-        Times of a question to the full model, extrapolated, by variant and repeat.
+        Times of a question to the full model, extrapolated, by variant and repeat; and those of
+        ScienceQA's questions, which the simulation is not asked.
     """
     built = architecture(model)
     shapes = shapes_of(built)
@@ -237,9 +244,13 @@ def side_by_side(
             placed.lm_head = first.lm_head
         clocks[variant] = Clock(placed, shapes, whole=False)
     found: dict[Variant, list[QuestionTimes]] = {variant: [] for variant in variants}
+    mixtures: dict[Variant, list[Mixture]] = {variant: [] for variant in variants}
     for repeat in range(repeats + 1):
         for variant, clock in clocks.items():
             times = ask(clock, prompt, SIDE_BY_SIDE)
             if repeat:
                 found[variant].append(times)
-    return found
+        for variant, clock in clocks.items():
+            if repeat and variant != SIMULATED:
+                mixtures[variant].append(ask_both(clock, image_tokens(built), SIDE_BY_SIDE))
+    return found, mixtures

@@ -11,6 +11,7 @@ from qvlm.records.environment import revision_in_words, surroundings
 from qvlm.tables.cost import median_and_range
 from qvlm.tables.labels import FP
 from qvlm.tables.table4_scale.measure import SIDE_BY_SIDE, Measured, Row, Setting
+from qvlm.tables.table4_scale.mixture import NOTE, mixture_table
 from qvlm.tables.table4_scale.models import PEER, PER_CHANNEL
 from qvlm.tables.table4_scale.search import SEARCH_TOKENS, SearchEstimate
 
@@ -39,6 +40,8 @@ def page(models: Sequence[Measured], setting: Setting) -> str:
         _notes(setting, threads),
         _costs(rows),
         _ratios(rows),
+        NOTE,
+        _mixtures(models),
         SEARCH.format(prompt=setting.prompt, tokens=SEARCH_TOKENS, gpu=gpu),
         _searches({model.model: model.search for model in models}),
     ]
@@ -123,6 +126,18 @@ def _ratios(rows: Sequence[Row]) -> str:
             ]
         )
     return table([*_NAMES, "prefill", "decoding", "question"], lines, left=3)
+
+
+def _mixtures(models: Sequence[Measured]) -> str:
+    """Returns the table of ScienceQA's questions."""
+    rows = [(model.rows[0].mixtures, row) for model in models for row in model.rows]
+    return mixture_table(
+        _NAMES,
+        [full for full, _ in rows],
+        [row.mixtures for _, row in rows],
+        [[row.columns[name] for name in _NAMES] for _, row in rows],
+        [row.columns.get("paper_hours") for _, row in rows],
+    )
 
 
 def _searches(estimates: dict[str, SearchEstimate]) -> str:

@@ -20,7 +20,7 @@ from tests.helpers.configs import load
         ("calibration.samples=-1", ["calibration.samples", "-1", "at least 1"]),
         ("calibration.samples=0", ["calibration.samples", "at least 1"]),
         ("calibration.batch_size=0", ["calibration.batch_size"]),
-        ("calibration.images=none", ["calibration.images", "none", "only, any"]),
+        ("calibration.images=some", ["calibration.images", "some", "only, any, none"]),
         ("bits.weights=1", ["bits.weights", "from 2 to 8"]),
         ("bits.activations=9", ["bits.activations", "from 2 to 8"]),
         ("bits.weights=null", ["bits.weights", "bits.activations", "null"]),

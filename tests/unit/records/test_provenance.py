@@ -10,6 +10,7 @@ import pytest
 
 from qvlm.errors import UserError
 from qvlm.records import provenance
+from qvlm.records.environment import command_line
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +65,7 @@ def test_the_version_changes_with_the_code_that_counts(
 
 
 def test_every_data_file_beside_a_reached_module_counts(package: Path) -> None:
-    (source,) = package.rglob("native.c")  # the product that a CPU takes first
+    (source,) = package.rglob("native_rows.h")  # a product that a CPU takes first
     before = version(package)
     code = source.read_text()
     line = next(line for line in code.splitlines() if line.rstrip().endswith(";"))
@@ -187,3 +188,17 @@ def test_the_content_hash_sees_names_and_bytes(tmp_path: Path) -> None:
     assert provenance.content_hash(folder, (".safetensors",)) != second
     with pytest.raises(UserError, match="is not a folder"):
         provenance.content_hash(tmp_path / "nowhere", (".json",))
+
+
+@pytest.mark.parametrize(
+    ("started", "command"),
+    [
+        ("/home/someone/qvlm/run.py", "python run.py 'results_dir=a b'"),
+        ("/home/someone/qvlm/qvlm/__main__.py", "python -m qvlm 'results_dir=a b'"),
+    ],
+)
+def test_the_command_names_no_folder_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, started: str, command: str
+) -> None:
+    monkeypatch.setattr("sys.argv", [started, "results_dir=a b"])
+    assert command_line() == command

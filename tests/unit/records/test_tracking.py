@@ -204,7 +204,7 @@ def test_full_precision_has_no_bits(tmp_path: Path) -> None:
 
 
 def test_the_sweep_ends_with_its_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    record = make_record(tmp_path / "runs")
+    record = make_record(tmp_path / "runs", generated=True)
     command = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--tracking"]
     assert main([*command, "off"]) == 0
     folder = Path(record.config["tracking"]["dir"])

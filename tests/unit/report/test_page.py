@@ -60,12 +60,12 @@ def records(folder: Path) -> list[Record]:
         *(("RTN", "W4A4", 60), ("AWQ", "W4A4", 55), ("Q-VLM", "W4A4", 80)),
     ]
     return [
-        make_record(folder, bits="FP", accuracy=91, n=300),
+        make_record(folder, bits="FP", accuracy=91, n=300, generated=True),
         *(
-            make_record(folder, method, bits, accuracy=accuracy, n=300, seed=seed)
+            make_record(folder, method, bits, accuracy=accuracy, n=300, seed=seed, generated=True)
             for seed, (method, bits, accuracy) in enumerate(cells, 1)
         ),
-        make_record(folder, "QLoRA", layers=layers, n=300),
+        make_record(folder, "QLoRA", layers=layers, n=300, generated=True),
     ]
 
 

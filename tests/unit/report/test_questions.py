@@ -12,7 +12,7 @@ from qvlm.data.scienceqa import COLUMNS
 from qvlm.report import questions
 from qvlm.report.content import Content
 from qvlm.report.questions import asked, choose
-from tests.helpers.records import make_record
+from tests.helpers.records import make_predictions, make_record
 
 SECRET = "A text that may not be passed on"
 
@@ -21,6 +21,7 @@ SECRET = "A text that may not be passed on"
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     """What is loaded, instead of data sets: 60 rows, of which every other has an image."""
     calls: list[tuple[object, ...]] = []
+    frame = make_predictions(50, 60)
 
     def load(source: str, split: str, limit: int | None, seed: int) -> datasets.Dataset:
         calls.append((source, split, limit, seed))
@@ -31,7 +32,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
                 "question": SECRET,
                 "hint": "",
                 "choices": ["red", "green", "blue"],
-                "answer": row % 3,
+                "answer": frame["answer"][row],
+                "skill": frame["skill"][row],
             }
             for row in range(60)
         ]
@@ -86,9 +88,20 @@ def test_texts_of_other_data_stay_here(tmp_path: Path, loaded: list[tuple[object
     data = {"name": "scienceqa", "source": "/data", "split": "test", "seed": 0}
     record = make_record(tmp_path, n=60, data=data)
     (group,) = asked(Content.of([record]))
-    assert group.withheld
+    assert group.missing == questions.WITHHELD
     assert not group.questions
     assert loaded == []
     (private,) = asked(Content.of([record]), private=True)
-    assert not private.withheld
+    assert not private.missing
     assert private.questions[0].text == SECRET
+
+
+def test_a_data_set_that_changed_is_noticed(
+    tmp_path: Path, loaded: list[tuple[object, ...]]
+) -> None:
+    record = make_record(tmp_path, n=60)
+    assert asked(Content.of([record]))[0].questions
+    record.predictions.loc[30, "answer"] = (record.predictions["answer"][30] + 1) % 3
+    (group,) = asked(Content.of([record]))
+    assert group.missing == questions.CHANGED
+    assert not group.questions

@@ -1,87 +1,165 @@
 """Verdicts on the paper's claims follow from the records by rule."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from qvlm.errors import UserError
+from qvlm.evaluation.metrics import class_metrics
 from qvlm.records.record import Record
 from qvlm.tables import claims
-from qvlm.tables.labels import CDM
+from qvlm.tables.claims.components import Estimate
+from qvlm.tables.claims.design import MODELS, Assumptions, Design, least_detectable
+from qvlm.tables.claims.page import verdict
+from qvlm.tables.claims.plan import TRAINED, plan
+from qvlm.tables.labels import QVLM
 from tests.helpers.pages import cells
 from tests.helpers.records import make_record
 
-ACCURACY = {"RTN": 60.0, "Layer-wise": 60.0, "AWQ": 40.0, "QLoRA": 60.0, "Q-VLM": 80.0}
+QUESTIONS = 800
+Make = Callable[..., Record]
 
 
-@pytest.fixture
-def records(tmp_path: Path) -> list[Record]:
-    return [
-        make_record(tmp_path / "runs", method, "W4A4", accuracy=accuracy, n=2000)
-        for method, accuracy in ACCURACY.items()
-    ]
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Makes a record of the design from the share of right answers."""
+    runs = tmp_path_factory.mktemp("runs")
+    bases: dict[tuple[str, str], Record] = {}
+
+    def record(name: str, method: str, draw: int, share: float, bits: str = "W4A4") -> Record:
+        if (name, method) not in bases:
+            place = f"{name}-{method}"
+            bases[name, method] = make_record(
+                runs, method, bits, model=name, n=QUESTIONS, name=place
+            )
+        base = bases[name, method]
+        rng = np.random.default_rng([hash_of(name), hash_of(method), draw])
+        predictions = base.predictions.copy()
+        predictions["correct"] = rng.random(QUESTIONS) < share
+        calibration = {**base.config.get("calibration", {}), "seed": draw}
+        config = {**base.config, "group": "claims", "calibration": calibration}
+        metrics = {**base.metrics, "classes": class_metrics(predictions)}
+        return replace(base, predictions=predictions, config=config, metrics=metrics)
+
+    return record
 
 
-def row(text: str, start: str, bits: str = "W4A4") -> list[str]:
-    found = [cells(line) for line in text.splitlines() if cells(line)[0].startswith(start)]
-    return next(cells for cells in found if cells[1] == bits)
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode()[:7], "big")
 
 
-def test_a_verdict_is_where_the_interval_lies(records: list[Record]) -> None:
-    text = claims.claims_table(records)
-    assert row(text, "Q-VLM beats AWQ")[-1] == "holds"
-    assert row(text, "Q-VLM beats AWQ")[3].startswith("+4")
-    assert row(text, "QLoRA beats AWQ")[-1] == "holds"
-    assert row(text, "Layer-wise search helps")[-1] == "no difference seen"
-    assert row(text, "CDM helps")[-1] == "not measured"
-    assert row(text, "Q-VLM beats QLoRA", "W6A6")[3] == "not measured"
+def row(text: str, start: str, model: str = "mini_llava", bits: str = "W4A4") -> dict[str, str]:
+    lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    (found,) = (
+        line
+        for line in lines
+        if line[0].startswith(start) and line[1:3] == [bits, model] and len(line) == len(lines[0])
+    )
+    return dict(zip(lines[0], found, strict=True))
+
+
+def table_of(text: str) -> str:
+    return text.partition("## Where the uncertainty")[0]
 
 
 @pytest.mark.parametrize(
-    ("signs", "words"),
+    ("low", "high", "paper", "words"),
     [
-        ([1, 1], "holds"),
-        ([1, 0], "holds on 1 of 2"),
-        ([-1, -1], "the opposite"),
-        ([0, -1], "the opposite on 1 of 2"),
-        ([1, -1], "depends on the model"),
-        ([0, 0], "no difference seen"),
-        ([1], "not measured"),
+        (0.2, 3.0, 2.0, "holds"),
+        (0.2, 3.0, None, "holds"),
+        (-3.0, -0.1, 2.0, "refuted: the opposite"),
+        (-3.0, -0.1, None, "refuted: the opposite"),
+        (-0.5, 0.9, 2.0, "refuted: under half of the paper's"),
+        (0.2, 0.9, 2.0, "refuted: ahead, but under half of the paper's"),
+        (-0.5, 0.9, None, "undecided, smaller than 0.9"),
+        (-1.5, 1.1, 2.0, "undecided, smaller than 1.5"),
     ],
 )
-def test_the_rule(signs: list[int], words: str) -> None:
-    assert claims.verdict(signs, 2) == words
+def test_a_verdict_is_where_the_interval_lies(
+    low: float, high: float, paper: float | None, words: str
+) -> None:
+    assert verdict(Estimate((low + high) / 2, low, high, 9.0, {}), paper) == words
 
 
-def test_draws_are_compared_within_a_draw(tmp_path: Path) -> None:
-    drawn = []
-    for seed, (rtn, cdm) in enumerate([(50.0, 55.0), (60.0, 62.0)]):
-        for method, accuracy in (("RTN", rtn), (CDM, cdm)):
-            name = f"{seed}-{len(drawn)}"
-            record = make_record(tmp_path, method, "W4A4", accuracy=accuracy, n=2000, name=name)
-            config = {**record.config, "group": "draws", "calibration": {"seed": seed}}
-            drawn.append(replace(record, config=config))
-    assert all(claims.is_draw(record) for record in drawn)
-    assert len(claims.newest([*drawn, *drawn])) == 4
-    text = claims.draws_table(drawn)
-    found = [cells(line) for line in text.splitlines()]
-    a, b, c, d = (record.metrics["classes"]["Avg"]["accuracy"] for record in drawn)
-    assert found[2][1:] == ["RTN", "2", claims.mean_and_deviation([a, c]), "", ""]
-    over = [b - a, d - c]
-    each = f"{over[0]:+.1f}, {over[1]:+.1f}"
-    assert found[3][1:] == [
-        CDM,
-        "2",
-        claims.mean_and_deviation([b, d]),
-        each,
-        claims.mean_and_deviation(over, "+"),
+def test_the_page_compares_methods_over_trainings_and_draws(make: Make) -> None:
+    names = ["mini_llava", "mini_llava-seed1", "mini_llava-seed2"]
+    shares = {QVLM: 0.9, "AWQ": 0.4, "RTN": 0.9, "QLoRA": 0.95}
+    records = [
+        make(name, method, draw, share)
+        for name in names
+        for draw in range(4)
+        for method, share in shares.items()
     ]
-    assert "Over draws" in claims.page(drawn, "make claims")
+    text = claims.page(records, "make claims")
+    table = table_of(text)
+    ahead = row(table, "Q-VLM beats AWQ")
+    own = {
+        (r.model, r.config["calibration"]["seed"]): 100 * r.predictions["correct"].mean()
+        for r in records
+        if r.method == QVLM
+    }
+    other = {
+        (r.model, r.config["calibration"]["seed"]): 100 * r.predictions["correct"].mean()
+        for r in records
+        if r.method == "AWQ"
+    }
+    expected = np.mean([own[key] - other[key] for key in own])
+    assert float(ahead["difference"]) == pytest.approx(expected, abs=0.006)
+    assert ahead["verdict"] == "holds"
+    assert row(table, "Q-VLM beats QLoRA")["verdict"] == "refuted: the opposite"
+    assert row(table, "Q-VLM helps at all")["verdict"].startswith("undecided, smaller than")
+    assert row(table, "CDM helps")["verdict"] == "not measured"
+    assert row(table, "Q-VLM beats AWQ", "mini_moe_llava")["difference"] == "not measured"
+    assert "mini_llava: 800 questions of 20000, 4 draws of 5, 3 trainings of 3." in text
+    assert "cover questions, draws and trainings" in text
+    assert "mini_moe_llava: not measured." in text
+    assert " 3 x 4 |" in text
 
 
-def test_a_spread_is_of_draws() -> None:
-    assert claims.mean_and_deviation([55.0, 62.0]) == "58.50 +- 4.95"
-    assert claims.mean_and_deviation([2.0], "+") == "+2.00"
+def test_missing_trainings_and_draws_are_said(make: Make) -> None:
+    records = [make("mini_llava", method, 0, 0.8) for method in (QVLM, "AWQ")]
+    text = claims.page(records, "make claims")
+    assert "1 draws of 5, 1 trainings of 3" in text
+    assert "say nothing about other trainings or other draws" in text
+    errors = [line for line in text.splitlines() if " 1 x 1 |" in line]
+    assert errors
+    assert all(cells(line)[4:6] == ["not measured"] * 2 for line in errors)
+
+
+def test_what_is_not_complete_in_every_training_is_not_analyzed(make: Make) -> None:
+    """Two trainings with two draws are more than one training with three."""
+    records = [make("mini_llava", m, draw, 0.8) for m in (QVLM, "AWQ") for draw in range(3)]
+    records += [make("mini_llava-seed1", m, d, 0.8) for m in (QVLM, "AWQ") for d in range(2)]
+    records += [make("mini_llava-seed1", QVLM, 2, 0.8)]
+    assert " 2 x 2 |" in claims.page(records, "make claims")
+
+
+def test_a_method_without_calibration_answers_alike_in_every_draw(make: Make) -> None:
+    records = [make("mini_llava", QVLM, draw, 0.8) for draw in range(3)]
+    records.append(make("mini_llava", "ZeroQuant-V2, per token", 0, 0.5))
+    text = claims.page(records, "make claims")
+    assert row(table_of(text), "Q-VLM beats per-token")["verdict"] == "holds"
+    assert " 1 x 3 |" in text
+
+
+def test_a_record_without_proof_is_refused_and_named(make: Make) -> None:
+    records = [make("mini_llava", method, 0, 0.8) for method in (QVLM, "AWQ")]
+    layers = [{**layer, "weight_levels": 300} for layer in records[0].layers]
+    records[0] = replace(records[0], layers=layers)
+    text = claims.page(records, "make claims")
+    assert row(table_of(text), "Q-VLM beats AWQ")["verdict"] == "not measured"
+    assert f"`{records[0].name}`: " in text
+    assert "300 weight values per scale" in text
+
+
+def test_records_of_other_pages_are_not_analyzed(make: Make) -> None:
+    records = [make("mini_llava", method, 0, 0.8) for method in (QVLM, "AWQ")]
+    others = [replace(r, config={**r.config, "group": "table2"}) for r in records]
+    assert claims.concerned(others) == []
+    assert claims.concerned([*records, *others]) == records
 
 
 def test_no_records_are_the_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,15 +168,14 @@ def test_no_records_are_the_users_error(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_command_writes_the_page_and_names_itself(
-    records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs, out = records[0].path.parent, tmp_path / "out"
-    assert claims.main(["--runs", str(runs), "--out", str(out)]) == 0
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    make_record(runs)
+    assert claims.main(["--runs", str(runs), "--out", str(out), "--command", "make claims"]) == 0
     text = (out / "claims.md").read_text()
     assert capsys.readouterr().out == text
-    assert f"`python -m qvlm.tables.claims --runs {runs} --out {out}`" in text
-    assert claims.main(["--runs", str(runs), "--out", str(out), "--command", "make claims"]) == 0
-    assert "Command: `make claims`" in (out / "claims.md").read_text()
+    assert "Command: `make claims`" in text
 
 
 def test_what_the_paper_says_is_read_from_its_tables() -> None:
@@ -106,3 +183,78 @@ def test_what_the_paper_says_is_read_from_its_tables() -> None:
     # 89.70 - 88.87, 80.78 - 78.64, 89.70 - 87.57, ... by hand from the paper.
     expected = [0.83, 2.14, 2.13, 2.87, 0.73, 1.13, 0.82, 0.69, 1.71, None, None]
     assert printed == expected
+
+
+def test_the_least_detectable_effect_of_one_cell_is_that_of_a_paired_test() -> None:
+    """z of 97.5 % and of 80 % over the error of a mean of -100, 0 and 100."""
+    found = least_detectable(Design(4000, 1, 1), Assumptions(0.1, 0.5, 0.5), 1)
+    assert found == pytest.approx((1.96 + 0.8416) * 100 * (0.1 / 4000) ** 0.5, rel=1e-3)
+
+
+def test_more_of_anything_makes_a_smaller_effect_visible() -> None:
+    assumed = Assumptions(0.1, 0.5, 0.5)
+    base = least_detectable(Design(4000, 3, 3), assumed)
+    for more in (Design(8000, 3, 3), Design(4000, 5, 3), Design(4000, 3, 5)):
+        assert least_detectable(more, assumed) < base
+    assert least_detectable(Design(4000, 3, 3), Assumptions(0.1, 1.0, 0.5)) > base
+    assert least_detectable(Design(4000, 3, 3), assumed, 1) < base
+    # Without other trainings nothing is said about them, so nothing is added for them.
+    assert least_detectable(Design(4000, 3, 1), Assumptions(0.1, 9.0, 0.5)) < 3
+
+
+def finished(folder: Path, name: str) -> Path:
+    path = folder / name
+    path.mkdir(parents=True)
+    (path / TRAINED).write_text("model: mini_llava\n")
+    return path
+
+
+def test_the_plan_runs_draw_by_draw_over_the_trainings_that_are_finished(tmp_path: Path) -> None:
+    path = finished(tmp_path, "mini_llava-seed10")
+    (tmp_path / "mini_llava-seed2").mkdir()  # not finished
+    made = plan(["questions=500", "draws=2", f"trainings={tmp_path}", "threads=1"])
+    assert made.others == ["threads=1"]
+    assert not made.estimate
+    draws = [word for sweep in made.sweeps for word in sweep if "calibration.seed" in word]
+    assert draws == sorted(draws)
+    assert all("evaluation.limit=500" in sweep for sweep in made.sweeps)
+    sister = [sweep for sweep in made.sweeps if "model.name=mini_llava-seed10" in sweep]
+    assert all(f"model.path={path}" in sweep for sweep in sister)
+    assert len(sister) == 5  # full precision, and two bit widths in each of two draws
+    per_token = [sweep for sweep in made.sweeps if any("zeroquant" in word for word in sweep)]
+    assert all("calibration.seed=0" in sweep for sweep in per_token)
+    counted = sum(
+        len(word.removeprefix("method=").split(","))
+        for sweep in made.sweeps
+        for word in sweep
+        if word.startswith("method=")
+    )
+    assert counted == Design(500, 2, 2).cells + Design(500, 2, 1).cells
+    assert "2 of 3 trainings are missing" in made.announcement
+
+
+def test_the_announcement_comes_before_anything_runs(tmp_path: Path) -> None:
+    for model in MODELS:
+        for seed in (1, 2):
+            finished(tmp_path, f"{model}-seed{seed}")
+    made = plan([f"trainings={tmp_path}", "estimate=true"])
+    assert made.estimate
+    assert "20000 questions x 5 calibration draws x 3 trainings of 2 models: 342 cells" in (
+        made.announcement
+    )
+    assert "are missing" not in made.announcement
+    assert made.announcement.count("points on") == 4
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("questions=many", "questions=many is not a whole number"),
+        ("questions=30000", "questions=30000 is not"),
+        ("draws=0", "draws=0 is not"),
+        ("estimate=yes", "estimate=yes is not one of: true, false"),
+    ],
+)
+def test_a_design_that_cannot_be_is_the_users_error(word: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan([word])

@@ -16,6 +16,7 @@ from qvlm.tables.table4_scale import measure
 from qvlm.tables.table4_scale.__main__ import main
 from qvlm.tables.table4_scale.clock import Clock, QuestionTimes, ask
 from qvlm.tables.table4_scale.measure import Row
+from qvlm.tables.table4_scale.mixture import Mixture, ask_both
 from qvlm.tables.table4_scale.models import OURS, PEER, changer, place, shapes_of, shortened
 from qvlm.tables.table4_scale.page import targets
 from qvlm.tables.table4_scale.search import estimate_search
@@ -36,6 +37,21 @@ def test_a_placed_model_weighs_what_is_predicted(model: str, variant: Variant) -
     assert bool(packed_layers(placed)) == (variant != FULL)
     times = ask(Clock(placed, shapes_of(built), whole=True), 44, 2)
     assert times.question > times.prefill > 0
+
+
+def test_an_average_question_weighs_both_kinds() -> None:
+    with_image = QuestionTimes(vision=1.0, prefill=10.0, token=0.1)
+    mixed = Mixture(with_image, QuestionTimes(vision=0.0, prefill=2.0, token=0.05))
+    assert mixed.question == pytest.approx(0.48 * (11 + 20.5) + 0.52 * (2 + 10.25))
+
+
+def test_a_question_without_an_image_does_not_look() -> None:
+    built = architecture("mini_llava")
+    placed = place(built, changer("mini_llava", FULL), "cpu")
+    clock = Clock(placed, shapes_of(built), whole=True)
+    assert ask(clock, 20, 2, image=False).vision == 0
+    both = ask_both(clock, 36, 2)
+    assert both.with_image.vision > 0 == both.without_image.vision
 
 
 def test_layers_that_did_not_run_count() -> None:
@@ -82,6 +98,14 @@ def test_the_files(
     page = capsys.readouterr().out
     assert page == (tmp_path / "table4_scale.md").read_text()
     assert "on a GPU: not measured" in page
+    assert "48 % with an\nimage, and answers of 205 tokens" in page
+    table = page[page.index("faster than bf16 | paper h") :]
+    lines = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
+    *_, seconds, hours, ratio, _, _ = next(
+        line for line in lines if line[1:3] == ["mini_llava", "FP"]
+    )
+    assert float(seconds) > 0 and ratio == "1.00 (1.00 to 1.00)"
+    assert float(hours) == pytest.approx(float(seconds) * 4241 / 3600, abs=0.02)
     assert "qvlm.tables.table4_scale --models mini_llava --repeats 1 --layers 2" in page
 
 

@@ -2,25 +2,56 @@
 
 import re
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from qvlm.config.schema import influences
 from qvlm.errors import RunError
 from qvlm.records.record import Record
 from qvlm.tables import claims, table1, table2, table5
-from qvlm.tables.answers import folder_of
+from qvlm.tables.answers import FACTS, folder_of, read_answers, write_answers
+from qvlm.tables.command import keep_answers, write_files
 from qvlm.tables.differences import Difference, differences
 from qvlm.tables.labels import CDM, ERROR_PROXY, VEO
 from qvlm.tables.rerun import compare, configuration
+from qvlm.tables.table4.facts import Alone, Facts, RepeatTimes, Timed
+from qvlm.tables.table4.page import texts_of
 from qvlm.tables.verify import PAGES, check, main
+from tests.helpers.configs import load
 from tests.helpers.records import make_layers, make_record
 
 ACCURACY = {"RTN": 60.0, "AWQ": 55.0, "QLoRA": 62.0, "Layer-wise": 64.0, "Q-VLM": 70.0}
 ACCURACY |= {CDM: 66.0, VEO: 65.0, ERROR_PROXY: 63.0}
+(TABLE2,) = (page for page in PAGES if page.name == "table2")
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module for module in (table1, table2, table5, claims)
 }
+
+TABLE4 = ("table4.md", "table4.csv")
+
+
+def _make_table4(runs: Path, results: Path) -> None:
+    """Writes Table 4 as its command does, of times that nobody measured."""
+    names = [f"mini_llava-{cell}-00000000" for cell in ("fp-fp", "awq-w4a4", "q-vlm-w4a4")]
+    records = {name: Record.load(runs / name) for name in names}
+    others = [{}, {"simulated": names[2]}, {"simulated": names[2]}]
+    models = [
+        Timed(
+            name,
+            other,
+            [RepeatTimes(0.1 * k, 0.25, 1.5 / index, 7 + k) for k in (1, 2, 3)],
+            Alone(5e8, 6.5e8 / index, 3_000_000 // index, {"native": 40 * index}),
+        )
+        for index, (name, other) in enumerate(zip(names, others, strict=True), 1)
+    ]
+    hardware = {"cpu": "Some CPU", "memory_gib": 16.0, "gpu": None}
+    versions = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0"}
+    facts = Facts(16, 3, "cpu", 2, hardware, versions, "0123", [models])
+    texts = texts_of(facts, records, "make table4")
+    write_files({results / name: text for name, text in texts.items()})
+    keep_answers(results, "table4", list(records.values()), asdict(facts))
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +63,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_record(runs, bits="FP", model=model, accuracy=90.0, generated=True, n=200)
     for seed, (method, accuracy) in enumerate(ACCURACY.items()):
         make_record(runs, method, accuracy=accuracy, seed=seed, generated=True, n=200)
+    for draw, method in ((0, "FP"), (0, "AWQ"), (1, "AWQ"), (0, "Q-VLM"), (1, "Q-VLM")):
+        bits, seed = ("FP", 90) if method == "FP" else ("W4A4", draw + 2 * (method == "AWQ"))
+        calibration = {"split": "train", "samples": 3, "seed": draw}
+        planted = dict(name=f"claims-{method}-{draw}", group="claims", calibration=calibration)
+        make_record(runs, method, bits, seed=seed, n=200, generated=True, **planted)
+    _make_table4(runs, results)
     make_record(runs, "AWQ", name="older", finished="2025", generated=True, n=200)
     make_record(runs, "ZeroQuant", layers=[], generated=True, n=200)
     for name, module in COMMANDS.items():
@@ -52,7 +89,7 @@ def test_every_page_follows_from_its_answers(
     assert main(["--results", str(made)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for name in COMMANDS:
+    for name in (*COMMANDS, "table4"):
         assert f"{name}: every value follows from its answers" in out
         assert (made / f"{name}.md").is_file()
     assert "older" in (made / "table2.md").read_text()
@@ -71,7 +108,8 @@ def digits(name: str, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "name", ["table1.md", "table1.csv", "table2.md", "table2.csv", "table5.md", "claims.md"]
+    "name",
+    ["table1.md", "table1.csv", "table2.md", "table2.csv", "table5.md", "claims.md", *TABLE4],
 )
 def test_one_changed_digit_is_found(made: Path, name: str) -> None:
     text = (made / name).read_text()
@@ -109,24 +147,38 @@ def test_a_difference_names_page_row_column_and_both_values(
 
 def test_a_page_without_answers_is_not_taken_on_trust(results: Path) -> None:
     shutil.rmtree(folder_of(results, "table2"))
-    (found,) = check(PAGES[1], results)
+    (found,) = check(TABLE2, results)
     assert "no answers are committed" in found.computed
     (results / "table2.md").unlink()
-    assert check(PAGES[1], results) == []
+    assert check(TABLE2, results) == []
+
+
+def test_facts_that_no_page_wrote_are_refused(results: Path) -> None:
+    (page,) = (page for page in PAGES if page.name == "table4")
+    file = folder_of(results, "table4") / FACTS
+    text = file.read_text()
+    for a, b in (("1.5", "2.5"), ("40", "41"), ("Some CPU", "Another")):
+        assert a in text
+        file.write_text(text.replace(a, b, 1))
+        assert check(page, results), a
+    for a, b in (('"device"', '"devise"'), ("fp-fp", "fp-none"), ("1.5", '"x"')):
+        file.write_text(text.replace(a, b, 1))
+        with pytest.raises(RunError, match="make the page anew"):
+            check(page, results)
 
 
 def test_an_answer_that_was_changed_changes_the_page(results: Path) -> None:
     folder = folder_of(results, "table2")
     one, other = (folder / f"mini_llava-{m}-w4a4-00000000.json.gz" for m in ("awq", "qlora"))
     one.write_bytes(other.read_bytes())
-    assert check(PAGES[1], results)
+    assert check(TABLE2, results)
 
 
 def test_a_page_of_another_wording_is_written_anew(results: Path) -> None:
     file = results / "table2.md"
     text = file.read_text()
     file.write_text(text.replace("accuracy in percent", "accuracy"))
-    assert check(PAGES[1], results)
+    assert check(TABLE2, results)
     assert main(["--results", str(results), "--write"]) == 0
     assert file.read_text() == text
 
@@ -180,3 +232,17 @@ def test_only_methods_of_this_package_are_run_anew(runs: Path) -> None:
     record: Record = make_record(runs, "RTN", generated=True)
     with pytest.raises(RunError, match=r"methods\.RTN is not a method of this package"):
         configuration(record, "results")
+
+
+def test_the_configuration_of_a_cell_is_kept(runs: Path, tmp_path: Path) -> None:
+    config = load("method=rtn", "evaluation.limit=60", "device=cpu", f"results_dir={tmp_path}")
+    planted = make_record(runs, "RTN", generated=True)
+    planted = replace(planted, config={**asdict(config), "seed": 0})
+    write_answers(tmp_path / "answers", [planted])
+    (committed,) = read_answers(tmp_path / "answers")
+    again = configuration(committed, "elsewhere")
+    assert again.results_dir == "elsewhere"
+    assert influences(again) == influences(config)
+    del committed.config["model"]["path"]
+    with pytest.raises(RunError, match="its checkpoint is not known here"):
+        configuration(committed, "elsewhere")

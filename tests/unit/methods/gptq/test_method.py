@@ -1,7 +1,7 @@
 """GPTQ as a method: the order of the data, tokens of experts, and what the report names."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -194,3 +194,16 @@ def test_twice_gives_the_same_codes() -> None:
 def test_a_wrong_option_is_refused_by_name(options: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
         GPTQ(**options)
+
+
+def test_first_positions_that_stay_in_float_are_not_calibrated_on() -> None:
+    quantization = replace(config(), first_token="float")
+    walk = Walk(toy_llava(), [toy_batch(rows=3, words=7, image=False)], quantization)
+    block = next(block for block in walk.blocks() if block.kind == "language")
+    names = ["self_attn.q_proj", "mlp.down_proj"]
+    number = torch.arange(21, dtype=torch.float64)
+    found, plain = collect(block, names, 100, [number]), block.linear_inputs()
+    for name in names:
+        assert torch.equal(found[name].tokens, plain[name])
+        assert found[name].weights is not None
+        assert found[name].weights.tolist() == [n for n in range(21) if n % 7]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qvlm.cell import inputs
 from qvlm.errors import UserError
 from qvlm.methods.rotation.method import QuaRot
 from qvlm.methods.rtn import RTN
@@ -13,10 +14,11 @@ from qvlm.models import Llava
 from qvlm.packing.checkpoint import load_packed, save_packed
 from qvlm.packing.model import pack_model, packed_layers
 from qvlm.packing.verification import measure_packed_bits
-from qvlm.quantization.calibration import Walk
+from qvlm.quantization.calibration import Walk, batch_by_length
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 from qvlm.quantization.verification import check_bits, expected_layers, measure_bits
+from tests.helpers.configs import load
 from tests.helpers.standins import tiny
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
@@ -128,6 +130,26 @@ def test_a_packed_model_is_saved_and_loaded(family: str, tmp_path: Path) -> None
     assert {n for n, layer in packed_layers(loaded).items() if layer.form.hadamard} == {
         name for name in expected if name.endswith(("down_proj", "fc2")) and "layers" in name
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mini_llava", "mini_moe_llava"])
+@torch.no_grad()
+def test_a_packed_miniature_says_what_the_simulated_one_says(model: str) -> None:
+    """Miniatures are in float64, where packed and simulated products have the same sums."""
+    settings = load(f"model={model}", "calibration.samples=4", "evaluation.limit=6")
+    loaded = inputs.load(settings, "cpu")
+    samples, _ = inputs.draw_calibration(settings)
+    batches = batch_by_length(loaded, samples, 4)
+    QuaRot("nearest").quantize(Walk(loaded.model, batches, inputs.quantization_config(settings)))
+    problems = inputs.load_problems(settings)
+    proof = [loaded.encode([problem], with_target=True) for problem in problems]
+    simulated = [logits(loaded.model, batch) for batch in proof]
+    pack_model(loaded.model)
+    for batch, expected in zip(proof, simulated, strict=True):
+        packed = logits(loaded.model, batch)
+        assert torch.equal(packed.argmax(-1), expected.argmax(-1))
+        assert float((packed - expected).abs().max()) < 1e-9 * float(expected.abs().max())
 
 
 def test_signs_follow_the_seed() -> None:

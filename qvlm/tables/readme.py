@@ -1,0 +1,87 @@
+"""The part of README.md that shows Table 2: a pure function of `table2.csv`.
+
+It stands between two comments of Markdown. `python -m qvlm verify --write` writes it anew.
+"""
+
+import io
+
+import pandas as pd
+
+from qvlm.bits import BitWidths
+from qvlm.markdown import bullets, table
+from qvlm.tables.labels import BASELINE, FP, bits_order
+from qvlm.tables.report import signed
+
+_SHOWN = ["model", "bits", "method", "accuracy"]
+
+BEGIN, END = "<!-- from results/table2.csv -->", "<!-- to here -->"
+
+
+def with_block(readme: str, csv: str) -> str | None:
+    """Returns the text of README.md with its part on Table 2 made anew.
+
+    Args:
+        readme: Text of README.md.
+        csv: Text of `table2.csv`.
+
+    Returns:
+        The text, or None if it has no such part.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{block(csv)}\n\n{END}{after}" if begin and end else None
+
+
+def block(csv: str) -> str:
+    """Returns the table of averages, their uncertainty, and what each method gives back.
+
+    Args:
+        csv: Text of `table2.csv`.
+    """
+    frame = pd.read_csv(io.StringIO(csv)).query("`class` == 'Avg'")
+    quantized = frame[frame["bits"] != FP]
+    columns: dict[tuple[str, str], dict[str, float]] = {}
+    for model, bits, method, accuracy in quantized[_SHOWN].itertuples(index=False):
+        columns.setdefault((model, bits), {})[method] = accuracy
+    full: dict[str, float] = dict(frame[frame["bits"] == FP][["model", "accuracy"]].to_numpy())
+    rows = [["full precision"]]
+    shown: set[str] = set()
+    for model, _ in columns:
+        rows[0].append("" if model in shown or model not in full else f"{full[model]:.2f}")
+        shown.add(model)
+    for method in dict.fromkeys(quantized["method"]):
+        values = [own.get(method) for own in columns.values()]
+        rows.append([method, *("" if value is None else f"{value:.2f}" for value in values)])
+    sides = (frame["accuracy"] - frame["ci_low"], frame["ci_high"] - frame["accuracy"])
+    widest = max(side.max() for side in sides)
+    sentence = (
+        f"Each value has a 95 % interval of at most {widest:.1f} points to either side. Unparsable "
+        f"answers count as\nwrong and are at most {frame['unparsable'].max():.2f} %."
+    )
+    header = ["method", *(f"{model} {bits}" for model, bits in columns)]
+    given = _given_back(columns, full)
+    return "\n\n".join([table(header, rows), sentence, *([bullets(given)] if given else [])])
+
+
+def _given_back(
+    columns: dict[tuple[str, str], dict[str, float]], full: dict[str, float]
+) -> list[str]:
+    """Returns a sentence per model: what each method gives back at the narrowest bit widths."""
+    found = []
+    for model in dict.fromkeys(model for model, _ in columns):
+        bits = max((bits for other, bits in columns if other == model), key=_narrowness)
+        own = dict(columns[model, bits])
+        if BASELINE not in own or model not in full:
+            continue
+        base = own.pop(BASELINE)
+        parts = [f"{method} {signed(value - base, 1)}" for method, value in own.items()]
+        found.append(
+            f"{model}, {bits}: rounding to nearest loses {full[model] - base:.1f} points. Over "
+            f"that,\n  {', '.join(parts)}."
+        )
+    return found
+
+
+def _narrowness(bits: str) -> tuple[int, int]:
+    weights, activations = bits.removeprefix("W").split("A")
+    return bits_order(BitWidths(int(weights), int(activations)))
