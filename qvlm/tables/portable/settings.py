@@ -61,7 +61,9 @@ def outcomes(
         RunError: If the process fails.
     """
     job = Job([list(cell) for cell in cells], setting.threads, packed)
-    threads = {"OMP_NUM_THREADS": str(setting.threads), "MKL_NUM_THREADS": str(setting.threads)}
+    count = str(setting.threads)
+    # Threads that wait sleep: spinning, they would take the cores from those that compute.
+    threads = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "PASSIVE"}
     process = subprocess.Popen(
         [sys.executable, "-m", "qvlm.tables.portable.worker"],
         stdin=subprocess.PIPE,
