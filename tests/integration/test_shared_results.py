@@ -107,7 +107,7 @@ def shared(tmp_path: Path) -> Shared:
 
 
 def test_sweeps_share_their_cells_and_take_over_those_of_a_killed_one(shared: Shared) -> None:
-    sweep = ["-m", "method=fp,rtn", "bits=w4a4,w6a6"]
+    sweep = ["-m", "launcher=here", "method=fp,rtn", "bits=w4a4,w6a6"]
     killed = shared.start("killed", *sweep)
     others = {name: shared.start(name, *sweep) for name in ("second", "third")}
     orphan = shared.stop_within(killed)
@@ -145,7 +145,8 @@ def test_a_single_cell_is_waited_for(shared: Shared) -> None:
         process.join(LONGEST)
         assert process.exitcode == 0
     assert shared.written("first", "second") == {name: 1}
-    held, reused = (shared.folder / "second").read_text().splitlines()
+    held, reused, *summary = (shared.folder / "second").read_text().splitlines()
     assert held.startswith(f"{name} is being computed by process {first.pid} on ")
     assert held.endswith("; waiting for it")
     assert reused == f"reused results/runs/{name}"
+    assert any("Avg" in line for line in summary)
