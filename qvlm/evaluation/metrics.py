@@ -28,9 +28,14 @@ def _subject(name: str) -> Callable[[pd.DataFrame], pd.Series]:
 
 def _grades(low: int, high: int) -> Callable[[pd.DataFrame], pd.Series]:
     """A grade that is not "grade" and a number belongs to no class."""
-    return lambda frame: pd.to_numeric(
-        frame["grade"].str.extract(r"^grade([0-9]+)$", expand=False)
-    ).between(low, high)
+
+    def members(frame: pd.DataFrame) -> pd.Series:
+        numbers = frame["grade"].str.extract(r"^grade([0-9]+)$", expand=False)
+        # As float64, in which a missing number is NaN and outside. In pandas' own integers, which
+        # strings of type "string" become, its membership would be missing.
+        return pd.to_numeric(numbers).astype("float64").between(low, high)
+
+    return members
 
 
 # The paper's columns. TXT and IMG overlap. Subjects and grades each partition the questions.

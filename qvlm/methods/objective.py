@@ -45,7 +45,8 @@ def output_error(
         if normalize:
             errors = errors / wanted.square().sum(-1).clamp_min(1e-20)
         total += float(errors.sum(dtype=torch.float64))
-        if total / count > bound:
+        # Settled, as the bound is: an error as large as the bound must not be above it.
+        if settled(total / count) > bound:
             return inf
     return settled(total / count)
 

@@ -8,9 +8,10 @@ Double quantization stores the absmax values, less their mean, as 8-bit codes in
 of these blocks has a nested absmax in float32. The absmax then costs 0.127 bits per weight instead
 of 0.5.
 
-At 4 bits every result equals, bit for bit, what bitsandbytes 0.50 computes on a CPU, so that the
-baseline is the one that people know. Comments mark the quirks of bitsandbytes that this takes. The
-other widths are the same construction with 2^b levels.
+At 4 bits every result equals, bit for bit, what bitsandbytes 0.50 computes on a CPU once the mean
+of the absmax values is the same (see `mean_absmax`), so that the baseline is the one that people
+know. Comments mark the quirks of bitsandbytes that this takes. The other widths are the same
+construction with 2^b levels.
 
 Not here: packing two codes into a byte, and the slightly different rounding of the CUDA kernels.
 """

@@ -13,9 +13,11 @@ from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.ranges import activation_quantizer, weight_quantizer
-from qvlm.quantization.spec import QuantizationConfig, QuantSpec
+from qvlm.quantization.spec import ACTIVATION_GRANULARITIES, QuantizationConfig, QuantSpec
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
+# Granularities of inputs that can be packed: all but ranges of a prompt, which no kernel makes.
+INPUTS = tuple(name for name in ACTIVATION_GRANULARITIES if name != "per_channel_prompt")
 WEIGHTS = ("per_tensor", "per_channel", "per_group", "normal_float")
 
 

@@ -13,9 +13,14 @@ pytestmark = pytest.mark.skipif(
     not (FOLDER / "config.json").is_file(),
     reason="SmolLM2 is not converted; `make real` does it",
 )
+# Of questions whose every greedy token leads by half a logit or more, so that other roundings
+# answer them as well. With "What is the capital of Italy?" "Il" leads "The" by 0.1, and a wrong
+# answer follows: these weights have been rounded to 4 bits.
 QUESTIONS = {
-    "What is the capital of France?": "The capital of France is Paris.",
-    "What is the capital of Italy?": "The capital of Italy is Rome.",
+    "What is the capital of Japan?": "The capital of Japan is Tokyo.",
+    "What is the capital of Russia?": "The capital of Russia is Moscow.",
+    "Name the capital city of Italy.": "The capital city of Italy is Rome.",
+    "What is the capital of Germany?": "The capital of Germany is Berlin.",
 }
 
 

@@ -127,9 +127,15 @@ def test_vocabulary_holds_every_word() -> None:
                 assert set(miniature.words(text)) <= known
 
 
-def test_exhausted_skill_is_an_error() -> None:
-    with pytest.raises(ValueError, match="different problems of skill"):
-        miniature.generate("validation", 60_000)
+def test_exhausted_skill_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two skills that draw no image: one with few different problems, one with many.
+    few, many = "Physical and chemical change", "Synonyms and antonyms"
+    monkeypatch.setattr(miniature, "SKILLS", {name: miniature.SKILLS[name] for name in (few, many)})
+    assert len(miniature.generate("validation", 100)) == 100
+    with pytest.raises(
+        ValueError, match=f"validation has too few different problems of skill '{few}'"
+    ):
+        miniature.generate("validation", 400)
 
 
 def test_unknown_split_is_an_error() -> None:

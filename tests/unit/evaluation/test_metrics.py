@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from qvlm.evaluation import (
+    CLASSES,
     class_metrics,
     holm,
     mcnemar,
@@ -64,6 +65,15 @@ def belongs(row: dict[str, Any], name: str) -> bool:
         "G7-12": grade >= 7,
         "Avg": True,
     }[name]
+
+
+@pytest.mark.parametrize("dtype", ["object", "str", "string"])
+def test_members_of_a_class_are_plain_booleans_whatever_the_strings(dtype: str) -> None:
+    frame = make_frame(make_rows(3)).assign(grade=pd.Series(["grade6", "", "grade12"], dtype=dtype))
+    members = {name: of(frame) for name, of in CLASSES.items()}
+    assert all(mask.dtype == bool for mask in members.values())
+    assert members["G1-6"].tolist() == [True, False, False]
+    assert members["G7-12"].tolist() == [False, False, True]
 
 
 def test_every_class_counts_its_own_questions() -> None:

@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
 from qvlm.errors import UserError
@@ -16,6 +15,7 @@ from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 from qvlm.quantization.verification import check_bits, expected_layers, measure_bits
+from tests.helpers.nf4 import reference
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
 pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
@@ -49,10 +49,9 @@ def test_every_weight_is_the_nf4_of_bitsandbytes() -> None:
     assert sorted(found) == sorted(expected_layers(model, vision_tower=True))
     for name, layer in found.items():
         weight = model.get_submodule(name).weight.detach()
-        packed, state = bnb.quantize_4bit(
-            weight.flatten(), quant_type="nf4", compress_statistics=True
-        )
-        expected = bnb.dequantize_4bit(packed, state).view(weight.shape)
+        assert weight.dtype == layer.weight.dtype == torch.float32
+        codes, expected = reference(weight)
+        assert torch.equal(layer.weight_codes(), codes), name
         assert torch.equal(layer.weight, expected), name
 
 

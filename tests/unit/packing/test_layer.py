@@ -18,7 +18,7 @@ from qvlm.packing.layer import PackedLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import TokenQuantizer
 from qvlm.quantization.spec import ACTIVATION_GRANULARITIES
-from tests.helpers.layers import WEIGHTS, check, in_float64, quantized
+from tests.helpers.layers import INPUTS, WEIGHTS, check, in_float64, quantized
 
 pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
@@ -33,7 +33,7 @@ def test_packed_computes_what_is_simulated(data: st.DataObject) -> None:
         (out, width),
         (data.draw(st.integers(2, 8)), data.draw(st.integers(2, 8))),
         data.draw(st.sampled_from(WEIGHTS)),
-        data.draw(st.sampled_from(ACTIVATION_GRANULARITIES)),
+        data.draw(st.sampled_from(INPUTS)),
         group_size,
         data.draw(st.booleans()),
         data.draw(st.integers(0, 1000)),
@@ -51,7 +51,7 @@ def test_in_a_model_in_float64_every_kernel_sums_in_float64(data: st.DataObject)
         (data.draw(st.integers(1, 70)), width),
         (data.draw(st.integers(2, 8)), data.draw(st.integers(2, 8))),
         data.draw(st.sampled_from(WEIGHTS)),
-        data.draw(st.sampled_from(ACTIVATION_GRANULARITIES)),
+        data.draw(st.sampled_from(INPUTS)),
         group_size,
         seed=data.draw(st.integers(0, 1000)),
         ordered=data.draw(st.booleans()),
@@ -79,7 +79,7 @@ def test_models_in_bf16_round_within_bounds(data: st.DataObject) -> None:
         (data.draw(st.integers(1, 70)), width),
         (data.draw(st.integers(2, 8)), data.draw(st.integers(2, 8))),
         data.draw(st.sampled_from(WEIGHTS)),
-        data.draw(st.sampled_from(ACTIVATION_GRANULARITIES)),
+        data.draw(st.sampled_from(INPUTS)),
         group_size,
         seed=data.draw(st.integers(0, 1000)),
         ordered=data.draw(st.booleans()),
@@ -263,6 +263,9 @@ def test_bad_kernels_inputs_and_weights_are_named() -> None:
         PackedLinear.from_quantized(layer, "fast")
     with pytest.raises(UserError, match="int4_weight_only.*some.layer: its weight has 8 bits"):
         PackedLinear.from_quantized(layer, "int4_weight_only")
+    ranged_per_prompt, _ = quantized((4, 32), inputs="per_channel_prompt")
+    with pytest.raises(UserError, match="input of some.layer cannot be packed"):
+        PackedLinear.from_quantized(ranged_per_prompt)
     x[3, 5] = float("inf")
     with pytest.raises(RunError, match="some.layer"):
         PackedLinear.from_quantized(layer)(x)

@@ -1,7 +1,6 @@
 """NormalFloat against bitsandbytes, to the bit, and against the normal distribution."""
 
 from statistics import NormalDist
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from qvlm.quantization.normal_float import (
     normal_float_levels,
 )
 from qvlm.quantization.quantizer import TokenQuantizer
+from tests.helpers.nf4 import reference
 
 pytestmark = pytest.mark.instruction_set
 
@@ -31,26 +31,6 @@ weights = st.one_of(
     st.floats(-MAX, MAX, width=32),
     st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-40, 9e-39, 1.2e-38, -1e-30, 1e30, MAX, -MAX]),
 )
-
-
-def reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' NF4 codes and dequantized values of x, of its shape.
-
-    It gets the weight flattened: its CPU kernel takes a wrong absmax for the rows of a matrix
-    whose width is no multiple of the block. And not compiled, which it tries for odd sizes. The
-    mean of its absmax values is summed in float64 here: in float32, as bitsandbytes does it, its
-    last bit depends on the instruction set.
-    """
-    mean = Tensor.mean
-    with (
-        torch.compiler.set_stance("force_eager"),
-        patch.object(Tensor, "mean", lambda absmax: mean(absmax.double()).float()),
-    ):
-        packed, state = bnb.quantize_4bit(x.flatten(), quant_type="nf4", compress_statistics=True)
-        values = bnb.dequantize_4bit(packed, state)
-    bytes_ = packed.flatten()
-    codes = torch.stack([bytes_ >> 4, bytes_ & 15], dim=1).flatten()[: x.numel()]
-    return codes.view(x.shape), values.view(x.shape)
 
 
 def check_against_reference(x: Tensor) -> None:

@@ -24,7 +24,9 @@ def test_the_command_prints_the_page_and_writes_both(
     printed = capfd.readouterr()
     assert printed.out == (out / "table2.md").read_text()
     assert "make table2" in printed.out
-    assert printed.err.startswith("warning: refused mini_llava-awq-w4a4")
+    note, warning = printed.err.splitlines()
+    assert note.startswith("note: table2 is not kept for make verify: mini_llava-fp-fp-")
+    assert warning.startswith("warning: refused mini_llava-awq-w4a4")
     frame = pd.read_csv(out / "table2.csv")
     pd.testing.assert_frame_equal(frame, build(find_records(runs)), check_dtype=False)
     assert main(["--runs", str(runs), "--out", str(out)]) == 0

@@ -6,15 +6,14 @@ from hypothesis import strategies as st
 
 from qvlm.packing.kernels.int_mm import int_products, scale_runs
 from qvlm.packing.layer import PackedLinear
-from qvlm.quantization.spec import ACTIVATION_GRANULARITIES
-from tests.helpers.layers import quantized
+from tests.helpers.layers import INPUTS, quantized
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_sums_of_integers_are_exact(data: st.DataObject) -> None:
     bits = data.draw(st.sampled_from([(4, 4), (4, 8), (8, 4), (8, 8), (6, 6), (7, 7)]))
-    inputs = data.draw(st.sampled_from(ACTIVATION_GRANULARITIES))
+    inputs = data.draw(st.sampled_from(INPUTS))
     seed, ordered = data.draw(st.integers(0, 99)), data.draw(st.booleans())
     layer, _ = quantized((9, 96), bits, "per_group", inputs, 32, seed=seed, ordered=ordered)
     packed = PackedLinear.from_quantized(layer)
