@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from qvlm.records.record import read_run
-
 if TYPE_CHECKING:  # importing it imports PyTorch
     from qvlm.cell.identity import Cell
 
@@ -66,6 +64,8 @@ class Estimates:
     def learn(self, path: Path) -> Cost | None:
         """Adds what a recorded cell took, and returns it; None if the folder is not a record."""
         try:
+            from qvlm.records.record import read_run  # imports pandas
+
             run = read_run(path)
             cost = Cost.of(run)
             self.costs[run["model"], run["method_name"]].append(cost)

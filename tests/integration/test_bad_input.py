@@ -89,7 +89,7 @@ FLOATS = ("-1", "inf", "nan", "many", "[1]")
 SWITCHES = ("maybe", "2.5", "[true]")
 NAMES = ("a/b", ".x", "..", "../up", '""', '"a b"', "a:b", '"a\\\\b"', '"é"', "x" * 65, "[a]")
 # What no check of the configuration can know: names of other people's machines and accounts.
-FREE = ("tracking.project", "tracking.entity", "tracking.dir", "model.stands_for")
+FREE = ("model.made_by", "tracking.project", "tracking.entity", "tracking.dir", "model.stands_for")
 PATH_OPTIONS = ("model.path", "model.packed", "model.vision_tower", "data.source")
 NAME_OPTIONS = ("model.name", "data.name", "method_name", "group")
 # Names of a few choices, each with others that it refuses.

@@ -14,6 +14,7 @@ from qvlm.cell.identity import Cell, resolve
 from qvlm.cli import main
 from qvlm.config.schema import RunConfig
 from qvlm.errors import RunError, UserError
+from qvlm.sweep import local
 from tests.helpers.configs import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,7 @@ def unidentified(config: RunConfig) -> Cell:
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
     monkeypatch.setattr(pipeline, "run_cell", fake)
+    monkeypatch.setattr(local, "cores", lambda: 1)  # so that sweeps run in this process
     monkeypatch.setattr(Cell, "of", unidentified)
     return fake
 
@@ -153,7 +155,7 @@ def test_help_and_configuration_are_shown(
     shown = capfd.readouterr().out
     (methods,) = (line for line in shown.splitlines() if line.startswith("method: "))
     assert {"fp", "rtn"} <= set(methods.removeprefix("method: ").split(", "))
-    assert "python run.py -m experiment=table2" in shown
+    assert " -m experiment=table2" in shown
     assert main(["--cfg", "job", "bits=w6a6"]) == 0
     assert "weights: 6" in capfd.readouterr().out
     assert runs.cells == []

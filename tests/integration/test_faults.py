@@ -32,7 +32,7 @@ from tests.helpers.records import make_record
 
 LONGEST = 300.0  # seconds that a command may take on a slow machine
 SCENES = {
-    "sweep": ["-m", "method=fp,rtn"],
+    "sweep": ["-m", "launcher=here", "method=fp,rtn"],
     "stream": ["method=rtn", "stream=true", "save_packed=packed"],
     "save": ["method=rtn", "save_packed=packed"],
 }

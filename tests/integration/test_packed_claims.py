@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qvlm.cell import pipeline
+from qvlm.cell import material
 from qvlm.cli import main
 from qvlm.errors import UserError
 from qvlm.packing.formats import pack, unpack
@@ -30,7 +30,7 @@ def packed(cell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     def evaluated(*arguments: Any, **options: Any) -> None:
         raise Evaluated
 
-    monkeypatch.setattr(pipeline, "evaluate", evaluated)
+    monkeypatch.setattr(material, "evaluate", evaluated)
 
     def save(bits: str = "w4a4", *overrides: str) -> Path:
         folder = tmp_path / "packed"

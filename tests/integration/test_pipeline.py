@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from qvlm.cell import inputs, pipeline
+from qvlm.cell import inputs, material, pipeline
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.methods.base import MethodReport
@@ -285,7 +285,7 @@ def test_a_run_that_breaks_leaves_nothing(
     def break_(*_: Any, **__: Any) -> None:
         raise RunError("no answer can be parsed")
 
-    monkeypatch.setattr(pipeline, "evaluate", break_)
+    monkeypatch.setattr(material, "evaluate", break_)
     with pytest.raises(RunError, match="parsed"):
         run(cell())
     assert os.listdir(tmp_path) == []

@@ -53,7 +53,7 @@ def test_what_differs_is_named() -> None:
     assert differences(packed, packed) == ["1 of 2 answers, packed, int_mm"]
 
 
-def test_settings_differ_in_what_the_issue_names() -> None:
+def test_settings_differ_in_what_cpus_differ_in() -> None:
     used = [variable for setting in SETTINGS for variable in setting.environment.items()]
     assert {setting.threads for setting in settings.SETTINGS} == {1, 2}
     for variable in (

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, silu
 
-from qvlm.cell import pipeline
 from qvlm.data import miniature
 from qvlm.data.prompts import Prompting
 from qvlm.methods.awq.rescaling import find_rescalings
@@ -368,7 +367,6 @@ def test_the_hero_runs_on_an_original_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of Q-VLM, the fine-tuning of the tower too, at the least that it can be."""
-    monkeypatch.setattr(pipeline, "track", lambda *_: None)
     monkeypatch.setattr(LoadedModel, "decode", lambda _, ids: ["A"] * len(ids))
     standin = write("moe_llava_phi2", tmp_path)
     config = load(
@@ -377,7 +375,7 @@ def test_the_hero_runs_on_an_original_checkpoint(
         *("model.weight_group_size=8", "method=qvlm", "bits=w4a4"),
         *("method.percentiles=[1.0,0.99]", "method.max_depth=2", "method.veo_epochs=1"),
         *("calibration.samples=2", "evaluation.limit=2", "evaluation.max_new_tokens=1"),
-        *("device=cpu", f"results_dir={tmp_path}/results"),
+        *("device=cpu", f"results_dir={tmp_path}/results", "tracking=off"),
     )
     record = Record.load(run(config))
     assert (record.method, record.bits, record.run["exceeding"]) == ("Q-VLM", "W4A4", [])
@@ -387,11 +385,15 @@ def test_the_hero_runs_on_an_original_checkpoint(
 def test_a_cell_quantizes_proves_packs_and_loads_again(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "track", lambda *_: None)
     # Random weights name no letter, and a model that never does is refused.
     monkeypatch.setattr(LoadedModel, "decode", lambda _, ids: ["A"] * len(ids))
     standin = write(family, tmp_path)
-    common = (f"results_dir={tmp_path}/results", "evaluation.max_new_tokens=2", "device=cpu")
+    common = (
+        f"results_dir={tmp_path}/results",
+        "evaluation.max_new_tokens=2",
+        "device=cpu",
+        "tracking=off",
+    )
     config = load(
         *(f"model={family}", f"model.path={standin.folder}", f"model.vision_tower={standin.tower}"),
         *("model.dtype=float32", "model.weight_group_size=8", "method=rtn", "bits=w4a4"),
