@@ -232,13 +232,23 @@ class PackedLinear(nn.Module):
             self.form.constant_block_size,
         )
 
-    def dequantized(self, rows: slice | None = None) -> Tensor:
-        """Returns rows of the float32 weight, [rows, in], equal to the simulated layer's."""
-        return self._in_own_order(float_weight(self, rows or slice(0, self.out_features)))
+    def dequantized(self, rows: slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns rows of the weight, [rows, in], equal to the simulated layer's.
+
+        Args:
+            rows: Rows of the weight; None stands for all.
+            dtype: Float32 or float64, the type that the simulated layer computes in.
+        """
+        return self._in_own_order(float_weight(self, rows or slice(0, self.out_features), dtype))
 
     @torch.no_grad()
-    def simulated(self) -> QuantLinear:
-        """Returns the quantized linear that this layer was made of; it computes the same bits."""
+    def simulated(self, dtype: torch.dtype = torch.float32) -> QuantLinear:
+        """Returns the quantized linear that this layer was made of; it computes the same bits.
+
+        Args:
+            dtype: Float32 or float64, the type that the quantized linear computed in. A packed
+                layer does not know it.
+        """
         form = self.form
         weights: Quantizer
         if form.weight == "uniform":
@@ -259,7 +269,7 @@ class PackedLinear(nn.Module):
             inputs = UniformQuantizer(form.input_bits, scale, zero_point, folds=form.folds)
         bias = None if self.bias is None else self.bias.view(torch.float32)
         return QuantLinear(
-            self.dequantized(), bias, weights, inputs, self.layer_name, form.hadamard
+            self.dequantized(dtype=dtype), bias, weights, inputs, self.layer_name, form.hadamard
         )
 
     def as_stored(self, x: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from qvlm.packing.saving import (
 )
 from qvlm.quantization.block import Call
 from qvlm.quantization.linear import QuantLinear
+from qvlm.quantization.precision import wide
 from qvlm.records.files import write_file
 
 # Parts of the progress, and the type of each.
@@ -137,7 +138,9 @@ class PartialCheckpoint:
             layer = PackedLinear(Form(**fields), layer_name=full)
             keys = [key for key in state if key.startswith(f"{full}.")]
             layer.load_state_dict({key.removeprefix(f"{full}."): state.pop(key) for key in keys})
-            module.set_submodule(full.removeprefix(f"{name}."), layer.to(device).simulated())
+            child = full.removeprefix(f"{name}.")
+            weight = wide(module.get_parameter(f"{child}.weight"))  # in the type to compute in
+            module.set_submodule(child, layer.to(device).simulated(weight.dtype))
         tensors = module.state_dict()
         for key, value in state.items():  # norms, which a method may have changed
             tensors[key.removeprefix(f"{name}.")].copy_(value)

@@ -375,7 +375,10 @@ def test_wrong_options_are_said(words: list[str], said: str) -> None:
 
 @pytest.mark.parametrize("weights", ["per_tensor", "per_channel", "per_group", "normal_float"])
 @pytest.mark.parametrize("inputs", ["token", "tensor", "channel", "folded"])
-def test_a_packed_layer_is_simulated_to_the_bit(weights: str, inputs: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_packed_layer_is_simulated_to_the_bit(
+    weights: str, inputs: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(48, 24), torch.randn(9, 48)
     lo, hi = x.amin(0), x.amax(0)
@@ -393,9 +396,10 @@ def test_a_packed_layer_is_simulated_to_the_bit(weights: str, inputs: str) -> No
         fitted = NormalFloatQuantizer.from_weight(weight, 4, 16)
     else:
         fitted = weight_quantizer(weight, QuantSpec(4, weights, 16))
-    layer = QuantLinear.from_linear(linear, fitted, quantizer, layer_name="it")
-    again = PackedLinear.from_quantized(layer).simulated()
-    assert torch.equal(again(x), layer(x))
+    layer = QuantLinear.from_linear(linear.to(dtype), fitted, quantizer, layer_name="it")
+    again = PackedLinear.from_quantized(layer).simulated(dtype)
+    assert torch.equal(again.quantized_weight(), layer.quantized_weight())
+    assert torch.equal(again(x.to(dtype)), layer(x.to(dtype)))
     assert torch.equal(again.weight_codes(), layer.weight_codes())
 
 
