@@ -139,10 +139,8 @@ class PartialCheckpoint:
             keys = [key for key in state if key.startswith(f"{full}.")]
             layer.load_state_dict({key.removeprefix(f"{full}."): state.pop(key) for key in keys})
             child = full.removeprefix(f"{name}.")
-            dtype = wide(
-                module.get_parameter(f"{child}.weight")
-            ).dtype  # as a layer that is made of it
-            module.set_submodule(child, layer.to(device).simulated(dtype))
+            weight = wide(module.get_parameter(f"{child}.weight"))  # in the type to compute in
+            module.set_submodule(child, layer.to(device).simulated(weight.dtype))
         tensors = module.state_dict()
         for key, value in state.items():  # norms, which a method may have changed
             tensors[key.removeprefix(f"{name}.")].copy_(value)
