@@ -23,7 +23,16 @@ def sets() -> list[str]:
     return [name for name in native_build.supported() if name not in native_build.left_out()]
 
 
-@pytest.fixture(params=native_build.INSTRUCTION_SETS)
+def runnable() -> list[str]:
+    """The same, found without compiling the products; all sets where that cannot be known."""
+    try:
+        found = [name for name in native_build.supported() if name not in native_build.left_out()]
+    except OSError:  # no compiler
+        found = []
+    return found or list(native_build.INSTRUCTION_SETS)
+
+
+@pytest.fixture(params=runnable())
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
     if name not in sets():
