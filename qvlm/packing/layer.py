@@ -21,26 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.errors import RunError, UserError
+from qvlm.packing import kernels
 from qvlm.packing.absmax import dequantize_absmax
 from qvlm.packing.form import Form, buffers, pack_numbers
 from qvlm.packing.formats import pack, unpack
-from qvlm.packing.kernels import (
-    AUTO,
-    Kernel,
-    chosen,
-    fits_dtype,
-    kernel_named,
-    preferred,
-    serving,
-)
+from qvlm.packing.kernels import AUTO, Kernel, fits_dtype, kernel_named
 from qvlm.packing.kernels.reference import float_weight
 from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear
-from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import (
-    Quantizer,
-    TokenQuantizer,
-    UniformQuantizer,
     affine_grid,
 )
 
@@ -134,7 +123,7 @@ class PackedLinear(nn.Module):
 
     def serving(self) -> list[str]:
         """Returns the names of the kernels that can serve this layer on its device."""
-        return [kernel.name for kernel in serving(self)]
+        return [kernel.name for kernel in kernels.serving(self)]
 
     def choose(self, rows: int, dtype: torch.dtype = torch.float32) -> str:
         """Returns the name of the kernel that is preferred for an input.
@@ -145,7 +134,7 @@ class PackedLinear(nn.Module):
                 models in bf16, which round them too. In a model in float64, a kernel that was asked
                 for and does not sum in float64 leaves the layer to another.
         """
-        return self._forced(dtype) or preferred(self, rows, dtype).name
+        return self._forced(dtype) or kernels.preferred(self, rows, dtype).name
 
     def _choose(self, rows: int, dtype: torch.dtype) -> str:
         """Returns the name of the kernel for an input that is there, measured where that helps."""
@@ -153,7 +142,7 @@ class PackedLinear(nn.Module):
             return forced
         asked = (rows, dtype, torch.get_num_threads())
         if asked not in self.choices:
-            kernel, seconds = chosen(self, rows, dtype)
+            kernel, seconds = kernels.chosen(self, rows, dtype)
             self.choices[asked] = (kernel.name, seconds)
         return self.choices[asked][0]
 
@@ -197,7 +186,7 @@ class PackedLinear(nn.Module):
 
     def weight_codes(self) -> Tensor:
         """Returns the codes of the weight, [out, in] uint8."""
-        return self._in_own_order(self.stored_codes())
+        return self.in_own_order(self.stored_codes())
 
     def input_steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes an input [rows, in].
@@ -208,9 +197,9 @@ class PackedLinear(nn.Module):
         """
         steps, scale, zero_point = self.stored_steps(self.transformed(x))
         return (
-            self._in_own_order(steps),
-            self._in_own_order(scale),
-            self._in_own_order(zero_point),
+            self.in_own_order(steps),
+            self.in_own_order(scale),
+            self.in_own_order(zero_point),
         )
 
     def transformed(self, x: Tensor) -> Tensor:
@@ -239,38 +228,7 @@ class PackedLinear(nn.Module):
             rows: Rows of the weight; None stands for all.
             dtype: Float32 or float64, the type that the simulated layer computes in.
         """
-        return self._in_own_order(float_weight(self, rows or slice(0, self.out_features), dtype))
-
-    @torch.no_grad()
-    def simulated(self, dtype: torch.dtype = torch.float32) -> QuantLinear:
-        """Returns the quantized linear that this layer was made of; it computes the same bits.
-
-        Args:
-            dtype: Float32 or float64, the type that the quantized linear computed in. A packed
-                layer does not know it.
-        """
-        form = self.form
-        weights: Quantizer
-        if form.weight == "uniform":
-            scale, zero_point = (part[..., None] for part in self.weight_scales())
-            order = self.order.long() if form.ordered else None
-            weights = UniformQuantizer(
-                form.weight_bits, scale, zero_point, form.group_size, order=order
-            )
-        else:
-            absmax = self.absmax()
-            weights = NormalFloatQuantizer(form.weight_bits, form.group_size, absmax, absmax)
-        inputs: Quantizer
-        if form.inputs == "token":
-            inputs = TokenQuantizer(form.input_bits, form.ratio)
-        else:
-            scale = self._in_own_order(self.input_scale.view(torch.float32))
-            zero_point = self._in_own_order(self.input_zero_point.float())
-            inputs = UniformQuantizer(form.input_bits, scale, zero_point, folds=form.folds)
-        bias = None if self.bias is None else self.bias.view(torch.float32)
-        return QuantLinear(
-            self.dequantized(dtype=dtype), bias, weights, inputs, self.layer_name, form.hadamard
-        )
+        return self.in_own_order(float_weight(self, rows or slice(0, self.out_features), dtype))
 
     def as_stored(self, x: Tensor) -> Tensor:
         """Returns an input [rows, in] with its channels in the order of the codes."""
@@ -359,7 +317,7 @@ class PackedLinear(nn.Module):
             f"weight={form.weight}{form.weight_bits}, inputs={form.inputs}{form.input_bits}"
         )
 
-    def _in_own_order(self, x: Tensor) -> Tensor:
+    def in_own_order(self, x: Tensor) -> Tensor:
         """Returns a tensor [..., in] of stored channels with channels in the order of inputs.
 
         A tensor whose last dimension is not that of channels is returned as it is.

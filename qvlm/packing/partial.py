@@ -33,6 +33,7 @@ from qvlm.packing.saving import (
     resolve_folder,
     writing,
 )
+from qvlm.packing.simulated import simulated
 from qvlm.quantization.block import Call
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.precision import wide
@@ -140,7 +141,7 @@ class PartialCheckpoint:
             layer.load_state_dict({key.removeprefix(f"{full}."): state.pop(key) for key in keys})
             child = full.removeprefix(f"{name}.")
             weight = wide(module.get_parameter(f"{child}.weight"))  # in the type to compute in
-            module.set_submodule(child, layer.to(device).simulated(weight.dtype))
+            module.set_submodule(child, simulated(layer.to(device), weight.dtype))
         tensors = module.state_dict()
         for key, value in state.items():  # norms, which a method may have changed
             tensors[key.removeprefix(f"{name}.")].copy_(value)

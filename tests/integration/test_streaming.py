@@ -35,6 +35,7 @@ from qvlm.models.packed import save_packed_model
 from qvlm.packing import PackedLinear, pack_model, read_origin
 from qvlm.packing.partial import PartialCheckpoint
 from qvlm.packing.saving import PROGRESS
+from qvlm.packing.simulated import simulated
 from qvlm.quantization import (
     QuantLinear,
     QuantSpec,
@@ -397,7 +398,7 @@ def test_a_packed_layer_is_simulated_to_the_bit(
     else:
         fitted = weight_quantizer(weight, QuantSpec(4, weights, 16))
     layer = QuantLinear.from_linear(linear.to(dtype), fitted, quantizer, layer_name="it")
-    again = PackedLinear.from_quantized(layer).simulated(dtype)
+    again = simulated(PackedLinear.from_quantized(layer), dtype)
     assert torch.equal(again.quantized_weight(), layer.quantized_weight())
     assert torch.equal(again(x.to(dtype)), layer(x.to(dtype)))
     assert torch.equal(again.weight_codes(), layer.weight_codes())

@@ -8,6 +8,7 @@ import torch
 
 from qvlm.packing.form import Form
 from qvlm.packing.layer import PackedLinear
+from qvlm.packing.simulated import simulated
 from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.ranges import activation_quantizer, weight_quantizer
@@ -37,7 +38,7 @@ def test_every_kernel_computes_what_is_simulated(inputs: str, width: int) -> Non
     layer, samples = transforming(inputs, width)
     packed = check(layer, samples)
     assert packed.form.hadamard
-    again = packed.simulated()
+    again = simulated(packed)
     assert again.hadamard and torch.equal(again(samples), layer(samples))
 
 

@@ -15,6 +15,7 @@ from qvlm.packing.kernels import int4_weight_only, kernel_named, names
 from qvlm.packing.kernels import native_library as native
 from qvlm.packing.kernels.bounds import accumulation_bound
 from qvlm.packing.layer import PackedLinear
+from qvlm.packing.simulated import simulated
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import TokenQuantizer
 from qvlm.quantization.spec import ACTIVATION_GRANULARITIES
@@ -209,10 +210,10 @@ def test_clusters_are_stored_one_after_the_other() -> None:
     assert torch.equal(packed.channels(), layer.weight_quantizer.order)
     _, scale, _ = packed.input_steps(x)
     assert torch.equal(scale, layer.input_quantizer.scale)
-    simulated = packed.simulated()
-    assert torch.equal(simulated.weight, layer.weight)
-    assert torch.equal(simulated.weight_codes(), layer.weight_codes())
-    assert torch.equal(simulated(x), layer(x))
+    unpacked = simulated(packed)
+    assert torch.equal(unpacked.weight, layer.weight)
+    assert torch.equal(unpacked.weight_codes(), layer.weight_codes())
+    assert torch.equal(unpacked(x), layer(x))
     apart = PackedLinear.from_quantized(
         quantized((48, 96), (4, 4), inputs="per_channel_group", ordered=False)[0]
     )
