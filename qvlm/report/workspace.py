@@ -2,7 +2,7 @@
 
 The workspace arranges what every cell logs: accuracy, progress while it runs, cost, the proof of
 bits, and examples. The report is a page of the same charts with words, to share. Both are made with
-the package wandb-workspaces, which is not installed by default.
+the package wandb-workspaces, which the extra `workspace` brings.
 """
 
 import argparse
