@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import datasets
 from torch import Tensor
 
-from qvlm.cell import inputs, text
+from qvlm.cell import inputs, references, text
 from qvlm.cell.identity import Cell
 from qvlm.config.schema import RunConfig
 from qvlm.evaluation import Evaluation, Reference, Watch, answer_passages, evaluate
@@ -115,7 +115,8 @@ class _Problems:
         count = min(inputs.compared_problems(self.config), len(self.problems))
         passages = answer_passages(self.loaded, [self.problems[row] for row in range(count)])
         size = self.config.calibration.batch_size
-        self._reference = Reference(self.loaded, passages, size)
+        file = references.file_of(self.config, cell.files_hashed, passages)
+        self._reference = Reference(self.loaded, passages, size, file)
 
     def evaluate(self, cell: Cell, answers: Path | None, watch: Watch | None) -> Evaluation:
         options: dict[str, Any] = asdict(self.config.evaluation)

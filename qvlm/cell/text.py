@@ -1,20 +1,18 @@
 """What a cell on plain text works with: rows to calibrate on, windows to score, the reference."""
 
-import hashlib
-import json
 import random
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qvlm.cell import references
 from qvlm.config.schema import RunConfig
 from qvlm.data.text import Document, load_documents
 from qvlm.errors import UserError
-from qvlm.evaluation.text import SavedStates, Window, read_states, refer, windows_of
+from qvlm.evaluation.states import SavedStates, read_states
+from qvlm.evaluation.text import Window, refer, windows_of
 from qvlm.models.loaded import LoadedModel
 
-REFERENCES = "references"  # folder of the results folder; a pure cache
 PROOF_TOKENS = 128
 
 
@@ -99,11 +97,5 @@ def reference_of(
     """
     if config.model.packed is not None:
         return None
-    parts: list[object] = [files_hashed["model"], config.model.dtype, config.model.expert_capacity]
-    parts += [[w.document, w.passage.ids, w.passage.scored] for w in windows]
-    identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    file = Path(config.results_dir) / REFERENCES / f"{config.model.name}-{identity}.safetensors"
-    if config.stream:
-        return read_states(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return refer(loaded, windows, file)
+    file = references.file_of(config, files_hashed, [window.passage for window in windows])
+    return read_states(file) if config.stream else refer(loaded, windows, file)

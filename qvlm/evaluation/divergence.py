@@ -3,26 +3,25 @@
 Accuracy sees a difference only where an answer changes. The Kullback-Leibler divergence of the
 next-token distribution, KL(full precision || quantized), sees every token and ranks methods on a
 few hundred problems. Both models read the same text, the expected answer, so that their
-distributions can be compared token by token (teacher forcing).
-
-The float model is gone once it is quantized. What is kept of it are the final states of the scored
-tokens and its output head, from which its logits follow exactly. States take a tenth of the memory
-that the logits would: a few MiB for a miniature, about 0.5 GiB for 256 answers of a LLaVA-13B.
+distributions can be compared token by token (teacher forcing). What is kept of the float model is
+in `states`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvlm.errors import RunError
 from qvlm.evaluation import likelihood
 from qvlm.evaluation.likelihood import Passage, log_softmax
+from qvlm.evaluation.states import kept_states
 from qvlm.models.loaded import LoadedModel
 
 
@@ -102,23 +101,31 @@ class Reference:
         loaded: Model in full precision. Its weights may change afterwards.
         passages: Passages to compare models on.
         batch_size: Number of passages per batch.
+        file: File that keeps what the model predicts for other cells. Its name has to identify the
+            model and the passages.
 
     Raises:
         RunError: If the model's logits do not follow from its states and its output head.
     """
 
-    def __init__(self, loaded: LoadedModel, passages: Sequence[Passage], batch_size: int) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        passages: Sequence[Passage],
+        batch_size: int,
+        file: Path | None = None,
+    ) -> None:
         self.passages = list(passages)
         self.batch_size = batch_size
-        self._head = _copy(likelihood.output_head(loaded))
-        self._states: dict[int, Tensor] = {}
-        for rows in likelihood.batches(self.passages, batch_size):
-            batch = [self.passages[row] for row in rows]
-            states = likelihood.states_of(loaded, batch)
-            if not self._states:
-                self._require_head(loaded, batch[:1], states[0])
-            for row, state in zip(rows, states, strict=True):
-                self._states[row] = state.cpu().clone()
+        self._saved = kept_states(loaded, file, lambda: self._states(loaded))
+        self._require_head(loaded)
+
+    def _states(self, loaded: LoadedModel) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for rows in likelihood.batches(self.passages, self.batch_size):
+            states = likelihood.states_of(loaded, [self.passages[row] for row in rows])
+            found |= {row: state.cpu().clone() for row, state in zip(rows, states, strict=True)}
+        return [found[row] for row in range(len(self.passages))]
 
     @torch.inference_mode()
     def divergence(self, loaded: LoadedModel) -> Divergence:
@@ -132,7 +139,7 @@ class Reference:
         for rows in likelihood.batches(self.passages, self.batch_size):
             logits = likelihood.logits_of(loaded, [self.passages[row] for row in rows])
             for row, others in zip(rows, logits, strict=True):
-                own = self._logits(self._states[row]).to(others.device)
+                own = self._saved.logits(row, others)
                 nats[row] = float(kl(own, others).sum())
                 agreeing[row] = int((own.argmax(1) == others.argmax(1)).sum())
                 if not isfinite(nats[row]):
@@ -144,15 +151,10 @@ class Reference:
         tokens = np.array([passage.scored for passage in self.passages], dtype=np.int64)
         return Divergence(nats, agreeing, tokens)
 
-    def _logits(self, states: Tensor) -> Tensor:
-        logits: Tensor = self._head(states.to(self._head.weight.device))
-        return logits
-
-    def _require_head(self, loaded: LoadedModel, passages: list[Passage], states: Tensor) -> None:
-        """Refuses a model that changes its logits behind the output head."""
-        (expected,) = likelihood.logits_of(loaded, passages)
-        with torch.inference_mode():
-            found = self._logits(states).to(expected.device)
+    def _require_head(self, loaded: LoadedModel) -> None:
+        """Refuses a model that changes its logits behind the output head, or is another one."""
+        (expected,) = likelihood.logits_of(loaded, self.passages[:1])
+        found = self._saved.logits(0, expected)
         near = 0.01 * float(expected.abs().max())
         if not torch.allclose(found, expected, rtol=0.0, atol=near):
             raise RunError(
@@ -187,18 +189,3 @@ def answer_passages(loaded: LoadedModel, problems: Sequence[Mapping[str, Any]]) 
         )
         for problem in problems
     ]
-
-
-def _copy(head: nn.Module) -> nn.Linear:
-    """Copies an output head, without the hooks of the model that it is part of."""
-    assert isinstance(head, nn.Linear)
-    copy = nn.Linear(
-        head.in_features,
-        head.out_features,
-        bias=head.bias is not None,
-        device="meta",
-    )
-    copy.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    if head.bias is not None:
-        copy.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=False)
-    return copy

@@ -11,8 +11,8 @@ what they need:
 
 Tokens of one document depend on each other. Intervals therefore treat documents as clusters.
 
-The states of the model in full precision, and its output head, are kept in a file for all cells of
-a results folder. `divergence.Reference` is the same for the answers of one cell.
+What the model in full precision makes of the windows is kept for all cells (see `states`), as
+`divergence.Reference` keeps it for the answers to problems.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,11 +23,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.stats import t as student
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from qvlm.data.text import Document
@@ -36,8 +33,8 @@ from qvlm.evaluation import likelihood
 from qvlm.evaluation.divergence import kl, ratio
 from qvlm.evaluation.evaluator import Evaluation
 from qvlm.evaluation.likelihood import Passage
+from qvlm.evaluation.states import SavedStates, kept_states
 from qvlm.models.loaded import LoadedModel
-from qvlm.records.files import write_file
 
 CONFIDENCE = 0.95
 # Number of positions whose logits are computed at a time, which bounds memory.
@@ -60,19 +57,6 @@ class Window:
     def targets(self) -> Tensor:
         """The token ids that are scored, [scored]."""
         return torch.tensor(self.passage.ids[len(self.passage.ids) - self.passage.scored :])
-
-
-@dataclass(frozen=True)
-class SavedStates:
-    """What a model in full precision makes of windows.
-
-    Attributes:
-        states: Last hidden states at the positions of the targets, [targets, width] per window.
-        head: Weight of the output head, [vocabulary, width].
-    """
-
-    states: list[Tensor]
-    head: Tensor
 
 
 def windows_of(loaded: LoadedModel, documents: Sequence[Document], length: int) -> list[Window]:
@@ -100,25 +84,11 @@ def refer(loaded: LoadedModel, windows: Sequence[Window], file: Path | None = No
         file: File that keeps the states for other cells. Its name has to identify the model and
             the windows.
     """
-    if file is not None and (saved := read_states(file)) is not None:
-        return saved
-    states = [part.clone() for part in _states(loaded, windows, "full precision")]
-    saved = SavedStates(states, _head(loaded).detach().clone())
-    if file is not None:
-        tensors = {"head": saved.head.cpu()}
-        tensors |= {f"states.{number}": part.cpu() for number, part in enumerate(states)}
-        write_file(file, lambda path: save_file(tensors, path))
-    return saved
 
+    def compute() -> list[Tensor]:
+        return [part.clone() for part in _states(loaded, windows, "full precision")]
 
-def read_states(file: Path) -> SavedStates | None:
-    """Reads the states that another cell left, or returns None if there are none."""
-    if not file.is_file():
-        return None
-    with safe_open(file, framework="pt") as opened:
-        count = len(opened.keys()) - 1
-        states = [opened.get_tensor(f"states.{number}") for number in range(count)]
-        return SavedStates(states, opened.get_tensor("head"))
+    return kept_states(loaded, file, compute)
 
 
 @torch.inference_mode()
@@ -162,8 +132,7 @@ def evaluate_text(
             scores = likelihood.log_softmax(logits).gather(1, targets[part, None])
             found = {"nll": -float(scores.double().sum())}
             if distance_to is not None:
-                head = distance_to.head.to(states)
-                wanted = functional.linear(distance_to.states[number][part].to(states), head)
+                wanted = distance_to.logits(number, states, part)
                 found["kl"] = float(kl(wanted, logits).sum())
                 found["agreement"] = float((wanted.argmax(1) == logits.argmax(1)).sum())
             for name, value in found.items():

@@ -81,7 +81,8 @@ def linear_axis(values: Iterable[float], title: str = "", most: float | None = N
         last = min(last, math.ceil(most / step))
     digits = max(0, -math.floor(math.log10(step) + 1e-9) + (step / unit == 2.5))
     ticks = [(i * step, f"{i * step:.{digits}f}") for i in range(first, last + 1)]
-    return Axis(first * step, last * step, ticks, title)
+    # A multiple of the step may be rounded past the value that it stands for.
+    return Axis(min(first * step, low), max(last * step, high), ticks, title)
 
 
 # Factors of the ticks within a power of ten, and every which power has ticks, from dense to sparse.

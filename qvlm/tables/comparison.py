@@ -1,8 +1,9 @@
 """Whether two methods really differ: paired tests on the questions that both answered.
 
-Each pair of model and bit widths has one family of comparisons. Q-VLM is compared with every other
-method or, where there is no Q-VLM, every method with the baseline. Full precision does not belong
-to the family: the difference of each method from it has an interval of its own.
+Each pair of model and bit widths has a family of comparisons for Q-VLM and one for each form of our
+own method, which are compared with every other method. Where there is none of them, every method is
+compared with the baseline. Full precision does not belong to a family: the difference of each
+method from it has an interval of its own.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from qvlm.evaluation.metrics import (
     paired_difference,
 )
 from qvlm.records.record import Record
-from qvlm.tables.labels import BASELINE, FP, QVLM
+from qvlm.tables.labels import BASELINE, FP, QVLM, is_ours
 
 SIGNIFICANCE = 0.05
 
@@ -52,18 +53,19 @@ class Comparison:
         return f"{ahead} ahead"
 
 
-def compare(records: Sequence[Record]) -> tuple[list[Comparison], list[str]]:
-    """Makes Table 2's family of comparisons among the records of one model and bit widths.
+def compare(records: Sequence[Record]) -> dict[str, tuple[list[Comparison], list[str]]]:
+    """Makes Table 2's families of comparisons among the records of one model and bit widths.
 
     Returns:
-        The comparisons, and a sentence for each comparison that is not possible.
+        For each method that is compared with the others: the comparisons, and a sentence for each
+        comparison that is not possible.
     """
     methods = [record.method for record in records if record.method != FP]
-    if QVLM in methods:
-        return compare_pairs(records, [(QVLM, other) for other in methods if other != QVLM])
-    if BASELINE in methods:
-        return compare_pairs(records, [(other, BASELINE) for other in methods if other != BASELINE])
-    return [], []
+    leads = [method for method in methods if method == QVLM or is_ours(method)]
+    families = {lead: [(lead, other) for other in methods if other != lead] for lead in leads}
+    if not families and BASELINE in methods:
+        families = {BASELINE: [(other, BASELINE) for other in methods if other != BASELINE]}
+    return {lead: compare_pairs(records, pairs) for lead, pairs in families.items()}
 
 
 def compare_pairs(

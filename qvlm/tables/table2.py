@@ -19,7 +19,7 @@ from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
 from qvlm.tables import command
 from qvlm.tables.comparison import changed, compare, drop
-from qvlm.tables.labels import FP
+from qvlm.tables.labels import FP, PAPER
 from qvlm.tables.published import (
     average_gaps,
     label,
@@ -166,7 +166,9 @@ def _model(model: str, cells: dict[BitWidths, list[Record]]) -> list[str]:
     for bits, records in quantized.items():
         parts += [f"### {model}, {bits}", _accuracy([*references, *records], reference)]
         parts += [f"Cost and proof, {model} at {bits}:", _cost(records)]
-        parts += [f"Paired tests, {model} at {bits}:", paired_tests(*compare(records))]
+        families = compare(records) or {records[0].method: ([], [])}
+        for method, family in families.items():
+            parts += [f"Paired tests of {method}, {model} at {bits}:", paired_tests(*family)]
     return parts
 
 
@@ -174,7 +176,9 @@ def _accuracy(records: Sequence[Record], reference: Record | None) -> str:
     """Returns the table of accuracies: per record a row, its intervals, and the paper's row."""
     counts = [str(records[0].metrics["classes"][name]["n"]) for name in CLASSES]
     lines = [["", "questions", *counts, "", "", ""]]
-    for record in records:
+    for record, before in zip(records, [None, *records], strict=False):
+        if before and before.method in PAPER and record.method not in PAPER:
+            lines.append(["*not in the paper*", *[""] * (len(lines[0]) - 1)])
         classes = [record.metrics["classes"][name] for name in CLASSES]
         fall = None if record is reference else drop(record, reference)
         points = signed(fall.difference) if fall else ""

@@ -1,5 +1,6 @@
 """The divergence from full precision against NumPy, and its standard error against simulation."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from qvlm.errors import RunError
-from qvlm.evaluation import Divergence, Evaluation, Reference, answer_passages
+from qvlm.evaluation import Divergence, Evaluation, Reference, answer_passages, likelihood
 from qvlm.evaluation.divergence import kl, ratio
 from qvlm.models import LoadedModel
 from tests.helpers.problems import make_model, make_problems
@@ -61,6 +62,28 @@ def test_an_unchanged_model_does_not_diverge() -> None:
     found = Reference(loaded, answer_passages(loaded, PROBLEMS), 4).divergence(loaded)
     assert np.abs(found.nats).max() < 1e-9
     assert (found.agreeing == found.tokens).all()
+
+
+def test_another_cell_reads_what_the_first_one_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, file = make_model(), tmp_path / "references" / "toy.safetensors"
+    loaded.model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, len(loaded.tokenizer)))
+    passages = answer_passages(loaded, PROBLEMS)
+    first = Reference(loaded, passages, 4, file)
+    monkeypatch.setattr(likelihood, "states_of", None)
+    second = Reference(loaded, passages, 4, file)
+    perturb(loaded, 0.05)
+    found, again = first.divergence(loaded), second.divergence(loaded)
+    assert found.nats.tolist() == again.nats.tolist() and found.nats.min() > 0
+
+
+def test_what_another_model_kept_is_refused(tmp_path: Path) -> None:
+    loaded, file = make_model(), tmp_path / "toy.safetensors"
+    Reference(loaded, answer_passages(loaded, PROBLEMS), 4, file)
+    perturb(loaded, 0.5)
+    with pytest.raises(RunError, match="not those of its output head"):
+        Reference(loaded, answer_passages(loaded, PROBLEMS), 4, file)
 
 
 def test_a_model_that_changes_its_logits_behind_the_head_is_refused() -> None:

@@ -4,13 +4,14 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qvlm.report.charts import Axis, Point, bands, chart, columns, linear_axis, log_axis
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
+@example([0.3])
 def test_a_linear_axis_holds_its_values(values: list[float]) -> None:
     axis = linear_axis(values)
     assert axis.low <= min(values)

@@ -21,7 +21,8 @@ def test_methods_are_compared_question_by_question(runs: Path) -> None:
         for index, (method, accuracy) in enumerate(methods.items())
     ]
     by_method = {record.method: record.predictions for record in records}
-    made, impossible = compare(records)
+    ((lead, (made, impossible)),) = compare(records).items()
+    assert lead == "Q-VLM"
     assert impossible == []
     assert [(c.first, c.second) for c in made] == [
         ("Q-VLM", name) for name in ("RTN", "AWQ", "Layer-wise")
@@ -51,13 +52,27 @@ def test_methods_are_compared_question_by_question(runs: Path) -> None:
 def test_without_qvlm_everything_is_compared_with_the_baseline(runs: Path) -> None:
     for method, accuracy in (("RTN", 80), ("AWQ", 50), ("QLoRA", 80)):
         make_record(runs, method, accuracy=accuracy)
-    made, _ = compare(select(find_records(runs)).shown)
+    made, _ = compare(select(find_records(runs)).shown)["RTN"]
     assert [(c.first, c.second, c.verdict) for c in made] == [
         ("AWQ", "RTN", "RTN ahead"),
         ("QLoRA", "RTN", "not told apart"),
     ]
     assert made[1].test.p_value == 1
     assert "| AWQ - RTN " in table2_page(runs)
+
+
+def test_ours_is_compared_with_every_other_method(runs: Path) -> None:
+    methods = ("RTN", "Q-VLM", "GPTQ", "RoCo", "RoCo, per token")
+    records = [make_record(runs, method, seed=at) for at, method in enumerate(methods)]
+    found = compare(records)
+    assert list(found) == ["Q-VLM", "RoCo", "RoCo, per token"]
+    for lead, (made, _) in found.items():
+        assert {(c.first, c.second) for c in made} == {
+            (lead, other) for other in methods if other != lead
+        }
+    lines = table2_page(runs).splitlines()
+    first = [cells(line)[0] for line in lines if line.startswith("| *not") or "| measured" in line]
+    assert first.index("*not in the paper*") == first.index("**Q-VLM**") + 1
 
 
 def test_one_method_is_compared_with_nothing(runs: Path) -> None:
@@ -69,7 +84,7 @@ def test_different_questions_are_not_compared(runs: Path) -> None:
     """By identity of the questions, whatever their order."""
     first, second = make_record(runs, "RTN"), make_record(runs, "AWQ", n=200)
     assert paired(first, second) is None
-    _, impossible = compare([first, second])
+    _, impossible = compare([first, second])["RTN"]
     assert impossible == ["AWQ and RTN were not asked the same questions"]
     second.predictions.loc[:, "question_id"] = [f"test-{i + 1}" for i in range(200)]
     assert paired(first, second) is None

@@ -63,5 +63,5 @@ def test_rows_follow_the_paper(runs: Path) -> None:
         make_record(runs, bits=bits, n=10)
     frame = build(find_records(runs))
     assert list(frame["bits"].unique()) == ["FP", "W8A8", "W6A6", "W4A4", "W2A4"]
-    order = ["RTN", "AWQ", "QLoRA", "Layer-wise", "Zebra", "Q-VLM"]
+    order = ["RTN", "AWQ", "QLoRA", "Layer-wise", "Q-VLM", "Zebra"]
     assert list(frame[frame["bits"] == "W4A4"]["method"].unique()) == order
