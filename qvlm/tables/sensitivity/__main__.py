@@ -19,9 +19,10 @@ from qvlm.tables.sensitivity import NAME
 from qvlm.tables.sensitivity.measure import kept_in, measure, require_switchable, with_questions
 from qvlm.tables.sensitivity.page import page
 from qvlm.tables.sensitivity.plot import plot
-from qvlm.tables.sensitivity.rows import rows_of
+from qvlm.tables.sensitivity.rows import CSV, read, rows_of
 from qvlm.validation import whole_number
 
+CELL = ["model", "method", "bits"]  # columns that name the rows of one run
 SPLIT = "data.split=validation"  # unless the command says otherwise
 
 
@@ -56,16 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write(out: Path, rows: pd.DataFrame, command: str) -> str:
     """Writes the three files with the rows of a model beside those of others; returns the page."""
-    file = out / f"{NAME}.csv"
-    if file.is_file():
-        before = pd.read_csv(file)
-        same = before[["model", "method", "bits"]] == rows.iloc[0][["model", "method", "bits"]]
-        rows = pd.concat([before[~same.all(axis=1)], rows])
-    rows = rows.sort_values(["model", "method", "bits"], kind="stable")
+    before = read(out)
+    if before is not None:
+        same = (before[CELL] == rows.iloc[0][CELL]).all(axis=1)
+        rows = pd.concat([before[~same], rows])
+    rows = rows.sort_values(CELL, kind="stable")
     csv = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     rows = pd.read_csv(io.StringIO(csv))  # the page shows what the CSV holds
     text, picture = page(rows, command), plot(rows)
-    texts = {file: csv, out / f"{NAME}.md": text}
+    texts = {out / CSV: csv, out / f"{NAME}.md": text}
     with explained(f"--out: {out}", UserError, "choose a folder that can be written"):
         write_files({**texts, out / f"{NAME}.png": picture})
     return text

@@ -88,16 +88,19 @@ class _Questions:
 
     def _answers(self) -> pd.DataFrame:
         options = self.config.evaluation
-        return evaluate(
-            self.loaded,
-            self.asked,
-            batch_size=options.batch_size,
-            max_new_tokens=inputs.answer_length(self.config),
-            unparsable=options.unparsable,
-            seed=self.config.seed,
-            temperature=options.temperature,
-            progress=False,
-        ).predictions
+        try:
+            return evaluate(
+                self.loaded,
+                self.asked,
+                batch_size=options.batch_size,
+                max_new_tokens=inputs.answer_length(self.config),
+                unparsable=options.unparsable,
+                seed=self.config.seed,
+                temperature=options.temperature,
+                progress=False,
+            ).predictions
+        except RunError as error:  # a part may break a model so far that it answers nothing
+            raise RunError(f"{error}. To measure no answers, give --answers=0.") from error
 
 
 _NO_ANSWERS: dict[str, list[bool]] = {"prediction": [], "correct": []}

@@ -7,6 +7,7 @@ and are by Student's t.
 
 from collections.abc import Mapping, Sequence
 from math import exp, isfinite, nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,15 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
 from qvlm.cell.identity import Cell
+from qvlm.errors import RunError
 from qvlm.evaluation import paired_difference, wilson
 from qvlm.evaluation.divergence import ratio
 from qvlm.evaluation.text import CONFIDENCE
+from qvlm.tables.sensitivity import NAME
 from qvlm.tables.sensitivity.measure import Outcome
 from qvlm.tables.sensitivity.parts import ALONE, BOTH, EVERYTHING, REFERENCE, Part, State
 
+CSV = f"{NAME}.csv"
 KEYS = ("model", "method", "bits", "data", "split")
 _MEASURES = ("kl", "saved", "perplexity", "changed", "difference")
 COLUMNS = (
@@ -30,6 +34,21 @@ COLUMNS = (
     *("accuracy", "questions"),
 )
 FULL = Part("full precision", REFERENCE, frozenset())
+
+
+def read(results: Path) -> pd.DataFrame | None:
+    """Reads the rows of a results folder, or returns None if there are none.
+
+    Raises:
+        RunError: If the CSV has other columns.
+    """
+    file = results / CSV
+    if not file.is_file():
+        return None
+    rows = pd.read_csv(file)
+    if list(rows.columns) != list(COLUMNS):
+        raise RunError(f"{file} does not have the columns that make {NAME} writes.")
+    return rows
 
 
 def rows_of(cell: Cell, full: Outcome, found: Mapping[State, Outcome]) -> pd.DataFrame:
