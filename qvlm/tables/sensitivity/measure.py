@@ -164,7 +164,8 @@ def require_switchable(config: RunConfig) -> None:
     """Refuses a cell whose linears cannot be switched.
 
     Raises:
-        UserError: If it is in full precision, packed, streamed or spread over devices.
+        UserError: If it is in full precision, packed, streamed or spread over devices, or a number
+            of questions is given that the command's own options replace.
     """
     if config.full_precision:
         raise UserError("bits=fp is not possible here: nothing is quantized. Give bits=w4a4.")
@@ -175,6 +176,9 @@ def require_switchable(config: RunConfig) -> None:
         )
     if config.device == MAP:
         raise UserError("device=map is not possible here. Give one device, such as device=cuda.")
+    for option in ("limit", "kl_problems"):
+        if not config.on_text and getattr(config.evaluation, option) is not None:
+            raise UserError(f"evaluation.{option} is not for this. Give --problems and --answers.")
 
 
 def kept_in(cell: Cell, answers: int) -> Path:

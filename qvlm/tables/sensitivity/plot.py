@@ -8,6 +8,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from qvlm.tables.figure import STYLE
 from qvlm.tables.sensitivity.page import by_model, find, parts_of
@@ -57,5 +58,7 @@ def _panel(axis: Axes, own: pd.DataFrame, parts: list[str]) -> None:
     whole = find(own, EVERYTHING, ALONE)["kl"]
     axis.axvline(whole, color="0.3", linestyle="--", linewidth=0.8, label="everything quantized")
     axis.axhline(len(parts_of(own, PART)) - 0.5, color="0.7", linewidth=0.8)
+    axis.ticklabel_format(axis="x", style="plain")  # a factor of ten would stand in the label
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.set_yticks(range(len(parts)), parts)
     axis.set_ylim(len(parts) - 0.4, -0.6)

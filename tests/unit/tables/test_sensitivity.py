@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 from scipy.stats import ttest_1samp
 
 from qvlm.cell import inputs
@@ -108,6 +109,7 @@ def test_models_stand_side_by_side(words: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "sensitivity.png").read_bytes() == plot(rows)
 
 
+@pytest.mark.filterwarnings("ignore:.*were cut")
 def test_questions_are_compared_and_the_first_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, problems = make_model(), make_dataset(make_problems(12))
     monkeypatch.setattr(inputs, "load_problems", lambda *args: problems)
@@ -165,6 +167,23 @@ def test_the_page_follows_from_the_csv(tmp_path: Path) -> None:
     assert list(rows.columns) == list(COLUMNS)
 
 
+def test_no_labels_of_the_plot_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    plot(pd.concat([planted_rows("mini_llava"), planted_rows("mini_moe_llava")]))
+    monkeypatch.undo()
+    (figure,) = drawn
+    assert len(figure.axes) == 2
+    for panel in figure.axes:
+        axes = (panel.xaxis, panel.yaxis)
+        shown = [label for axis in axes for label in axis.get_ticklabels() if label.get_text()]
+        texts = [*shown, panel.xaxis.label, panel.xaxis.offsetText, panel.title]
+        boxes = [box for box in (text.get_window_extent() for text in texts) if box.width]
+        assert len(boxes) >= 6
+        assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    plt.close(figure)
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [
@@ -182,3 +201,12 @@ def test_what_cannot_be_measured_is_refused(
     assert run([*words, word], tmp_path) == 2
     assert capsys.readouterr().err.startswith(f"error: {said}")
     assert not (tmp_path / "sensitivity.csv").exists()
+
+
+@pytest.mark.parametrize("option", ["evaluation.limit", "evaluation.kl_problems"])
+def test_numbers_of_questions_are_options_of_the_command(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["model=mini_llava", f"{option}=5"], tmp_path) == 2
+    said = f"error: {option} is not for this. Give --problems and --answers.\n"
+    assert capsys.readouterr().err == said
