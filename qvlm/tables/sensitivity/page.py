@@ -60,6 +60,7 @@ NOTES = (
     "those of the test split.",
     "*nothing* is what the method makes of the float model before it rounds. A method that only "
     "rounds leaves it as it is.",
+    "Each interval holds at 95 % by itself, and some of so many miss what they should hold.",
     "`make verify` makes this page again from its CSV. The CSV itself is a measurement.",
 )
 
@@ -94,16 +95,9 @@ def estimate(row: Any, name: str, digits: int = 3) -> str:
     if row is None or pd.isna(row[name]):
         return NONE
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    ends = "" if pd.isna(low) else f" ({signed_ends(name, low, high, digits)})"
+    ends = "" if pd.isna(low) else f" ({_ends(name, low, high, digits)})"
     value = row[name]
     return (signed(value, digits) if name == "difference" else f"{value:.{digits}f}") + ends
-
-
-def signed_ends(name: str, low: float, high: float, digits: int) -> str:
-    """Returns the ends of an interval, with signs if the measure is a difference of accuracies."""
-    if name == "difference":
-        return f"{signed(low, digits)} to {signed(high, digits)}"
-    return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def find(rows: Rows, part: str, quantized: str, operands: str = BOTH) -> Any:
@@ -123,6 +117,13 @@ def by_model(rows: Rows) -> list[tuple[str, Rows]]:
     """Returns the rows of each model with its method and bit widths as a title."""
     grouped = rows.groupby(["model", "method", "bits"], sort=False)
     return [(" ".join(map(str, names)), own) for names, own in grouped]
+
+
+def _ends(name: str, low: float, high: float, digits: int) -> str:
+    """Returns the ends of an interval, with signs if the measure is a difference of accuracies."""
+    if name == "difference":
+        return f"{signed(low, digits)} to {signed(high, digits)}"
+    return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def _by_part(rows: Rows) -> str:
