@@ -1,7 +1,5 @@
 """Linears are switched to what they were before they were quantized, and back."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -50,11 +48,14 @@ def quantized(model: nn.Module, method: Method) -> dict[str, nn.Linear]:
     return walk.floats
 
 
-@pytest.mark.parametrize("method", [RTN, AWQ, SmoothQuant, GPTQ, QuaRot])
-def test_the_float_model_is_there_again(method: Callable[[], Method]) -> None:
+METHODS = [RTN(), AWQ(n_grid=3, clip_grid=3), SmoothQuant(alpha=0.5), GPTQ(), QuaRot()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_the_float_model_is_there_again(method: Method) -> None:
     model = toy_llava("routed")
     exact, expected = logits(model), expected_layers(model, True)
-    floats = quantized(model, method())
+    floats = quantized(model, method)
     assert sorted(floats) == sorted(expected)
     rounded = logits(model)
     with quantized_only(model, floats, []):
