@@ -46,8 +46,8 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 \
-	table4-scale table5 real table-real outliers gpu claims report ablation verify audit figure2 fit \
-	verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava \
+	table4-scale table5 real table-real outliers sensitivity gpu claims report ablation verify audit \
+	figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava \
 	preview clean
 
 help:  ## lists these targets
@@ -108,6 +108,9 @@ table-real: install real  ## measures granularities and methods on SmolLM2 and p
 	$(call route,$@,$(WHERE))
 
 outliers: install  ## shows the outliers of MODEL, such as MODEL='smollm2 data=text' after make real
+	$(BIN)/python -m qvlm $@ model=$(MODEL) --command='make $@ MODEL=NAME'
+
+sensitivity: install  ## which part of MODEL its loss comes from at W4A4; goes on where it stopped
 	$(BIN)/python -m qvlm $@ model=$(MODEL) --command='make $@ MODEL=NAME'
 
 ablation: install  ## regenerates the ablation of RoCo: its parts, each added to the others

@@ -41,9 +41,9 @@ from qvlm.methods.qvlm.dependency import element_joint, entropy, lane, mine, qua
 from qvlm.methods.qvlm.search import search_block
 from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.quantization import Block, Walk, batch_by_length
+from qvlm.tables.figure import STYLE
 
 DEPTH = 3
-STYLE = Path(__file__).with_name("figure.mplstyle")
 PROXIES = {"entropy": entropy(element_joint), "quantization_error": quantization_error}
 LABELS = {
     "entropy": "activation entropy, nats",

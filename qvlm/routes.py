@@ -63,6 +63,9 @@ ROUTES = {
         ("table_real", "table_real_first", "table_real_methods", "table_real_search"),
     ),
     "outliers": Route("shows the outliers of a model", "qvlm.tables.outliers"),
+    "sensitivity": Route(
+        "shows which part of a model its loss comes from", "qvlm.tables.sensitivity.__main__"
+    ),
     "report": Route("makes a page of all records, to look at in a browser", "qvlm.report.__main__"),
     "workspace": Route("arranges the runs in a W&B account", "qvlm.report.workspace"),
     "gpu": Route("measures packed models on a GPU", "qvlm.tables.gpu.__main__"),

@@ -12,6 +12,7 @@ from qvlm.records.files import explained, write_file
 from qvlm.records.record import find_records
 from qvlm.report.costs import read_table4
 from qvlm.report.page import page
+from qvlm.tables.sensitivity.rows import read as read_sensitivity
 
 PUBLIC, PRIVATE = "index.html", "private.html"
 
@@ -20,7 +21,7 @@ def write(results: Path, made_with: str, private: bool = False) -> Path:
     """Writes the report of the records in a results folder.
 
     Args:
-        results: Folder that holds `runs`, and perhaps `table4.csv`.
+        results: Folder that holds `runs`, and perhaps `table4.csv` and `sensitivity.csv`.
         made_with: Command that the page names.
         private: Whether the page stays on this machine, so that it may hold any data set's texts.
 
@@ -37,7 +38,7 @@ def write(results: Path, made_with: str, private: bool = False) -> Path:
         raise UserError(
             f"--results: {results / 'runs'} holds no records. Give the results_dir of a run."
         )
-    text = page(records, made_with, read_table4(results), private)
+    text = page(records, made_with, read_table4(results), private, read_sensitivity(results))
     path = results / "report" / (PRIVATE if private else PUBLIC)
     with explained(f"--results: {path}", UserError, "choose a folder that can be written"):
         write_file(path, text)

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +10,11 @@ from markupsafe import Markup
 
 from qvlm.evaluation.metrics import CLASSES
 from qvlm.records.record import Record
-from qvlm.report import charts, losses, questions, tables, verdicts
+from qvlm.report import charts, losses, proof, questions, tables, verdicts
 from qvlm.report import costs as cost
 from qvlm.report.charts import Point
 from qvlm.report.content import Content, provenance
+from qvlm.report.sensitivity import SERIES, sensitivities
 from qvlm.tables.labels import FP
 from qvlm.tables.report import interval, with_interval
 from qvlm.tables.selection import execution
@@ -35,31 +35,12 @@ SECTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Strip:
-    """The proof of bits of one record, layer by layer.
-
-    Attributes:
-        number: Number of the record.
-        title: The cell in words.
-        layers: Per layer whether it holds, and a sentence.
-    """
-
-    number: int
-    title: str
-    layers: Sequence[tuple[bool, str]]
-
-    @property
-    def failed(self) -> list[str]:
-        """Sentences of the layers that do not hold."""
-        return [sentence for holds, sentence in self.layers if not holds]
-
-
 def page(
     records: Sequence[Record],
     made_with: str,
     table4: pd.DataFrame | None = None,
     private: bool = False,
+    sensitivity: pd.DataFrame | None = None,
 ) -> str:
     """Returns the report.
 
@@ -68,6 +49,7 @@ def page(
         made_with: Command that makes the page again.
         table4: Rows of Table 4's CSV, or None.
         private: Whether the page stays on this machine and may hold the texts of any data set.
+        sensitivity: Rows of the CSV of `qvlm sensitivity`, or None.
 
     Raises:
         UserError: If the questions cannot be read again.
@@ -103,8 +85,12 @@ def page(
         by_kl=_by_kl(content),
         by_cost=_by_cost(content, table4),
         losses=_losses(content),
+        series=SERIES.values(),
+        sensitivities=sensitivities(sensitivity),
         strips=[
-            _strip(r, content) for r in [*content.records, *content.texts, *refused] if r.layers
+            proof.strip(r, content.numbers[r.name], f"{r.model}, {_label(r)}")
+            for r in [*content.records, *content.texts, *refused]
+            if r.layers
         ],
         asked=questions.asked(content, private),
         rule=questions.RULE.format(least=questions.LEAST, per_method=questions.PER_METHOD),
@@ -284,19 +270,3 @@ def _thinned(names: Sequence[str], most: int = 12) -> list[str]:
     """Returns the names with some left empty, so that at most `most` are printed."""
     step = -(-len(names) // most)
     return [name if i % step == 0 else "" for i, name in enumerate(names)]
-
-
-def _strip(record: Record, content: Content) -> Strip:
-    layers = []
-    for row in record.layers:
-        held, parts = True, []
-        for part, bits, levels in (
-            ("weight", row.get("w_bits"), row.get("weight_levels")),
-            ("input", row.get("a_bits"), row.get("input_levels")),
-        ):
-            if bits is None or levels is None:
-                continue
-            held &= 1 <= levels <= 2**bits
-            parts.append(f"{levels} of {2**bits} {part} values per scale")
-        layers.append((held, f"{row['layer']}: {', '.join(parts)}"))
-    return Strip(content.numbers[record.name], f"{record.model}, {_label(record)}", layers)

@@ -3,7 +3,7 @@
 Each page is made anew from the answers that are committed with it (`qvlm.tables.answers`), by the
 functions that made it from records, and the two texts are compared. No model runs, so this takes
 seconds. What a cell measured, such as its seconds of search, is compared with the committed facts
-of the cell.
+of the cell. The page of sensitivities is made anew from its CSV, which is a measurement itself.
 
     python -m qvlm verify               all pages
     python -m qvlm verify --rerun 2     runs two of their cells anew, too, and compares the answers
@@ -25,6 +25,8 @@ from qvlm.tables.answers import folder_of, read_answers, read_facts
 from qvlm.tables.command import Table, texts_of, write_files
 from qvlm.tables.differences import Difference, differences
 from qvlm.tables.selection import select
+from qvlm.tables.sensitivity.page import page as sensitivity_page
+from qvlm.tables.sensitivity.rows import CSV, read
 from qvlm.tables.table4 import facts as table4_facts
 from qvlm.tables.table4 import page as table4_page
 from qvlm.validation import whole_number
@@ -84,11 +86,19 @@ def _readme(results: Path, command: str) -> Mapping[str, str]:
     return {} if text is None else {"../README.md": text}
 
 
+def _sensitivity(results: Path, command: str) -> Mapping[str, str]:
+    rows = read(results)
+    if rows is None:
+        raise RunError(f"{results / CSV} is missing; make the page anew")
+    return {"sensitivity.md": sensitivity_page(rows, command)}
+
+
 PAGES = (
     *map(_of, (table1.TABLE, table2.TABLE, table5.TABLE, ablation.TABLE)),
     Page("table4", _table4),
     Page("claims", _claims),
     Page("audit", _audit, answered=False),
+    Page("sensitivity", _sensitivity, answered=False),
     Page("../README", _readme, answered=False),
 )
 
@@ -157,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for page in PAGES:
             own = check(page, options.results, options.write)
             made = (options.results / f"{page.name}.md").is_file()
-            good = "every value follows from its answers" if made else "not made"
+            source = "its answers" if page.answered else "committed files"
+            good = f"every value follows from {source}" if made else "not made"
             print(f"{page.name}: {_count(own) or good}")
             for difference in own[:_SHOWN]:
                 print(f"  {difference}")

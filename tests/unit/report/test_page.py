@@ -1,6 +1,7 @@
 """The page is one small file that needs nothing else, and its numbers are those of the records."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from qvlm.report.content import Content
 from qvlm.report.page import page
 from qvlm.tables.published import table2_values
 from tests.helpers.records import make_layers, make_record
+from tests.helpers.sensitivity import planted_rows
 
 
 class Tables(HTMLParser):
@@ -139,6 +141,7 @@ def test_what_is_not_measured_is_said(tmp_path: Path) -> None:
     assert "Not measured: there is neither a record of packed execution nor Table 4." in text
     assert "Not measured for mini_llava, RTN W4A4: these records hold no errors by layer." in text
     assert "Not measured: no model has records of two bit widths." in text
+    assert "Not measured: there is no sensitivity.csv" in text
 
 
 def test_table_4_is_read_where_it_is(made: list[Record]) -> None:
@@ -153,6 +156,21 @@ def test_table_4_is_read_where_it_is(made: list[Record]) -> None:
     pd.DataFrame(rows).to_csv(results / "table4.csv", index=False)
     assert main(["--results", str(results), "--command", "make report"]) == 0
     assert (results / "report" / "index.html").read_text(encoding="utf-8") == text
+
+
+def test_sensitivity_is_read_where_it_is(made: list[Record], tmp_path: Path) -> None:
+    rows = planted_rows()
+    text = page(made, "make report", sensitivity=rows)
+    alone = rows[(rows["part"] == "attention") & (rows["operands"] == "both")].iloc[0]
+    assert f"attention, quantized alone: {alone['kl']:.4f} ({alone['kl_low']:.4f} to" in text
+    assert "decoder 0, saved if left in floating point: 0.0" in text
+    assert "mini_llava rtn W4A4; everything quantized: 0.0" in text
+    assert "Not measured: there is no sensitivity.csv" not in text
+    shutil.copytree(made[0].path.parents[1], tmp_path / "results")
+    rows.to_csv(tmp_path / "results" / "sensitivity.csv", index=False)
+    assert main(["--results", str(tmp_path / "results")]) == 0
+    written = (tmp_path / "results" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "attention, quantized alone" in written
 
 
 def test_a_folder_without_records_is_refused(
