@@ -11,7 +11,7 @@ MoE-LLaVA's releases. Their templates have no few-shot examples and no captions;
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ class _Conversation:
     after: str  # what stands between the request and the answer
     end: str  # what ends the answer
     lead: str = " "  # what begins the answer
+    turn: str = "USER: "  # what stands between an answer and the next request
 
 
 def _vicuna(system: str, end: str) -> _Conversation:
@@ -67,6 +68,7 @@ _SMOLLM2 = _Conversation(
     "<|im_end|>\n<|im_start|>assistant\n",
     "<|im_end|>",
     lead="",
+    turn="\n<|im_start|>user\n",
 )
 _CONVERSATIONS = {
     "vicuna_v1": _vicuna(_SYSTEM, "</s>"),
@@ -139,6 +141,28 @@ class Prompting:
             text = text.replace("Answer: ", "")
         lead = _CONVERSATIONS[self.conversation].lead
         return f"{lead}{text.replace(IMAGE_TOKEN, '')}{self.end}"
+
+    def chat(self, messages: Sequence[Mapping[str, str]], answer_follows: bool = True) -> str:
+        """Returns the text of a conversation that the model is to go on with.
+
+        Args:
+            messages: Mappings with the keys `role` and `content`. What a system or a user says
+                before the next answer is one request, of several paragraphs.
+            answer_follows: Whether the model begins an answer. Otherwise it goes on with the last
+                one of `messages`.
+        """
+        conversation = _CONVERSATIONS[self.conversation]
+        text, request = conversation.before, []
+        for message in messages:
+            if message["role"] != "assistant":
+                request.append(message["content"])
+                continue
+            asked = "\n\n".join(request) + conversation.after + conversation.lead
+            text += f"{asked}{message['content']}{conversation.end}{conversation.turn}"
+            request = []
+        if answer_follows:
+            return text + "\n\n".join(request) + conversation.after
+        return text.removesuffix(conversation.end + conversation.turn)
 
     def parse(self, text: str, n_choices: int) -> int | None:
         """Returns the index of the choice that a text names by the official rule, or None.
