@@ -4,9 +4,11 @@ A command that is added here needs a target of the same name in the Makefile, or
 `WITHOUT_TARGET` of tests/unit/test_main.py that says why it has none.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from qvlm.command import program
+from qvlm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Route:
             own options do not.
         overrides: Words of the command line that the command stands for, instead of a module.
         closing: Text that is printed after such a run.
+        keys: Short names of options, for a command that is a run. The first has to be given, and
+            takes several values, separated by commas.
     """
 
     does: str
@@ -29,6 +33,23 @@ class Route:
     design: str = ""
     overrides: tuple[str, ...] = ()
     closing: str = ""
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    def expand(self, words: Sequence[str]) -> list[str]:
+        """Returns the words of a command line with the names of options in full.
+
+        Raises:
+            UserError: If the option that has to be given is not.
+        """
+        needed = next(iter(self.keys))
+        found = []
+        for word in words:
+            key, equals, value = word.partition("=")
+            given = f"[{value}]" if key == needed else value
+            found.append(f"{self.keys[key]}={given}" if key in self.keys and equals else word)
+        if not any(word.startswith(f"{self.keys[needed]}=") for word in found):
+            raise UserError(f"{needed} is not given. Give {needed}=NAME, or several: A,B,C.")
+        return found
 
 
 ROUTES = {
@@ -61,6 +82,16 @@ ROUTES = {
         "measures a real language model on plain text",
         "qvlm.tables.table_real",
         ("table_real", "table_real_first", "table_real_methods", "table_real_search"),
+    ),
+    "eval": Route(
+        "runs tasks of lm-eval on a model: task=arc_easy,...",
+        keys={
+            "task": "tasks.names",
+            "include_path": "tasks.include_path",
+            "num_fewshot": "tasks.num_fewshot",
+            "chat_template": "tasks.chat_template",
+            "limit": "evaluation.limit",
+        },
     ),
     "outliers": Route("shows the outliers of a model", "qvlm.tables.outliers"),
     "report": Route("makes a page of all records, to look at in a browser", "qvlm.report.__main__"),

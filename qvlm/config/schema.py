@@ -25,7 +25,7 @@ UNPARSABLE = ("wrong", "random")  # what an answer without a letter counts as
 # Options that name a folder or file of the user, whose "~" is expanded (`qvlm.config.compose`).
 PATHS = (
     *("model.path", "model.packed", "model.vision_tower", "data.source"),
-    *("results_dir", "save_packed", "tracking.dir"),
+    *("results_dir", "save_packed", "tracking.dir", "tasks.include_path", "tasks.folder"),
 )
 MOST_THREADS = 1024  # PyTorch crashes where the system refuses to make more
 MOST_TOKENS = 2**16  # of an answer, which is more than any model of the paper can attend to
@@ -238,6 +238,31 @@ class EvaluationConfig:
 
 
 @dataclass
+class TasksConfig:
+    """Tasks of lm-eval. They take the place of the data, which are calibrated on all the same.
+
+    Of `evaluation` only `batch_size`, `max_new_tokens`, `temperature` and `limit` concern them.
+
+    Attributes:
+        names: Names of tasks, groups or tags. None evaluates on the data.
+        include_path: Folder with tasks of the user: YAML files, and what they read.
+        folder: Folder with the data of the tasks that qvlm ships; see `qvlm.evaluation.vqa`.
+        num_fewshot: Number of examples in each prompt. Null stands for what each task says.
+        chat_template: Whether prompts are put into the conversation template of the model.
+    """
+
+    names: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    folder: str | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_fewshot is not None:
+            whole_number("tasks.num_fewshot", self.num_fewshot, 0)
+
+
+@dataclass
 class TrackingConfig:
     """Weights & Biases.
 
@@ -309,6 +334,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     launcher: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_LAUNCHER))
@@ -388,7 +414,7 @@ class RunConfig:
 
     @property
     def on_text(self) -> bool:
-        """Whether the data are plain text, and not problems."""
+        """Whether the data are plain text, and not problems. Tasks may take their place."""
         return self.data.kind == "text"
 
     @property
@@ -442,7 +468,11 @@ def influences(config: RunConfig) -> dict[str, Any]:
         parts += ["quantizer", "calibration", "execution"]
     if config.packed:
         parts.append("kernel")
+    if config.tasks.names:
+        parts.append("tasks")
     whole = asdict(config)
+    for path in ("include_path", "folder"):
+        del whole["tasks"][path]
     for path in ("path", "made_by", "packed", "vision_tower", "stands_for"):
         del whole["model"][path]
     return {part: whole[part] for part in parts}

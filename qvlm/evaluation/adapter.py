@@ -18,12 +18,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
-from qvlm.errors import RunError
 from qvlm.evaluation import likelihood
 from qvlm.evaluation.answers import Answer, KeptAnswers
-from qvlm.evaluation.decoding import decode
+from qvlm.evaluation.decoding import RefuseNonFinite, decode, not_finite
 from qvlm.evaluation.likelihood import Likelihood, Passage
 from qvlm.evaluation.metrics import wilson
 from qvlm.evaluation.request import Generation, alike, context, encoded_images, images, name
@@ -182,7 +181,7 @@ class InMemoryModel(LM):
             torch.manual_seed(self.seed + start)
 
         def options_of(rows: list[int]) -> dict[str, Any]:
-            check = _RefuseNonFinite(self.loaded.name, [name(requests[row]) for row in rows])
+            check = RefuseNonFinite(self.loaded.name, [name(requests[row]) for row in rows])
             return {
                 **settings.sampling,
                 "pad_token_id": tokenizer.pad_token_id,
@@ -273,31 +272,8 @@ class InMemoryModel(LM):
                 scored[number] = likelihood.score(self.loaded, batch)
                 for each, (_, request) in zip(scored[number], work[number], strict=True):
                     if not isfinite(each.log_probability):
-                        raise _not_finite(self.loaded.name, f"text of {name(request)}")
+                        raise not_finite(self.loaded.name, f"text of {name(request)}")
         return scored
-
-
-class _RefuseNonFinite(LogitsProcessor):
-    """Stops generation at a NaN, which argmax would silently turn into an arbitrary token."""
-
-    def __init__(self, model: str, questions: Sequence[str]) -> None:
-        self.model = model
-        self.questions = questions
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Returns the logits [batch, vocabulary] unchanged, or raises RunError."""
-        finite = scores.amax(dim=-1).isfinite()  # amax propagates NaN and ignores a masked -inf
-        if not finite.all():
-            question = self.questions[int(finite.logical_not().nonzero()[0])]
-            raise _not_finite(self.model, f"question {question}")
-        return scores
-
-
-def _not_finite(model: str, what: str) -> RunError:
-    return RunError(
-        f"model {model}: the logits for {what} are not finite; check its weights for NaN or Inf "
-        "and the scales of its quantized layers"
-    )
 
 
 def _count_right(requests: Sequence[Instance], answers: Sequence[Answer]) -> int:

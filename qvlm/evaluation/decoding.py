@@ -5,12 +5,14 @@ stopped when some of the rows have finished, these leave the batch and its key-v
 goes on with the others. A row's tokens do not depend on the other rows, except through rounding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+
+from qvlm.errors import RunError
 
 # Share of the rows that must have finished before they leave, because selecting rows of the cache
 # and starting anew costs about as much as a few tokens.
@@ -98,3 +100,32 @@ def decode(
         answers[indices, begin : begin + new.shape[1]] = new
         begin += new.shape[1]
     return answers
+
+
+class RefuseNonFinite(LogitsProcessor):
+    """Stops generation at a NaN, which argmax would silently turn into an arbitrary token.
+
+    Args:
+        model: Name of the model.
+        questions: Names of the questions, in the order of the rows.
+    """
+
+    def __init__(self, model: str, questions: Sequence[str]) -> None:
+        self.model = model
+        self.questions = questions
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns the logits [batch, vocabulary] unchanged, or raises RunError."""
+        finite = scores.amax(dim=-1).isfinite()  # amax propagates NaN and ignores a masked -inf
+        if not finite.all():
+            question = self.questions[int(finite.logical_not().nonzero()[0])]
+            raise not_finite(self.model, f"question {question}")
+        return scores
+
+
+def not_finite(model: str, what: str) -> RunError:
+    """Makes the error for logits that are not finite."""
+    return RunError(
+        f"model {model}: the logits for {what} are not finite; check its weights for NaN or Inf "
+        "and the scales of its quantized layers"
+    )

@@ -6,21 +6,15 @@ machine. lm-eval's cache stays off: its keys contain the text only, so it would 
 that the model gave before it was quantized.
 """
 
-import logging
-import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import lm_eval.api.task
 import lm_eval.evaluator
 import pandas as pd
-import torch
 from lm_eval.tasks import TaskManager
 from torch import nn
 
@@ -29,6 +23,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel, Watch
 from qvlm.evaluation.answers import KeptAnswers
 from qvlm.evaluation.divergence import Divergence
+from qvlm.evaluation.harness import preserved, quiet_lm_eval
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.models.loaded import LoadedModel
 
@@ -118,7 +113,7 @@ def evaluate(
     _check(dataset, batch_size, max_new_tokens, unparsable, temperature)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     kept = KeptAnswers(answers) if answers else None
-    with _quiet_lm_eval(), _preserved(loaded.model.device):
+    with quiet_lm_eval(), preserved(loaded.model.device):
         manager = TaskManager(
             include_path=Path(__file__).parent,
             include_defaults=False,
@@ -184,33 +179,3 @@ def _check(
         )
     if len(dataset) == 0:
         raise UserError("data: there are no questions to evaluate. Give a split with at least one")
-
-
-@contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
-    """Silences lm-eval's notices and its bar, which would show even without a terminal."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    requests_module: Any = lm_eval.api.task
-    bar = requests_module.tqdm
-    logger.setLevel(logging.ERROR)
-    requests_module.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        requests_module.tqdm = bar
-        logger.setLevel(level)
-
-
-@contextmanager
-def _preserved(device: torch.device) -> Iterator[None]:
-    """Restores the caller's random states, of torch and of Python.
-
-    Sampling seeds torch, and lm-eval draws task names from Python's generator.
-    """
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(state)

@@ -64,8 +64,9 @@ def of_whole_method(record: Record) -> bool:
 
 
 def is_ordinary(record: Record) -> bool:
-    """Whether a record has no page of its own, as other executions, claims and plain text have."""
-    return execution(record) == "simulated" and not is_of_claims(record) and not record.on_text
+    """Whether a record has no page of its own, as other executions, claims and other data have."""
+    simulated = execution(record) == "simulated"
+    return simulated and not is_of_claims(record) and record.kind == "problems"
 
 
 def is_of_claims(record: Record) -> bool:
