@@ -137,9 +137,9 @@ def _task_scores(record: Record) -> Table:
     table = _table("task", "metric", "questions", "value", "standard error", left=2)
     tasks = record.metrics["tasks"]
     for task, metric, value, error in _scores(record):
-        asked = tasks["n-samples"].get(task, {}).get("effective")
-        count, spread = ("" if v is None else f"{v:{f}}" for v, f in ((asked, ","), (error, ".4f")))
-        table.add_row(task, metric, count, f"{value:.4f}", spread)
+        asked = tasks["n-samples"].get(task)  # of a group there is none
+        count = f"{asked['effective']:,}" if asked else ""
+        table.add_row(task, metric, count, f"{value:.4g}", "" if error is None else f"{error:.2g}")
     return table
 
 
@@ -184,7 +184,7 @@ def _comparison(records: Sequence[Record], faults: Mapping[str, str]) -> Table:
     for record in records:
         same = record.bit_widths.is_full_precision
         if kind == "tasks":
-            numbers = [f"{value:.4f}" for _, _, value, _ in _scores(record)]
+            numbers = [f"{value:.4g}" for _, _, value, _ in _scores(record)]
         elif kind == "text":
             numbers = [_text_number(record, "kl"), _text_number(record, "perplexity")]
         else:

@@ -4,7 +4,7 @@ The line asks for batches to calibrate on and to prove the bits on, for the eval
 a comparison with full precision needs of the model before it is quantized.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qvlm.cell import inputs, text
 from qvlm.cell.identity import Cell
-from qvlm.config.schema import RunConfig, TasksConfig
+from qvlm.config.schema import RunConfig
 from qvlm.evaluation import Evaluation, Reference, Watch, answer_passages, evaluate
 from qvlm.evaluation.tasks import evaluate_tasks, load_tasks, require_readable
 from qvlm.evaluation.text import SavedStates, evaluate_text
@@ -171,7 +171,7 @@ class _Texts:
 
 
 class _Tasks:
-    """Tasks of lm-eval. Batches to calibrate on and to prove the bits on are those of the data."""
+    """Tasks of lm-eval. The bits are proven on some of the batches to calibrate on."""
 
     problems = None
     compares = False
@@ -189,14 +189,16 @@ class _Tasks:
             {"folder": options.folder},
         )
         require_readable(loaded, self.tasks)
-        few = replace(config.evaluation, limit=PROOF_PROBLEMS)
-        self._data = load_material(replace(config, tasks=TasksConfig(), evaluation=few), loaded)
 
     def calibration(self) -> tuple[Batches, list[int]]:
-        return self._data.calibration()
+        return calibration_batches(self.config, self.loaded)
 
     def proof(self) -> Batches:
-        return self._data.proof()
+        few: Batches = []
+        for batch in self.calibration()[0]:
+            if sum(len(other["input_ids"]) for other in few) < PROOF_PROBLEMS:
+                few.append(batch)
+        return few
 
     def refer(self, cell: Cell) -> None:
         raise NotImplementedError("tasks are not compared with full precision")

@@ -112,6 +112,7 @@ def make_record(
     parameters: dict[str, Any] | None = None,
     weights: str = "w",
     documents: pd.DataFrame | None = None,
+    tasks: dict[str, float] | None = None,
     generated: bool = False,
     group: str = "table2",
     **setting: Any,
@@ -121,6 +122,7 @@ def make_record(
     Args:
         metrics: changes the classes before they are written.
         documents: sums of documents, which make it a record on plain text.
+        tasks: accuracy by task, which makes it a record on tasks of lm-eval.
         generated: whether the problems are those of the miniature, so that answers can be kept.
         group: name of the sweep.
         setting: replaces parts of what the cell depends on: data, evaluation, seed, ...
@@ -175,8 +177,27 @@ def make_record(
     written: dict[str, Any] = {"classes": classes, "unparsable_rule": "wrong"}
     if documents is not None:
         written, predictions = {"text": summarize(documents)}, documents
+    if tasks is not None:
+        whole["tasks"] = {"names": list(tasks)}
+        written, predictions = make_scores(tasks)
     proof = make_layers(bits) if layers is None else list(layers)
     return write_record(path, whole, run, written, predictions, proof)
+
+
+def make_scores(tasks: dict[str, float]) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Metrics and samples of tasks with two questions each, by their accuracy."""
+    columns = ("filter", "requests", "responses", "target", "metrics")
+    samples = [
+        {"task": task, "doc_id": row, **dict.fromkeys(columns, "none")}
+        for task in tasks
+        for row in range(2)
+    ]
+    results = {
+        task: {"alias": task, "acc,none": accuracy, "acc_stderr,none": 0.125}
+        for task, accuracy in tasks.items()
+    }
+    counts = {task: {"original": 9, "effective": 2} for task in tasks}
+    return {"tasks": {"results": results, "n-samples": counts}}, pd.DataFrame(samples)
 
 
 def make_questions(record: Record) -> datasets.Dataset:
