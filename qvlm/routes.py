@@ -93,6 +93,7 @@ ROUTES = {
             "limit": "evaluation.limit",
         },
     ),
+    "lm-eval": Route("runs lm-eval itself, which then knows --model qvlm", "qvlm.lm_eval_model"),
     "outliers": Route("shows the outliers of a model", "qvlm.tables.outliers"),
     "report": Route("makes a page of all records, to look at in a browser", "qvlm.report.__main__"),
     "workspace": Route("arranges the runs in a W&B account", "qvlm.report.workspace"),
