@@ -21,6 +21,7 @@ from qvlm.validation import check_name, one_of, refused, seed, whole_number
 DEFAULT_LAUNCHER = {"_target_": "qvlm.sweep.local.Auto"}
 FULL_PRECISION_METHOD = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
 MAP = "map"  # the value of `device` that stands for all devices
+SCORING = ("generate", "rank")  # how an answer to a problem is found
 UNPARSABLE = ("wrong", "random")  # what an answer without a letter counts as
 # Options that name a folder or file of the user, whose "~" is expanded (`qvlm.config.compose`).
 PATHS = (
@@ -192,6 +193,8 @@ class EvaluationConfig:
 
     Attributes:
         batch_size: Number of questions per batch.
+        scoring: "generate" lets the model write an answer. "rank" takes the choice whose letter it
+            finds most likely as the answer itself, without reasons before it.
         max_new_tokens: Number of tokens after which an answer is cut off. Null stands for what the
             model's prompt format needs; see `qvlm.cell.inputs.answer_length`.
         unparsable: What an answer without a letter counts as: "wrong", or a "random" choice, the
@@ -206,6 +209,7 @@ class EvaluationConfig:
     """
 
     batch_size: int = 128
+    scoring: str = "generate"
     max_new_tokens: int | None = None
     unparsable: str = "wrong"
     temperature: float = 0.0
@@ -227,6 +231,7 @@ class EvaluationConfig:
             )
         if self.max_new_tokens is not None:
             whole_number("evaluation.max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS)
+        one_of("evaluation.scoring", self.scoring, SCORING)
         one_of("evaluation.unparsable", self.unparsable, UNPARSABLE)
         if self.limit == 0:
             raise UserError(
@@ -461,7 +466,8 @@ def influences(config: RunConfig) -> dict[str, Any]:
     It identifies a record together with the code version and the hashes of the files that the cell
     reads. Paths are therefore no part of it, nor are the options that say where the work happens
     (device, threads), where it is written, and how it is shown. Full precision does not depend on
-    quantizer, calibration and execution. Only packed execution depends on the kernel.
+    quantizer, calibration and execution. Only packed execution depends on the kernel. Generated
+    answers are not named as such, as in records that are older than ranked ones.
     """
     parts = ["model", "method", "bits", "data", "evaluation", "seed"]
     if not config.full_precision:
@@ -473,6 +479,8 @@ def influences(config: RunConfig) -> dict[str, Any]:
     whole = asdict(config)
     for path in ("include_path", "folder"):
         del whole["tasks"][path]
+    if config.evaluation.scoring == "generate":
+        del whole["evaluation"]["scoring"]
     for path in ("path", "made_by", "packed", "vision_tower", "stands_for"):
         del whole["model"][path]
     return {part: whole[part] for part in parts}

@@ -30,6 +30,9 @@ _SYSTEM = (
 _DIRECT = "Answer with the option's letter from the given choices directly."
 
 
+_LETTER = "([A-Z])"  # what stands for the letter in a pattern
+
+
 @dataclass(frozen=True)
 class _Format:
     question_first: bool
@@ -141,6 +144,15 @@ class Prompting:
             text = text.replace("Answer: ", "")
         lead = _CONVERSATIONS[self.conversation].lead
         return f"{lead}{text.replace(IMAGE_TOKEN, '')}{self.end}"
+
+    def answers(self, problem: Mapping[str, Any]) -> list[str]:
+        """Returns the answer that names each choice and nothing else, in the model's own words."""
+        sentence = _FORMATS[self.format].answer_pattern if self.format != "CQM-A" else _LETTER
+        lead = _CONVERSATIONS[self.conversation].lead
+        return [
+            lead + sentence.replace(_LETTER, letter)
+            for letter in LETTERS[: len(problem["choices"])]
+        ]
 
     def chat(self, messages: Sequence[Mapping[str, str]], answer_follows: bool = True) -> str:
         """Returns the text of a conversation that the model is to go on with.
