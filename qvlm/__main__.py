@@ -97,7 +97,7 @@ def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
     for sweep in sweeps:
         if code := cli.main(["-m", *sweep, *overrides]):
             return code
-    results = _results_folder(overrides)
+    results = _results_folder([f"experiment={route.experiments[0]}", *overrides])
     said = options or [COMMAND + " ".join([program(), name, *given])]
     if code := _page(route)([f"--runs={results / 'runs'}", f"--out={results}", *said]):
         return code

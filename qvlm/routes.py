@@ -62,6 +62,11 @@ ROUTES = {
     ),
     "table1": Route("makes Table 1: the parts of Q-VLM", "qvlm.tables.table1", ("table1",)),
     "table2": Route("makes Table 2: models, methods, bits", "qvlm.tables.table2", ("table2",)),
+    "table3": Route(
+        "makes Table 3: VQA, for who has the data",
+        "qvlm.tables.table3",
+        ("table3", "table3_sqa"),
+    ),
     "table4": Route(
         "measures packed models: seconds, memory, accuracy",
         "qvlm.tables.table4.__main__",

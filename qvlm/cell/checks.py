@@ -13,6 +13,7 @@ from qvlm.cell.method import method_of, not_streamable
 from qvlm.config.schema import MAP, RunConfig
 from qvlm.data.scienceqa import MINIATURE_SIZES
 from qvlm.errors import UserError
+from qvlm.evaluation.vqa.questions import require_data
 from qvlm.models.placement import memory_limits
 from qvlm.packing import kernels, partial_folder, resolve_folder
 from qvlm.records.record import require_writable
@@ -55,11 +56,12 @@ def check_options(config: RunConfig) -> None:
 
 
 def _check_task_folders(config: RunConfig) -> None:
-    """Refuses folders of tasks that do not exist."""
+    """Refuses folders of tasks that do not exist, and tasks whose data are not there."""
     for option in ("include_path", "folder"):
         folder = getattr(config.tasks, option)
         if config.tasks.names and folder is not None and not os.path.isdir(folder):
             raise UserError(f"tasks.{option}={folder} is not a folder. Give an existing one.")
+    require_data(config.tasks.names, config.tasks.folder)
 
 
 def _check_packable(config: RunConfig) -> None:

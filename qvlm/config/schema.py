@@ -251,7 +251,7 @@ class TasksConfig:
     Attributes:
         names: Names of tasks, groups or tags. None evaluates on the data.
         include_path: Folder with tasks of the user: YAML files, and what they read.
-        folder: Folder with the data of the tasks that qvlm ships; see `qvlm.evaluation.vqa`.
+        folder: Folder with the data of qvlm's own tasks; see `qvlm.evaluation.vqa.questions`.
         num_fewshot: Number of examples in each prompt. Null stands for what each task says.
         chat_template: Whether prompts are put into the conversation template of the model.
     """

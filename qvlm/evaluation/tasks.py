@@ -22,6 +22,7 @@ from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.evaluation.answers import KeptAnswers
 from qvlm.evaluation.evaluator import Evaluation
 from qvlm.evaluation.harness import preserved, quiet_lm_eval
+from qvlm.evaluation.vqa import questions
 from qvlm.models.loaded import LoadedModel
 
 # What of lm-eval's results a record keeps, under lm-eval's names.
@@ -29,6 +30,7 @@ RESULTS = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-sampl
 # Resamples behind the standard error of a metric that has no closed form. lm-eval's command line
 # draws 100,000 in several processes.
 RESAMPLES = 1000
+VQA = Path(questions.__file__).parent  # folder of the tasks that qvlm ships
 
 
 def load_tasks(
@@ -42,7 +44,7 @@ def load_tasks(
 
     Args:
         names: Names of tasks, groups or tags.
-        include_path: Folder with further tasks, which come before those of lm-eval.
+        include_path: Folder with further tasks, which come before those of qvlm and lm-eval.
         shots: Number of examples in each prompt, unless a task fixes it to 0. None is the task's.
         settings: Settings of generation that take the place of the tasks' own.
         metadata: What functions of the tasks that load data are given.
@@ -164,11 +166,11 @@ def _manager(
     names: Sequence[str], include_path: str | None, metadata: Mapping[str, Any] | None
 ) -> TaskManager:
     """Finds tasks. Those of lm-eval, which take ten seconds to list, only if they are needed."""
-    given = {"include_path": include_path, "metadata": dict(metadata or {})}
-    if include_path is not None:
-        own = TaskManager(**given, include_defaults=False)
-        if set(names) <= set(own.all_tasks):
-            return own
+    folders = [str(VQA), *([include_path] if include_path else [])]
+    given = {"include_path": folders, "metadata": dict(metadata or {})}
+    own = TaskManager(**given, include_defaults=False)
+    if set(names) <= set(own.all_tasks):
+        return own
     manager = TaskManager(**given)
     for name in names:
         if name not in manager.all_tasks:

@@ -28,7 +28,11 @@ LAYERS = [f"vision.layers.{i}.fc1" for i in range(2)] + [
 SUBJECTS = ("natural science", "social science", "language science")
 
 
-STANDS_FOR = {"mini_llava": "llava_13b", "mini_moe_llava": "moe_llava"}
+STANDS_FOR = {
+    "mini_llava": "llava_13b",
+    "mini_moe_llava": "moe_llava",
+    "llava_v15_7b": "llava_v15_7b",
+}
 
 
 def make_predictions(accuracy: float, n: int = 300, seed: int = 0) -> pd.DataFrame:
