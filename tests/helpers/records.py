@@ -197,7 +197,7 @@ def make_scores(tasks: dict[str, float]) -> tuple[dict[str, Any], pd.DataFrame]:
         for row in range(2)
     ]
     results = {
-        task: {"alias": task, "acc,none": accuracy, "acc_stderr,none": 0.125}
+        task: {"alias": task, "accuracy,none": accuracy, "accuracy_stderr,none": 0.125}
         for task, accuracy in tasks.items()
     }
     counts = {task: {"original": 9, "effective": 2} for task in tasks}

@@ -26,7 +26,7 @@ from tests.helpers.problems import make_model
         ("isnt", "isnt"),
         ("isn't", "isnt"),
         ("3.5", "3.5"),
-        ("grey-blue", "grey blue"),
+        ("dark-blue", "dark blue"),
     ],
 )
 def test_answers_are_compared_in_one_form(written: str, compared: str) -> None:
