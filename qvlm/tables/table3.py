@@ -26,6 +26,7 @@ from qvlm.tables.report import NOT_MEASURED, hardware, left_out, number, revisio
 from qvlm.tables.selection import Selection, select
 
 NAME = "table3"
+GROUPS = (NAME, "table3_sqa")  # of its two experiments
 SQA = "SQA"
 DATASETS = (SQA, NAMES["vizwiz"], NAMES["vqav2"])
 
@@ -134,7 +135,7 @@ def _printed(record: Record) -> dict[str, float]:
 
 
 def _is_of_table(record: Record) -> bool:
-    return record.config["group"] == NAME
+    return record.config["group"] in GROUPS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

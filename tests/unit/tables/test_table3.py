@@ -16,9 +16,9 @@ MODEL = "llava_v15_7b"
 def planted(runs: Path, method: str, bits: str, **accuracy: float) -> Record:
     """A record of the table: on tasks, if there are accuracies of tasks, and else on problems."""
     more: dict[str, Any] = {"tasks": accuracy} if accuracy else {"accuracy": 60.0}
-    kind = "tasks" if accuracy else "problems"
+    kind, group = ("tasks", "table3") if accuracy else ("problems", "table3_sqa")
     name = f"{method}-{bits}-{kind}"
-    return make_record(runs, method, bits, MODEL, name=name, group="table3", **more)
+    return make_record(runs, method, bits, MODEL, name=name, group=group, **more)
 
 
 @pytest.fixture
