@@ -21,6 +21,7 @@ LAUNCHER ?= auto
 BUDGET ?= 6
 MODEL ?= mini_llava
 RERUN ?= 0
+VQA ?= null
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -45,8 +46,8 @@ NARROW += QVLM_WITHOUT=avx512,avxvnni,avx512vl
 route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table4 \
-	table4-scale table5 real table-real outliers sensitivity gpu claims report ablation verify audit \
+.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 \
+	table4 table4-scale table5 real table-real outliers sensitivity gpu claims report ablation verify audit \
 	figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava \
 	preview clean
 
@@ -84,6 +85,9 @@ table2: install  ## regenerates Table 2: models x methods x bits; reuses what is
 
 table5: install  ## regenerates Table 5: entropy against quantization error as proxy
 	$(call route,$@,$(OPTION)$(WHERE))
+
+table3: install  ## makes Table 3 of the paper's checkpoints: VQA, where VQA=FOLDER has the data
+	$(call route,$@, tasks.folder=$(VQA)$(WHERE))
 
 table4: install  ## measures packed models: seconds, memory, accuracy
 	$(call route,$@,$(WHERE))

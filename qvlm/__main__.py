@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     route = ROUTES.get(name)
     if route is None:
         return cli.main(given)
+    if route.keys:
+        return _run(route, words)
     if route.experiments:
         return _sweep_and_page(name, route, words)
     if route.overrides:
@@ -49,6 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(route.closing)
         return code
     return _page(route)(words)
+
+
+def _run(route: Route, words: Sequence[str]) -> int:
+    """Runs a command that is the command line with short names of options."""
+    if {"-h", "--help"} & {*words}:
+        return cli.main(["--help"])
+    try:
+        return cli.main(route.expand(words))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _begun(line: str) -> list[str]:
@@ -84,7 +97,7 @@ def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
     for sweep in sweeps:
         if code := cli.main(["-m", *sweep, *overrides]):
             return code
-    results = _results_folder(overrides)
+    results = _results_folder([f"experiment={route.experiments[0]}", *overrides])
     said = options or [COMMAND + " ".join([program(), name, *given])]
     if code := _page(route)([f"--runs={results / 'runs'}", f"--out={results}", *said]):
         return code

@@ -250,6 +250,7 @@ def evaluate(
         batch_size=batch_size or options.batch_size,
         max_new_tokens=inputs.answer_length(model.config),
         unparsable=options.unparsable,
+        scoring=options.scoring,
         seed=model.config.seed,
         temperature=options.temperature,
     )

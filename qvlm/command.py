@@ -52,9 +52,18 @@ def run_command(
         raise UserError(f"{message}; see {parser.prog} --help")
 
     parser.error = refuse  # type: ignore[method-assign]
+    return guarded(lambda: work(parser.parse_args(arguments)))
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Does the work of a command, and turns what went wrong into one line and an exit code.
+
+    Args:
+        work: Function that does the work; see `run_command`.
+    """
     try:
         try:
-            work(parser.parse_args(arguments))
+            work()
         finally:
             sys.stdout.flush()  # what a pipe refuses shows here, and not while Python ends
     except BrokenPipeError:

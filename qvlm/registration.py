@@ -1,13 +1,16 @@
-"""`import qvlm` alone lets transformers open packed checkpoints, and costs no import of PyTorch.
+"""`import qvlm` alone makes our models known to other packages, and costs no import of PyTorch.
 
 transformers finds an architecture by the `model_type` of config.json. Ours is registered as soon as
 transformers' module of configurations is imported, by a stand-in whose `from_dict` imports
 `qvlm.models`. That registers the architecture itself, its processor and the packed format.
+
+lm-eval finds a model by its name. "qvlm" is registered once lm-eval has registered its own, and
+`qvlm.lm_eval_model` is imported when somebody asks for it.
 """
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -15,17 +18,28 @@ from typing import Any
 
 MODEL_TYPE = "qvlm_llava"
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+LM_EVAL_MODELS = "lm_eval.models"
 
 
 def register_lazily() -> None:
-    """Registers the stand-in now, or when transformers is imported."""
-    if CONFIGURATIONS in sys.modules:
-        _register(sys.modules[CONFIGURATIONS])
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Registers our models now, or when transformers or lm-eval is imported."""
+    for name, register in (
+        (CONFIGURATIONS, _register_architecture),
+        (LM_EVAL_MODELS, _register_with_lm_eval),
+    ):
+        if name in sys.modules:
+            register(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, _AfterImport(name, register))
 
 
-def _register(module: ModuleType) -> None:
+def _register_with_lm_eval(module: ModuleType) -> None:
+    from lm_eval.api.registry import model_registry
+
+    model_registry.register("qvlm", target="qvlm.lm_eval_model:QvlmModel")
+
+
+def _register_architecture(module: ModuleType) -> None:
     if MODEL_TYPE in module.CONFIG_MAPPING:
         return  # qvlm.models was imported before
 
@@ -45,13 +59,22 @@ def _register(module: ModuleType) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls `_register` once transformers' module of configurations is imported."""
+    """Calls a function once a module is imported.
+
+    Args:
+        name: Name of the module.
+        register: Function that is called with the module.
+    """
+
+    def __init__(self, name: str, register: Callable[[ModuleType], None]) -> None:
+        self.name = name
+        self.register = register
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Returns the ordinary spec of that module, with a loader that registers afterwards."""
-        if fullname != CONFIGURATIONS:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -61,7 +84,7 @@ class _AfterImport(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            _register(module)
+            self.register(module)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

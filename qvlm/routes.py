@@ -4,9 +4,11 @@ A command that is added here needs a target of the same name in the Makefile, or
 `WITHOUT_TARGET` of tests/unit/test_main.py that says why it has none.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from qvlm.command import program
+from qvlm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Route:
             own options do not.
         overrides: Words of the command line that the command stands for, instead of a module.
         closing: Text that is printed after such a run.
+        keys: Short names of options, for a command that is a run. The first has to be given, and
+            takes several values, separated by commas.
     """
 
     does: str
@@ -29,6 +33,23 @@ class Route:
     design: str = ""
     overrides: tuple[str, ...] = ()
     closing: str = ""
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    def expand(self, words: Sequence[str]) -> list[str]:
+        """Returns the words of a command line with the names of options in full.
+
+        Raises:
+            UserError: If the option that has to be given is not.
+        """
+        needed = next(iter(self.keys))
+        found = []
+        for word in words:
+            key, equals, value = word.partition("=")
+            given = f"[{value}]" if key == needed else value
+            found.append(f"{self.keys[key]}={given}" if key in self.keys and equals else word)
+        if not any(word.startswith(f"{self.keys[needed]}=") for word in found):
+            raise UserError(f"{needed} is not given. Give {needed}=NAME, or several: A,B,C.")
+        return found
 
 
 ROUTES = {
@@ -41,6 +62,11 @@ ROUTES = {
     ),
     "table1": Route("makes Table 1: the parts of Q-VLM", "qvlm.tables.table1", ("table1",)),
     "table2": Route("makes Table 2: models, methods, bits", "qvlm.tables.table2", ("table2",)),
+    "table3": Route(
+        "makes Table 3: VQA, for who has the data",
+        "qvlm.tables.table3",
+        ("table3", "table3_sqa"),
+    ),
     "table4": Route(
         "measures packed models: seconds, memory, accuracy",
         "qvlm.tables.table4.__main__",
@@ -62,6 +88,17 @@ ROUTES = {
         "qvlm.tables.table_real",
         ("table_real", "table_real_first", "table_real_methods", "table_real_search"),
     ),
+    "eval": Route(
+        "runs tasks of lm-eval on a model: task=arc_easy,...",
+        keys={
+            "task": "tasks.names",
+            "include_path": "tasks.include_path",
+            "num_fewshot": "tasks.num_fewshot",
+            "chat_template": "tasks.chat_template",
+            "limit": "evaluation.limit",
+        },
+    ),
+    "lm-eval": Route("runs lm-eval itself, which then knows --model qvlm", "qvlm.lm_eval_model"),
     "outliers": Route("shows the outliers of a model", "qvlm.tables.outliers"),
     "sensitivity": Route(
         "shows which part of a model its loss comes from", "qvlm.tables.sensitivity.__main__"

@@ -21,6 +21,7 @@ from rich.text import Text
 from qvlm.command import program
 from qvlm.errors import RunError
 from qvlm.evaluation.metrics import CLASSES
+from qvlm.evaluation.tasks import Score, scores
 from qvlm.records.record import Record, read_run
 from qvlm.tables.comparison import drop
 from qvlm.tables.labels import bits_order, method_order
@@ -79,8 +80,8 @@ def cell_summary(record: Record, described: bool = True) -> RenderableType:
         record: Record of the cell.
         described: Whether the classes are described beside their names.
     """
-    if record.on_text:
-        return _text_summary(record)
+    if record.kind != "problems":
+        return _measures_summary(record)
     reference = find_reference(record)
     rows = record.metrics["classes"]
     full = reference.metrics["classes"] if reference else {}
@@ -109,15 +110,9 @@ def cell_summary(record: Record, described: bool = True) -> RenderableType:
     return Group(Text(), *lines, table, facts)
 
 
-def _text_summary(record: Record) -> RenderableType:
-    """Returns the measures on plain text, the proof of bits, and the folder."""
-    table = _table("measure", "value", "95 % interval")
-    for name, unit in TEXT_MEASURES.items():
-        measure = record.metrics["text"][name]
-        if measure is not None:
-            low, high = measure["low"], measure["high"]
-            reach = NONE if low is None else f"{low:.3f} to {high:.3f}"
-            table.add_row(unit, f"{measure['value']:.3f}", reach)
+def _measures_summary(record: Record) -> RenderableType:
+    """Returns the measures on plain text or tasks, the proof of bits, and the folder."""
+    table = _text_measures(record) if record.kind == "text" else _task_scores(record)
     title = " ".join(dict.fromkeys([record.method, record.bits]))
     head = Text.assemble((f"{record.model}, {title}", "bold"), f" on {_questions(record)}")
     facts = Table.grid(padding=(0, 2))
@@ -125,6 +120,27 @@ def _text_summary(record: Record) -> RenderableType:
     facts.add_row("seconds", _stages(record))
     facts.add_row("record", Text(str(record.path), overflow="fold"))
     return Group(Text(), head, table, facts)
+
+
+def _text_measures(record: Record) -> Table:
+    table = _table("measure", "value", "95 % interval")
+    for name, unit in TEXT_MEASURES.items():
+        measure = record.metrics["text"][name]
+        if measure is not None:
+            low, high = measure["low"], measure["high"]
+            reach = NONE if low is None else f"{low:.3f} to {high:.3f}"
+            table.add_row(unit, f"{measure['value']:.3f}", reach)
+    return table
+
+
+def _task_scores(record: Record) -> Table:
+    table = _table("task", "metric", "questions", "value", "standard error", left=2)
+    tasks = record.metrics["tasks"]
+    for task, metric, value, error in _scores(record):
+        asked = tasks["n-samples"].get(task)  # of a group there is none
+        count = f"{asked['effective']:,}" if asked else ""
+        table.add_row(task, metric, count, f"{value:.4g}", "" if error is None else f"{error:.2g}")
+    return table
 
 
 def sweep_summary(records: Sequence[Record]) -> RenderableType:
@@ -161,14 +177,15 @@ def _comparison(records: Sequence[Record], faults: Mapping[str, str]) -> Table:
     options = _varying(records)
     named = [name.replace(".", ".\n") for name in options]
     table = _table("method", "bits", *named, left=2 + len(options))
-    on_text = records[0].on_text
-    measures = ("KL, nats", "perplexity") if on_text else ("accuracy, %", "against FP, points")
-    for column in (*measures, "time, s"):
+    kind = records[0].kind
+    for column in (*_measures(records[0]), "time, s"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("bits proven", justify="right")
     for record in records:
         same = record.bit_widths.is_full_precision
-        if on_text:
+        if kind == "tasks":
+            numbers = [f"{value:.4g}" for _, _, value, _ in _scores(record)]
+        elif kind == "text":
             numbers = [_text_number(record, "kl"), _text_number(record, "perplexity")]
         else:
             reference = None if same else find_reference(record, records)
@@ -183,6 +200,19 @@ def _comparison(records: Sequence[Record], faults: Mapping[str, str]) -> Table:
             Text("NO", "bold red") if record.name in faults else "" if same else "yes",
         )
     return table
+
+
+def _measures(record: Record) -> list[str]:
+    """Returns the headings of what the cells of a sweep are compared by."""
+    if record.kind == "tasks":
+        return [f"{task},\n{metric}" for task, metric, _, _ in _scores(record)]
+    if record.kind == "text":
+        return ["KL, nats", "perplexity"]
+    return ["accuracy, %", "against FP, points"]
+
+
+def _scores(record: Record) -> list[Score]:
+    return list(scores(record.metrics["tasks"]["results"]))
 
 
 def _text_number(record: Record, name: str) -> str:
@@ -292,8 +322,10 @@ def _report(records: Sequence[Record]) -> Text:
 
 
 def _questions(record: Record) -> str:
+    if record.kind == "tasks":
+        return f"tasks {', '.join(record.config['tasks']['names'])}"
     data = record.config["data"]
-    kind = "documents" if record.on_text else "questions"
+    kind = "documents" if record.kind == "text" else "questions"
     return f"{len(record.predictions):,} {kind} of {data['name']}, split {data['split']}"
 
 

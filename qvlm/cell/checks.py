@@ -13,6 +13,7 @@ from qvlm.cell.method import method_of, not_streamable
 from qvlm.config.schema import MAP, RunConfig
 from qvlm.data.scienceqa import MINIATURE_SIZES
 from qvlm.errors import UserError
+from qvlm.evaluation.vqa.questions import require_data
 from qvlm.models.placement import memory_limits
 from qvlm.packing import kernels, partial_folder, resolve_folder
 from qvlm.records.record import require_writable
@@ -39,6 +40,7 @@ def check_options(config: RunConfig) -> None:
             "device=mps is not possible for a quantized model, because the proof of its bits needs "
             "float64, which MPS does not have. Give device=cpu, or method=fp."
         )
+    _check_task_folders(config)
     if config.device == MAP:
         memory_limits(config.max_memory)
     if not config.full_precision:
@@ -51,6 +53,15 @@ def check_options(config: RunConfig) -> None:
                 f"save_packed={config.save_packed} is not a folder. Give a new or an empty one."
             )
         require_writable(partial_folder(resolve_folder(config.save_packed)), "save_packed")
+
+
+def _check_task_folders(config: RunConfig) -> None:
+    """Refuses folders of tasks that do not exist, and tasks whose data are not there."""
+    for option in ("include_path", "folder"):
+        folder = getattr(config.tasks, option)
+        if config.tasks.names and folder is not None and not os.path.isdir(folder):
+            raise UserError(f"tasks.{option}={folder} is not a folder. Give an existing one.")
+    require_data(config.tasks.names, config.tasks.folder)
 
 
 def _check_packable(config: RunConfig) -> None:

@@ -25,6 +25,7 @@ from qvlm.records.record import Record, find_record, identify
 CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".model", ".tiktoken")
 TEXT_FILES = (".txt",)
 DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
+TASK_FILES = (*DATA_FILES, ".yaml", ".yml", ".py", ".jsonl", ".csv", ".tsv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Cell:
         hash: Hash of the three attributes below, 64 hexadecimal digits.
         influences: Part of the configuration that can change a number.
         code: Code version, 64 hexadecimal digits.
-        files_hashed: Content hash by what was hashed: "model", and "vision_tower" and "data" if
-            they are folders of their own.
+        files_hashed: Content hash by what was hashed: "model", and "vision_tower", "data", "tasks"
+            and "task_data" if they are folders of their own.
     """
 
     config: RunConfig
@@ -200,4 +201,8 @@ def _hash_files(config: RunConfig) -> dict[str, str]:
         files["data"] = provenance.content_hash(text_folder(config.data.source), TEXT_FILES)
     elif Path(config.data.source).is_dir():
         files["data"] = provenance.content_hash(Path(config.data.source), DATA_FILES)
+    tasks = {"tasks": config.tasks.include_path, "task_data": config.tasks.folder}
+    for name, folder in tasks.items():
+        if config.tasks.names and folder is not None:
+            files[name] = provenance.content_hash(Path(folder), TASK_FILES)
     return files

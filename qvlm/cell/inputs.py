@@ -98,7 +98,12 @@ def compared_problems(config: RunConfig) -> int:
 
 
 def settle_evaluation(config: RunConfig) -> RunConfig:
-    """Puts the numbers that null stands for in the options of the evaluation."""
+    """Puts the numbers that null stands for in the options of the evaluation.
+
+    Tasks of lm-eval limit answers themselves, and nothing is compared with full precision.
+    """
+    if config.tasks.names:
+        return replace(config, evaluation=replace(config.evaluation, kl_problems=0))
     evaluation = replace(
         config.evaluation,
         max_new_tokens=answer_length(config),

@@ -1,4 +1,4 @@
-"""What a cell evaluates on, in the one form that its line needs: problems to answer, or text.
+"""What a cell evaluates on, in the one form that its line needs: problems, text, or tasks.
 
 The line asks for batches to calibrate on and to prove the bits on, for the evaluation, and for what
 a comparison with full precision needs of the model before it is quantized.
@@ -15,6 +15,7 @@ from qvlm.cell import inputs, references, text
 from qvlm.cell.identity import Cell
 from qvlm.config.schema import RunConfig
 from qvlm.evaluation import Evaluation, Reference, Watch, answer_passages, evaluate
+from qvlm.evaluation.tasks import evaluate_tasks, load_tasks, require_readable
 from qvlm.evaluation.text import SavedStates, evaluate_text
 from qvlm.models.loaded import LoadedModel
 from qvlm.packing import kernels_used
@@ -31,7 +32,7 @@ class Material(Protocol):
 
     @property
     def problems(self) -> datasets.Dataset | None:
-        """Problems that are answered, or None for text."""
+        """Problems that are answered, or None for text and tasks."""
         ...
 
     @property
@@ -71,6 +72,8 @@ def load_material(config: RunConfig, loaded: LoadedModel) -> Material:
     Raises:
         UserError: If it cannot be loaded.
     """
+    if config.tasks.names:
+        return _Tasks(config, loaded)
     return _Texts(config, loaded) if config.on_text else _Problems(config, loaded)
 
 
@@ -166,3 +169,62 @@ class _Texts:
 
     def compare(self, evaluation: Evaluation) -> Evaluation:
         return evaluation
+
+
+class _Tasks:
+    """Tasks of lm-eval. The bits are proven on some of the batches to calibrate on."""
+
+    problems = None
+    compares = False
+    referred = False
+
+    def __init__(self, config: RunConfig, loaded: LoadedModel) -> None:
+        self.config = config
+        self.loaded = loaded
+        options = config.tasks
+        self.tasks = load_tasks(
+            options.names,
+            options.include_path,
+            options.num_fewshot,
+            _settings(config),
+            {"folder": options.folder},
+        )
+        require_readable(loaded, self.tasks)
+
+    def calibration(self) -> tuple[Batches, list[int]]:
+        return calibration_batches(self.config, self.loaded)
+
+    def proof(self) -> Batches:
+        few: Batches = []
+        for batch in self.calibration()[0]:
+            if sum(len(other["input_ids"]) for other in few) < PROOF_PROBLEMS:
+                few.append(batch)
+        return few
+
+    def refer(self, cell: Cell) -> None:
+        raise NotImplementedError("tasks are not compared with full precision")
+
+    def evaluate(self, cell: Cell, answers: Path | None, watch: Watch | None) -> Evaluation:
+        return evaluate_tasks(
+            self.loaded,
+            self.tasks,
+            self.config.evaluation.batch_size,
+            self.config.evaluation.limit,
+            self.config.seed,
+            self.config.tasks.chat_template,
+            answers,
+            kernels_used if self.config.packed else None,
+        )
+
+    def compare(self, evaluation: Evaluation) -> Evaluation:
+        return evaluation
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The settings of generation that a user gave in place of a task's own."""
+    evaluation, settings = config.evaluation, dict[str, Any]()
+    if evaluation.max_new_tokens is not None:
+        settings["max_gen_toks"] = evaluation.max_new_tokens
+    if evaluation.temperature > 0:
+        settings |= {"do_sample": True, "temperature": evaluation.temperature}
+    return settings

@@ -32,7 +32,7 @@ def file_of(
     identity.update(json.dumps(kind, sort_keys=True).encode())
     for passage in passages:
         identity.update(json.dumps([passage.ids, passage.scored]).encode())
-        if passage.image is not None:
-            identity.update(passage.image.convert("RGB").tobytes())
+        for image in passage.images:
+            identity.update(image.convert("RGB").tobytes())
     name = f"{model.name}-{identity.hexdigest()[:16]}.safetensors"
     return Path(config.results_dir) / FOLDER / name

@@ -21,11 +21,12 @@ from qvlm.validation import check_name, one_of, refused, seed, whole_number
 DEFAULT_LAUNCHER = {"_target_": "qvlm.sweep.local.Auto"}
 FULL_PRECISION_METHOD = {"_target_": "qvlm.methods.full_precision.FullPrecision"}
 MAP = "map"  # the value of `device` that stands for all devices
+SCORING = ("generate", "rank")  # how an answer to a problem is found
 UNPARSABLE = ("wrong", "random")  # what an answer without a letter counts as
 # Options that name a folder or file of the user, whose "~" is expanded (`qvlm.config.compose`).
 PATHS = (
     *("model.path", "model.packed", "model.vision_tower", "data.source"),
-    *("results_dir", "save_packed", "tracking.dir"),
+    *("results_dir", "save_packed", "tracking.dir", "tasks.include_path", "tasks.folder"),
 )
 MOST_THREADS = 1024  # PyTorch crashes where the system refuses to make more
 MOST_TOKENS = 2**16  # of an answer, which is more than any model of the paper can attend to
@@ -192,6 +193,8 @@ class EvaluationConfig:
 
     Attributes:
         batch_size: Number of questions per batch.
+        scoring: "generate" lets the model write an answer. "rank" takes the choice whose letter it
+            finds most likely as the answer itself, without reasons before it.
         max_new_tokens: Number of tokens after which an answer is cut off. Null stands for what the
             model's prompt format needs; see `qvlm.cell.inputs.answer_length`.
         unparsable: What an answer without a letter counts as: "wrong", or a "random" choice, the
@@ -206,6 +209,7 @@ class EvaluationConfig:
     """
 
     batch_size: int = 128
+    scoring: str = "generate"
     max_new_tokens: int | None = None
     unparsable: str = "wrong"
     temperature: float = 0.0
@@ -227,6 +231,7 @@ class EvaluationConfig:
             )
         if self.max_new_tokens is not None:
             whole_number("evaluation.max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS)
+        one_of("evaluation.scoring", self.scoring, SCORING)
         one_of("evaluation.unparsable", self.unparsable, UNPARSABLE)
         if self.limit == 0:
             raise UserError(
@@ -235,6 +240,31 @@ class EvaluationConfig:
             )
         if self.limit is not None:
             whole_number("evaluation.limit", self.limit)
+
+
+@dataclass
+class TasksConfig:
+    """Tasks of lm-eval. They take the place of the data, which are calibrated on all the same.
+
+    Of `evaluation` only `batch_size`, `max_new_tokens`, `temperature` and `limit` concern them.
+
+    Attributes:
+        names: Names of tasks, groups or tags. None evaluates on the data.
+        include_path: Folder with tasks of the user: YAML files, and what they read.
+        folder: Folder with the data of qvlm's own tasks; see `qvlm.evaluation.vqa.questions`.
+        num_fewshot: Number of examples in each prompt. Null stands for what each task says.
+        chat_template: Whether prompts are put into the conversation template of the model.
+    """
+
+    names: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    folder: str | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_fewshot is not None:
+            whole_number("tasks.num_fewshot", self.num_fewshot, 0)
 
 
 @dataclass
@@ -309,6 +339,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     launcher: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_LAUNCHER))
@@ -388,7 +419,7 @@ class RunConfig:
 
     @property
     def on_text(self) -> bool:
-        """Whether the data are plain text, and not problems."""
+        """Whether the data are plain text, and not problems. Tasks may take their place."""
         return self.data.kind == "text"
 
     @property
@@ -435,14 +466,21 @@ def influences(config: RunConfig) -> dict[str, Any]:
     It identifies a record together with the code version and the hashes of the files that the cell
     reads. Paths are therefore no part of it, nor are the options that say where the work happens
     (device, threads), where it is written, and how it is shown. Full precision does not depend on
-    quantizer, calibration and execution. Only packed execution depends on the kernel.
+    quantizer, calibration and execution. Only packed execution depends on the kernel. Generated
+    answers are not named as such, as in records that are older than ranked ones.
     """
     parts = ["model", "method", "bits", "data", "evaluation", "seed"]
     if not config.full_precision:
         parts += ["quantizer", "calibration", "execution"]
     if config.packed:
         parts.append("kernel")
+    if config.tasks.names:
+        parts.append("tasks")
     whole = asdict(config)
+    for path in ("include_path", "folder"):
+        del whole["tasks"][path]
+    if config.evaluation.scoring == "generate":
+        del whole["evaluation"]["scoring"]
     for path in ("path", "made_by", "packed", "vision_tower", "stands_for"):
         del whole["model"][path]
     return {part: whole[part] for part in parts}

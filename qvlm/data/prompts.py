@@ -11,7 +11,7 @@ MoE-LLaVA's releases. Their templates have no few-shot examples and no captions;
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,9 @@ _SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 _DIRECT = "Answer with the option's letter from the given choices directly."
+
+
+_LETTER = "([A-Z])"  # what stands for the letter in a pattern
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class _Conversation:
     after: str  # what stands between the request and the answer
     end: str  # what ends the answer
     lead: str = " "  # what begins the answer
+    turn: str = "USER: "  # what stands between an answer and the next request
 
 
 def _vicuna(system: str, end: str) -> _Conversation:
@@ -67,6 +71,7 @@ _SMOLLM2 = _Conversation(
     "<|im_end|>\n<|im_start|>assistant\n",
     "<|im_end|>",
     lead="",
+    turn="\n<|im_start|>user\n",
 )
 _CONVERSATIONS = {
     "vicuna_v1": _vicuna(_SYSTEM, "</s>"),
@@ -139,6 +144,37 @@ class Prompting:
             text = text.replace("Answer: ", "")
         lead = _CONVERSATIONS[self.conversation].lead
         return f"{lead}{text.replace(IMAGE_TOKEN, '')}{self.end}"
+
+    def answers(self, problem: Mapping[str, Any]) -> list[str]:
+        """Returns the answer that names each choice and nothing else, in the model's own words."""
+        sentence = _FORMATS[self.format].answer_pattern if self.format != "CQM-A" else _LETTER
+        lead = _CONVERSATIONS[self.conversation].lead
+        return [
+            lead + sentence.replace(_LETTER, letter)
+            for letter in LETTERS[: len(problem["choices"])]
+        ]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], answer_follows: bool = True) -> str:
+        """Returns the text of a conversation that the model is to go on with.
+
+        Args:
+            messages: Mappings with the keys `role` and `content`. What a system or a user says
+                before the next answer is one request, of several paragraphs.
+            answer_follows: Whether the model begins an answer. Otherwise it goes on with the last
+                one of `messages`.
+        """
+        conversation = _CONVERSATIONS[self.conversation]
+        text, request = conversation.before, []
+        for message in messages:
+            if message["role"] != "assistant":
+                request.append(message["content"])
+                continue
+            asked = "\n\n".join(request) + conversation.after + conversation.lead
+            text += f"{asked}{message['content']}{conversation.end}{conversation.turn}"
+            request = []
+        if answer_follows:
+            return text + "\n\n".join(request) + conversation.after
+        return text.removesuffix(conversation.end + conversation.turn)
 
     def parse(self, text: str, n_choices: int) -> int | None:
         """Returns the index of the choice that a text names by the official rule, or None.

@@ -2,7 +2,7 @@
 
 lm-eval's own multimodal wrapper needs a processor that is loaded by name, and it fails on a batch
 without an image and on multiple choice with images. This adapter encodes exactly the context and
-the image that lm-eval passes to it, and serves every type of request, with images or without.
+the images that lm-eval passes to it, and serves every type of request, with images or without.
 
 Ranks take whole batches from a shared work queue (`qvlm.runtime.workers`). Batches do not depend on
 the number of ranks, so neither padding nor answers do. lm-eval itself sees a single process.
@@ -13,26 +13,22 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Protocol
 
-import datasets
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
-from qvlm.errors import RunError, UserError
 from qvlm.evaluation import likelihood
 from qvlm.evaluation.answers import Answer, KeptAnswers
-from qvlm.evaluation.decoding import decode
+from qvlm.evaluation.decoding import RefuseNonFinite, decode, not_finite
 from qvlm.evaluation.likelihood import Likelihood, Passage
 from qvlm.evaluation.metrics import wilson
+from qvlm.evaluation.request import Generation, alike, context, encoded_images, images, name
 from qvlm.evaluation.task import score
 from qvlm.models.loaded import LoadedModel
 from qvlm.runtime.workers import WorkQueue, is_rank_zero, run_on_all_ranks
-
-_IMAGE = datasets.Image(mode="RGB")
 
 
 class Watch(Protocol):
@@ -103,24 +99,34 @@ class InMemoryModel(LM):
         """Leaves out what only rank 0 needs, so that the other ranks can be sent the rest."""
         return {**self.__dict__, "watch": None}
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Generates one text per request, in the order of the requests.
+    @property
+    def tokenizer_name(self) -> str:
+        """Name under which lm-eval caches what it makes with the chat template."""
+        return self.loaded.name
 
-        Batches are sorted from long to short, with images first. This keeps padding small, skips
-        the vision tower for batches without images, and makes a batch that does not fit in memory
-        fail at the beginning.
-        """
-        longest_first = sorted(range(len(requests)), key=lambda row: _size(requests[row]))[::-1]
-        batches = {
-            start: [requests[row] for row in longest_first[start : start + self.batch_size]]
-            for start in range(0, len(requests), self.batch_size)
-        }
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Returns the name of the conversation template, which lm-eval records."""
+        return self.loaded.prompting.conversation if chat_template else ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Returns the text of a conversation in the template of the checkpoint."""
+        return self.loaded.prompting.chat(chat_history, add_generation_prompt)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Generates one text per request, in the order of the requests; see `request.alike`."""
+        rows = alike(requests, self.batch_size)
+        batches = {start: [requests[row] for row in batch] for start, batch in rows.items()}
         self.ranks = run_on_all_ranks(
             InMemoryModel._on_rank, self, batches, WorkQueue(len(batches))
         )
-        by_start = {start: given for rank in self.ranks for start, given in rank.answers.items()}
-        in_batches = [answer for start in sorted(by_start) for answer in by_start[start]]
-        answers = dict(zip(longest_first, in_batches, strict=True))
+        answers = {
+            row: answer
+            for rank in self.ranks
+            for start, given in rank.answers.items()
+            for row, answer in zip(rows[start], given, strict=True)
+        }
         self.cut = [answers[row].cut for row in range(len(requests))]
         return [answers[row].text for row in range(len(requests))]
 
@@ -153,7 +159,7 @@ class InMemoryModel(LM):
 
     def _answers(self, start: int, requests: Sequence[Instance]) -> list[Answer]:
         """Returns the kept answers of the batch that begins at `start`, or asks the model."""
-        prompts = [request.args[0] for request in requests]
+        prompts = [context(request) for request in requests]
         found = self.kept.find(start, prompts) if self.kept else None
         if found is not None:
             return found
@@ -164,29 +170,39 @@ class InMemoryModel(LM):
 
     @torch.inference_mode()
     def _batch(self, start: int, requests: Sequence[Instance]) -> list[Answer]:
-        settings = requests[0].args[1]  # the task has one set of them
-        names = [request.doc["question_id"] for request in requests]
+        settings = Generation.of(requests[0])  # those of all requests of a batch
+        limit, tokenizer = settings.max_new_tokens, self.loaded.tokenizer
         inputs = self.loaded.encode_prompts(
-            [request.args[0] for request in requests], [_decode(request) for request in requests]
+            [context(request) for request in requests],
+            [images(request) for request in requests],
+            likelihood.prompt_length(self.loaded, limit),
         )
-        options: dict[str, Any] = {
-            "do_sample": settings["do_sample"],
-            "pad_token_id": self.loaded.tokenizer.pad_token_id,
-        }
-        if settings["do_sample"]:  # samples from the whole distribution, without top-k or top-p
+        if settings.sampling["do_sample"]:
             torch.manual_seed(self.seed + start)
-            options |= {"temperature": settings["temperature"], "top_k": 0, "top_p": 1.0}
 
         def options_of(rows: list[int]) -> dict[str, Any]:
-            check = _RefuseNonFinite(self.loaded.name, [names[row] for row in rows])
-            return {**options, "logits_processor": LogitsProcessorList([check])}
+            check = RefuseNonFinite(self.loaded.name, [name(requests[row]) for row in rows])
+            return {
+                **settings.sampling,
+                "pad_token_id": tokenizer.pad_token_id,
+                "logits_processor": LogitsProcessorList([check]),
+            }
 
-        eos = self.loaded.tokenizer.eos_token_id
-        generated = decode(self.loaded.model, inputs, settings["max_gen_toks"], eos, options_of)
-        ended = (generated == eos).any(1)
-        cut = (~ended).tolist() if generated.shape[1] == settings["max_gen_toks"] else []
+        def ended(new: Tensor) -> Tensor:
+            """Whether each row of new tokens [rows, tokens] holds a text that ends it, [rows]."""
+            ends = [settings.ended(text) for text in self.loaded.decode(new)]
+            return torch.tensor(ends, device=new.device)
+
+        eos = tokenizer.eos_token_id
+        generated = decode(
+            self.loaded.model, inputs, limit, eos, options_of, ended if settings.until else None
+        )
         texts = self.loaded.decode(generated)
-        return [Answer(*pair) for pair in zip(texts, cut or [False] * len(texts), strict=True)]
+        full = (generated != eos).all(1) & (generated.shape[1] == limit)
+        return [
+            Answer(settings.cut(text), reached and not settings.ended(text))
+            for text, reached in zip(texts, full.tolist(), strict=True)
+        ]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Scores each request's continuation after its context.
@@ -201,7 +217,7 @@ class InMemoryModel(LM):
         """
         passages = [
             likelihood.continuation(
-                self.loaded, request.args[0], request.args[1], _encoded_image(request)
+                self.loaded, context(request), request.args[1], encoded_images(request)
             )
             for request in requests
         ]
@@ -250,69 +266,16 @@ class InMemoryModel(LM):
         with queue as numbers:
             for number in numbers:
                 batch = [
-                    replace(passage, image=_decode(request)) if passage.image else passage
+                    replace(passage, images=images(request)) if passage.images else passage
                     for passage, request in work[number]
                 ]
                 scored[number] = likelihood.score(self.loaded, batch)
                 for each, (_, request) in zip(scored[number], work[number], strict=True):
                     if not isfinite(each.log_probability):
-                        raise _not_finite(self.loaded.name, f"text of {_name(request)}")
+                        raise not_finite(self.loaded.name, f"text of {name(request)}")
         return scored
-
-
-class _RefuseNonFinite(LogitsProcessor):
-    """Stops generation at a NaN, which argmax would silently turn into an arbitrary token."""
-
-    def __init__(self, model: str, questions: Sequence[str]) -> None:
-        self.model = model
-        self.questions = questions
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Returns the logits [batch, vocabulary] unchanged, or raises RunError."""
-        finite = scores.amax(dim=-1).isfinite()  # amax propagates NaN and ignores a masked -inf
-        if not finite.all():
-            question = self.questions[int(finite.logical_not().nonzero()[0])]
-            raise _not_finite(self.model, f"question {question}")
-        return scores
-
-
-def _not_finite(model: str, what: str) -> RunError:
-    return RunError(
-        f"model {model}: the logits for {what} are not finite; check its weights for NaN or Inf "
-        "and the scales of its quantized layers"
-    )
 
 
 def _count_right(requests: Sequence[Instance], answers: Sequence[Answer]) -> int:
     pairs = zip(requests, answers, strict=True)
     return sum(score(r.doc, [answer.text])["predictions"]["correct"] for r, answer in pairs)
-
-
-def _size(request: Instance) -> tuple[bool, int]:
-    context, _, extra = request.args
-    return bool(extra["visual"]), len(context)
-
-
-def _name(request: Instance) -> str:
-    """The id of a request's question, or its number where a task has no ids."""
-    return str(request.doc.get("question_id", request.doc_id))
-
-
-def _encoded_image(request: Instance) -> Any:
-    """The image of a request as lm-eval passes it, or None."""
-    images = request.args[2]["visual"] if len(request.args) > 2 else []
-    return images[0] if images else None
-
-
-def _decode(request: Instance) -> Image | None:
-    """Decodes the image of a request to RGB. An image that is decoded already stays as it is."""
-    image = _encoded_image(request)
-    if image is None:
-        return None
-    try:
-        return _IMAGE.decode_example(image)
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
-        raise UserError(
-            f"data: the image of question {_name(request)} does not decode. Give a "
-            "complete file in a format that Pillow reads, such as PNG or JPEG"
-        ) from error

@@ -185,7 +185,7 @@ def answer_passages(loaded: LoadedModel, problems: Sequence[Mapping[str, Any]]) 
             loaded,
             loaded.prompting.prompt(problem),
             loaded.prompting.target(problem),
-            problem["image"],
+            [] if problem["image"] is None else [problem["image"]],
         )
         for problem in problems
     ]

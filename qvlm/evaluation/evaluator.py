@@ -6,21 +6,15 @@ machine. lm-eval's cache stays off: its keys contain the text only, so it would 
 that the model gave before it was quantized.
 """
 
-import logging
-import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import lm_eval.api.task
 import lm_eval.evaluator
 import pandas as pd
-import torch
 from lm_eval.tasks import TaskManager
 from torch import nn
 
@@ -29,10 +23,13 @@ from qvlm.errors import RunError, UserError
 from qvlm.evaluation.adapter import InMemoryModel, Watch
 from qvlm.evaluation.answers import KeptAnswers
 from qvlm.evaluation.divergence import Divergence
+from qvlm.evaluation.harness import preserved, quiet_lm_eval
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.models.loaded import LoadedModel
+from qvlm.validation import one_of
 
-_TASK = "scienceqa"
+# Task by `evaluation.scoring`.
+_TASKS = {"generate": "scienceqa", "rank": "scienceqa_ranked"}
 # Percentage of cut answers above which a user is warned.
 CUT_WARNING = 1.0
 
@@ -89,6 +86,7 @@ def evaluate(
     answers: Path | None = None,
     observe: Callable[[nn.Module], Any] | None = None,
     watch: Watch | None = None,
+    scoring: str = "generate",
 ) -> Evaluation:
     """Asks every question, on all ranks, and scores the answers.
 
@@ -107,8 +105,11 @@ def evaluate(
             whole distribution.
         answers: Folder that keeps the answers while the evaluation runs. Answers that it already
             holds, of the same model and options, are reused.
-        observe: Function that is called with each rank's model after the last question.
+        observe: Function that is called with each rank's model after the last question, or with
+            that of rank 0 where answers are ranked.
         watch: Function that is called after each batch of rank 0; see `Watch`.
+        scoring: "generate" lets the model write answers. "rank" takes the choice whose letter is
+            the most likely answer; nothing is generated then, and nothing is unparsable.
 
     Raises:
         UserError: If an option is outside its range, there are no questions, or an image does not
@@ -116,9 +117,10 @@ def evaluate(
         RunError: If logits are not finite, or not a single answer can be parsed.
     """
     _check(dataset, batch_size, max_new_tokens, unparsable, temperature)
+    one_of("evaluation.scoring", scoring, _TASKS)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     kept = KeptAnswers(answers) if answers else None
-    with _quiet_lm_eval(), _preserved(loaded.model.device):
+    with quiet_lm_eval(), preserved(loaded.model.device):
         manager = TaskManager(
             include_path=Path(__file__).parent,
             include_defaults=False,
@@ -129,16 +131,16 @@ def evaluate(
                 "seed": seed,
             },
         )
-        tasks = manager.load(_TASK)
-        tasks["tasks"][_TASK].set_config(
-            "generation_kwargs", {"max_gen_toks": max_new_tokens, **sampling}, update=True
-        )
+        tasks = manager.load(name := _TASKS[scoring])
+        if scoring == "generate":
+            limits = {"max_gen_toks": max_new_tokens, **sampling}
+            tasks["tasks"][name].set_config("generation_kwargs", limits, update=True)
         model = InMemoryModel(loaded, batch_size, seed, kept, progress, observe, watch)
         results = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)
-    predictions = pd.DataFrame(results["results"][_TASK]["predictions,none"])
+    predictions = pd.DataFrame(results["results"][name]["predictions,none"])
     predictions["prediction"] = predictions["prediction"].astype("Int64")
-    predictions["cut"] = model.cut
-    cut = 100 * sum(model.cut) / len(model.cut)
+    predictions["cut"] = model.cut if scoring == "generate" else False
+    cut = 100 * float(predictions["cut"].mean())
     if cut > CUT_WARNING:
         warnings.warn(
             f"model {loaded.name}: {cut:.1f} % of its answers reached "
@@ -158,8 +160,8 @@ def evaluate(
         {"classes": class_metrics(predictions), "unparsable_rule": unparsable, "cut": cut},
         predictions,
         sum(rank.resumed for rank in model.ranks),
-        [sum(map(len, rank.answers.values())) for rank in model.ranks],
-        [rank.observed for rank in model.ranks],
+        [sum(map(len, rank.answers.values())) for rank in model.ranks] or [len(predictions)],
+        [rank.observed for rank in model.ranks] or ([observe(loaded.model)] if observe else []),
     )
 
 
@@ -184,33 +186,3 @@ def _check(
         )
     if len(dataset) == 0:
         raise UserError("data: there are no questions to evaluate. Give a split with at least one")
-
-
-@contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
-    """Silences lm-eval's notices and its bar, which would show even without a terminal."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    requests_module: Any = lm_eval.api.task
-    bar = requests_module.tqdm
-    logger.setLevel(logging.ERROR)
-    requests_module.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        requests_module.tqdm = bar
-        logger.setLevel(level)
-
-
-@contextmanager
-def _preserved(device: torch.device) -> Iterator[None]:
-    """Restores the caller's random states, of torch and of Python.
-
-    Sampling seeds torch, and lm-eval draws task names from Python's generator.
-    """
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(state)

@@ -26,13 +26,13 @@ class Passage:
     Attributes:
         ids: Token ids, at least one more than are scored.
         scored: Number of tokens at the end that are scored.
-        image: Image at the positions of the image token, or None. It is decoded by the time that
-            the passage is scored.
+        images: Images at the positions of the image token. They are decoded by the time that the
+            passage is scored.
     """
 
     ids: list[int]
     scored: int
-    image: Any = None
+    images: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -48,28 +48,30 @@ class Likelihood:
     greedy: bool
 
 
-def continuation(loaded: LoadedModel, context: str, text: str, image: Any = None) -> Passage:
+def continuation(
+    loaded: LoadedModel, context: str, text: str, images: Sequence[Any] = ()
+) -> Passage:
     """Makes the passage of a continuation after a context.
 
     Args:
         loaded: Model that the passage is for.
-        context: Text before it, with one `<image>` if there is an image. It may be empty.
+        context: Text before it, with one `<image>` for each image. It may be empty.
         text: Continuation, which is scored.
-        image: Image of the context, or None.
+        images: Images of the context.
 
     Raises:
         ValueError: If the texts do not hold exactly one `<image>` for each image.
-        UserError: If the model's context is too short for the image and the continuation.
+        UserError: If the model's context is too short for the images and the continuation.
     """
     bare = context.rstrip()
-    whole, before = loaded.token_ids([context + text, bare], [image, image])
+    whole, before = loaded.token_ids([context + text, bare], [images, images])
     if not before:  # of a tokenizer that begins without a bos token
         whole, before = [_prefix(loaded), *whole], [_prefix(loaded)]
     scored = len(whole) - len(before)
     longest = context_length(loaded) + 1  # the last token is predicted and never read
     if len(whole) <= longest:
-        return Passage(whole, scored, image)
-    if image is not None or scored >= longest:
+        return Passage(whole, scored, images)
+    if images or scored >= longest:
         raise UserError(
             f"model {loaded.name}: a text of {len(whole)} tokens does not fit its context of "
             f"{longest - 1}. Give shorter texts."
@@ -97,6 +99,11 @@ def windows(loaded: LoadedModel, text: str, length: int | None = None) -> list[P
 def context_length(loaded: LoadedModel) -> int:
     """Returns the number of positions that the language model was made for."""
     return int(loaded.model.config.get_text_config().max_position_embeddings)
+
+
+def prompt_length(loaded: LoadedModel, new_tokens: int) -> int | None:
+    """Returns the number of tokens that leave room for an answer, or None if there is no room."""
+    return max(0, context_length(loaded) - new_tokens) or None
 
 
 def score(loaded: LoadedModel, passages: Sequence[Passage]) -> list[Likelihood]:
@@ -149,7 +156,7 @@ def batches(passages: Sequence[Passage], batch_size: int) -> Iterator[list[int]]
     """
     longest_first = sorted(
         range(len(passages)),
-        key=lambda row: (passages[row].image is not None, len(passages[row].ids)),
+        key=lambda row: (bool(passages[row].images), len(passages[row].ids)),
         reverse=True,
     )
     for start in range(0, len(passages), batch_size):
@@ -166,7 +173,7 @@ def _prefix(loaded: LoadedModel) -> int:
 def _inputs(loaded: LoadedModel, passages: Sequence[Passage]) -> dict[str, Any]:
     """The batch of a forward pass; positions are counted from the first token of each row."""
     rows = [passage.ids[:-1] for passage in passages]
-    inputs: dict[str, Any] = loaded.collate(rows, [passage.image for passage in passages])
+    inputs: dict[str, Any] = loaded.collate(rows, [passage.images for passage in passages])
     positions = inputs["attention_mask"].cumsum(1) - 1
     return {**inputs, "position_ids": positions.clamp(min=0), "use_cache": False}
 

@@ -1,4 +1,4 @@
-"""The functions that `scienceqa.yaml` names: they make prompts from problems and score answers.
+"""The functions of ScienceQA's YAML files: they make prompts from problems and score answers.
 
 Each function finds all that it needs in the row it is given, because `documents` adds the prompt,
 the prompt format and the fallback choice to the data set's own columns. The module has no state,
@@ -15,8 +15,9 @@ from typing import Any
 
 import datasets
 
-from qvlm.data.prompts import Prompting
+from qvlm.data.prompts import LETTERS, Prompting
 
+_TEXT = datasets.Value("string")
 COLUMNS = ("image", "question", "choices", "answer", "hint", "grade", "subject", "skill")
 
 
@@ -32,9 +33,9 @@ def documents(
         seed: Seed of that fallback.
 
     Returns:
-        `{"test": rows}` with five more columns: `question_id`, `official_id` (None where the source
-        has none), `prompt`, `format`, and `guess`, which is the choice that is scored if the answer
-        is unparsable (None scores it as wrong).
+        `{"test": rows}` with six more columns: `question_id`, `official_id` (None where the source
+        has none), `prompt`, `answers`, which name a choice each, `format`, and `guess`, which is
+        the choice that is scored if the answer is unparsable (None scores it as wrong).
     """
     rows = dataset.select_columns(list(COLUMNS)).cast_column("image", datasets.Image(decode=False))
     if "question_id" in dataset.column_names:
@@ -45,21 +46,23 @@ def documents(
     official = [None] * len(rows)
     if "official_id" in dataset.column_names:
         official = list(dataset["official_id"])
-    prompts, guesses = [], []
+    prompts, answers, guesses = [], [], []
     for question_id, row in zip(ids, rows, strict=True):
         prompts.append(prompting.prompt(row))
+        answers.append(prompting.answers(row))
         guesses.append(
             guess(question_id, len(row["choices"]), seed) if unparsable == "random" else None
         )
     added = {
-        "question_id": (ids, "string"),
-        "official_id": (official, "string"),
-        "prompt": (prompts, "string"),
-        "format": ([prompting.format] * len(rows), "string"),
-        "guess": (guesses, "int64"),
+        "question_id": (ids, _TEXT),
+        "official_id": (official, _TEXT),
+        "prompt": (prompts, _TEXT),
+        "answers": (answers, datasets.List(_TEXT)),
+        "format": ([prompting.format] * len(rows), _TEXT),
+        "guess": (guesses, datasets.Value("int64")),
     }
-    for name, (values, kind) in added.items():
-        rows = rows.add_column(name, values, feature=datasets.Value(kind))
+    for name, (values, feature) in added.items():
+        rows = rows.add_column(name, values, feature=feature)
     return {"test": rows}
 
 
@@ -102,6 +105,17 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
             "text": text,
         },
     }
+
+
+def rank(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+    """Scores the likelihoods of a problem's answers as `score` does the letter of the likeliest.
+
+    Args:
+        doc: Problem.
+        results: Log-probability of each answer in nats, and whether it would be generated.
+    """
+    likelihoods = [likelihood for likelihood, _ in results]
+    return score(doc, [LETTERS[likelihoods.index(max(likelihoods))]])
 
 
 def keep(values: list[Any]) -> list[Any]:

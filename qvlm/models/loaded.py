@@ -80,12 +80,22 @@ class LoadedModel:
                 prompt + self.prompting.target(problem)
                 for prompt, problem in zip(prompts, problems, strict=True)
             ]
-        return self.encode_prompts(prompts, [problem["image"] for problem in problems])
+        images = [[] if problem["image"] is None else [problem["image"]] for problem in problems]
+        return self.encode_prompts(prompts, images)
 
     def encode_prompts(
-        self, prompts: Sequence[str], images: Sequence[Image.Image | None]
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Image.Image]],
+        longest: int | None = None,
     ) -> dict[str, Tensor]:
-        """Encodes texts, each with at most one image.
+        """Encodes texts with the images of each.
+
+        Args:
+            prompts: Texts, with one `<image>` where each of their images belongs.
+            images: Images of each text.
+            longest: Number of tokens that a longer text without an image keeps, which are its last
+                ones. None keeps all.
 
         Returns:
             `input_ids` and `attention_mask` [batch, tokens], padded on the left. If there is an
@@ -95,16 +105,19 @@ class LoadedModel:
             ValueError: If a text does not hold exactly one `<image>` for each image, or there is an
                 image and the model reads none.
         """
-        return self.collate(self.token_ids(prompts, images), images)
+        rows = self.token_ids(prompts, images)
+        if longest is not None:
+            rows = [ids if own else ids[-longest:] for ids, own in zip(rows, images, strict=True)]
+        return self.collate(rows, images)
 
     def collate(
-        self, rows: Sequence[Sequence[int]], images: Sequence[Image.Image | None]
+        self, rows: Sequence[Sequence[int]], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, Tensor]:
         """Makes a batch of token ids and images.
 
         Args:
-            rows: Token ids of each text, with the positions of its image.
-            images: Image of each text, or None.
+            rows: Token ids of each text, with the positions of its images.
+            images: Images of each text.
 
         Returns:
             Batch as from `encode_prompts`.
@@ -115,7 +128,7 @@ class LoadedModel:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         device = self.model.device
         batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        present = [image for image in images if image is not None]
+        present = [image for row in images for image in row]
         if present:
             assert self.image_processor is not None  # or there were no ids
             if self.image_fit == "pad":
@@ -127,9 +140,9 @@ class LoadedModel:
         return batch
 
     def token_ids(
-        self, prompts: Sequence[str], images: Sequence[Image.Image | None]
+        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]
     ) -> list[list[int]]:
-        """Tokenizes texts, each in the pieces around its image.
+        """Tokenizes texts, each in the pieces around its images.
 
         LLaVA's own code does the same. With sentencepiece every piece begins with a blank.
 
@@ -140,10 +153,10 @@ class LoadedModel:
             ValueError: If a text does not hold exactly one `<image>` for each image, or there is an
                 image and the model reads none.
         """
-        for prompt, image in zip(prompts, images, strict=True):
-            if prompt.count(IMAGE_TOKEN) != (image is not None):
+        for prompt, own in zip(prompts, images, strict=True):
+            if prompt.count(IMAGE_TOKEN) != len(own):
                 raise ValueError("a prompt needs exactly one <image> for each image")
-            if image is not None and not self.reads_images:
+            if own and not self.reads_images:
                 raise ValueError(f"model {self.name} reads no image")
         pieces = [text.replace(IMAGE_TOKEN, self.image_text).split(IMAGE_TOKEN) for text in prompts]
         flat = [piece for row in pieces for piece in row]

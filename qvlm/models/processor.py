@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,11 +104,11 @@ class Processor:
         text: str | Sequence[str] = "",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Encodes texts, each with at most one image.
+        """Encodes texts with the images of each.
 
         Args:
-            images: Images, in the order of the texts that have one.
-            text: Text, or several, with one `<image>` where its image belongs.
+            images: Images, in the order of the texts.
+            text: Text, or several, with one `<image>` where each of its images belongs.
             kwargs: Arguments of other processors, such as `return_tensors="pt"`. None of them has
                 an effect: tensors are returned, padded on the left.
 
@@ -120,12 +121,12 @@ class Processor:
         """
         texts = [text] if isinstance(text, str) else list(text)
         given = [] if images is None else [images] if isinstance(images, Image) else list(images)
-        if sum(IMAGE_TOKEN in each for each in texts) != len(given):
+        if sum(each.count(IMAGE_TOKEN) for each in texts) != len(given):
             raise ValueError(
                 f"{len(given)} images are not as many as the texts name with {IMAGE_TOKEN}"
             )
         waiting = iter(given)
-        rows = [next(waiting) if IMAGE_TOKEN in each else None for each in texts]
+        rows = [[*islice(waiting, each.count(IMAGE_TOKEN))] for each in texts]
         return BatchFeature(self._encoder.encode_prompts(texts, rows))
 
     def decode(self, tokens: Tensor, **kwargs: Any) -> str:

@@ -110,7 +110,7 @@ def data(config: RunConfig) -> Source:
 def question_count(config: RunConfig) -> int | None:
     """Returns the number of questions, or None if it is known only after reading them."""
     place, split = config.data.source, config.data.split
-    if config.on_text:  # documents are read, and not answered
+    if config.on_text or config.tasks.names:  # documents are read, and tasks not opened
         return None
     if config.evaluation.limit is not None:
         return config.evaluation.limit

@@ -3,8 +3,9 @@
     results/runs/<model>-<method>-<bits>-<hash>/
         config.yaml          composed configuration
         run.json             identity, versions, revision, hardware, stages, calibration, report
-        metrics.json         per class: n, accuracy, interval, unparsable; or the measures of text
-        predictions.parquet  one row per problem, or per document of a text
+        metrics.json         per class: n, accuracy, interval, unparsable; or measures of text; or
+                             results of tasks
+        predictions.parquet  one row per problem, document of a text, or sample of a task
         bits.json            per quantized layer: levels counted and levels allowed
 
 The hash covers what a number depends on: the part of the configuration that `influences` keeps, the
@@ -52,8 +53,17 @@ _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, RecursionError),
     *(yaml.YAMLError, ArrowException, UserError),
 )
-_COLUMNS = ("question_id", "has_image", "answer", "prediction", "correct", "text")
-_TEXT_COLUMNS = ("document", "tokens", "nll")
+# What every record has in its metrics, and the columns of its predictions, by its kind.
+_METRICS = {
+    "problems": ("classes", "Avg"),
+    "text": ("text", "perplexity"),
+    "tasks": ("tasks", "results"),
+}
+_COLUMNS = {
+    "problems": ("question_id", "has_image", "answer", "prediction", "correct", "text"),
+    "text": ("document", "tokens", "nll"),
+    "tasks": ("task", "doc_id", "filter", "requests", "responses", "target", "metrics"),
+}
 
 
 @dataclass(frozen=True)
@@ -103,9 +113,10 @@ class Record:
         return BitWidths(**self.run["influences"]["bits"])
 
     @property
-    def on_text(self) -> bool:
-        """Whether the model was evaluated on plain text, and not on problems."""
-        return "text" in self.metrics
+    def kind(self) -> str:
+        """What the model was evaluated on: "problems", plain "text", or "tasks" of lm-eval."""
+        parts = self.metrics if isinstance(self.metrics, dict) else {}
+        return next((kind for kind in ("text", "tasks") if kind in parts), "problems")
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
@@ -150,18 +161,15 @@ class Record:
             if key not in self.run["report"]:
                 raise ValueError(f"run.json: report has no {key}")
         metrics = self.metrics if isinstance(self.metrics, dict) else {}
-        classes, text = metrics.get("classes"), metrics.get("text")
-        if text is not None:
-            if not isinstance(text, dict) or not isinstance(text.get("perplexity"), dict):
-                raise ValueError("metrics.json: text has no perplexity")
-        elif not isinstance(classes, dict) or not isinstance(classes.get("Avg"), dict):
-            raise ValueError("metrics.json: classes has no Avg")
+        part, entry = _METRICS[self.kind]
+        found = metrics.get(part)
+        if not isinstance(found, dict) or not isinstance(found.get(entry), dict):
+            raise ValueError(f"metrics.json: {part} has no {entry}")
         if not isinstance(self.config, dict):
             raise ValueError("config.yaml is not a mapping")
         if not isinstance(self.layers, list) or not all(isinstance(x, dict) for x in self.layers):
             raise ValueError("bits.json is not a list of mappings")
-        columns = _COLUMNS if text is None else _TEXT_COLUMNS
-        if missing := [name for name in columns if name not in self.predictions]:
+        if missing := [name for name in _COLUMNS[self.kind] if name not in self.predictions]:
             raise ValueError(f"predictions.parquet has no column {missing[0]}")
 
 
@@ -198,12 +206,12 @@ def find_record(path: Path, identity: str) -> tuple[Record | None, str]:
     return record, ""
 
 
-def find_records(runs_dir: str | Path, on_text: bool = False) -> list[Record]:
-    """Returns the records of a folder on problems, or those on plain text, sorted by name.
+def find_records(runs_dir: str | Path, kind: str = "problems") -> list[Record]:
+    """Returns the records of a folder that are of one kind, sorted by name.
 
     Args:
         runs_dir: Folder of records.
-        on_text: Whether to return those on plain text.
+        kind: What they were evaluated on; see `Record.kind`.
 
     Raises:
         RunError: If one of them is damaged.
@@ -213,7 +221,7 @@ def find_records(runs_dir: str | Path, on_text: bool = False) -> list[Record]:
         return []
     folders = (path for path in runs.iterdir() if path.is_dir() and path.name[0] != ".")
     records = [Record.load(path) for path in sorted(folders)]
-    return [record for record in records if record.on_text == on_text]
+    return [record for record in records if record.kind == kind]
 
 
 def identify(influences: Mapping[str, Any], code: str, weights: Mapping[str, str]) -> str:

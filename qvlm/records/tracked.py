@@ -21,14 +21,15 @@ def log_record(run: Any, record: Record, problems: datasets.Dataset | None, exam
     Args:
         run: Open W&B run.
         record: Complete record on disk.
-        problems: Problems that were asked, in the order of the record's predictions; None for text.
+        problems: Problems that were asked, in the order of the record's predictions; None for text
+            and tasks.
         examples: Number of problems to show.
     """
     import wandb
 
     seconds = {name: cost["seconds"] for name, cost in record.run["stages"].items()}
-    if record.on_text:
-        shown = {"documents": table(record.predictions)}
+    if record.kind != "problems":
+        shown = {"samples" if record.kind == "tasks" else "documents": table(record.predictions)}
     else:
         classes = pd.DataFrame.from_dict(record.metrics["classes"], orient="index")
         classes = classes.rename_axis("class").reset_index()
@@ -93,7 +94,9 @@ def summary(record: Record) -> dict[str, float]:
     numbers: dict[str, float | None] = {}
     for name, row in record.metrics.get("classes", {}).items():
         numbers |= {f"{key}/{name}": row[key] for key in row}
-    for name in ("perplexity", "kl", "agreement") if record.on_text else ():
+    for task, metrics in record.metrics.get("tasks", {}).get("results", {}).items():
+        numbers |= {f"{task}/{key}": v for key, v in metrics.items() if isinstance(v, int | float)}
+    for name in ("perplexity", "kl", "agreement") if record.kind == "text" else ():
         measure = record.metrics["text"][name]
         numbers[name] = measure and measure["value"]
     for stage, costs in record.run["stages"].items():

@@ -33,7 +33,7 @@ def write(results: Path, made_with: str, private: bool = False) -> Path:
         RunError: If a record is damaged.
     """
     runs = results / "runs"
-    records = [*find_records(runs), *find_records(runs, on_text=True)]
+    records = [*find_records(runs), *find_records(runs, "text")]
     if not records:
         raise UserError(
             f"--results: {results / 'runs'} holds no records. Give the results_dir of a run."

@@ -36,8 +36,8 @@ class Content:
     @classmethod
     def of(cls, records: Sequence[Record]) -> "Content":
         """Divides the records of a folder. The order of the records has no effect."""
-        texts = sorted((r for r in records if r.on_text), key=lambda record: record.name)
-        records = [record for record in records if not record.on_text]
+        texts = sorted((r for r in records if r.kind == "text"), key=lambda record: record.name)
+        records = [record for record in records if record.kind == "problems"]
         parts = {}
         for table in (table1.TABLE, table5.TABLE):
             selection = select(records, table.wanted)

@@ -112,19 +112,19 @@ def made_with(parser: argparse.ArgumentParser, options: argparse.Namespace, *nam
     return options.command or shlex.join(words)
 
 
-def records_of(runs: Path, experiment: str, on_text: bool = False) -> list[Record]:
+def records_of(runs: Path, experiment: str, kind: str = "problems") -> list[Record]:
     """Returns the records of a folder.
 
     Args:
         runs: Folder of records.
         experiment: Experiment whose sweep writes the records that the table needs.
-        on_text: Whether those on plain text are wanted, and not those on problems.
+        kind: What they were evaluated on; see `Record.kind`.
 
     Raises:
         UserError: If there are none.
         RunError: If one of them is damaged.
     """
-    records = find_records(runs, on_text)
+    records = find_records(runs, kind)
     if not records:
         raise UserError(
             f"--runs: {runs} holds no records. Give the folder that "

@@ -62,9 +62,19 @@ def _text_fault(record: Record) -> str | None:
     return None
 
 
+def _tasks_fault(record: Record) -> str | None:
+    counted = record.predictions.groupby("task")["doc_id"].nunique()
+    for task, stated in record.metrics["tasks"].get("n-samples", {}).items():
+        if stated["effective"] != counted.get(task):
+            return f"its results of {task} do not follow from its samples"
+    return None
+
+
 def _metrics_fault(record: Record) -> str | None:
-    if record.on_text:
+    if record.kind == "text":
         return _text_fault(record)
+    if record.kind == "tasks":
+        return _tasks_fault(record)
     for name in CLASSES:
         row = record.metrics.get("classes", {}).get(name)
         if row is None:

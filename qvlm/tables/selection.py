@@ -64,8 +64,14 @@ def of_whole_method(record: Record) -> bool:
 
 
 def is_ordinary(record: Record) -> bool:
-    """Whether a record has no page of its own, as other executions, claims and plain text have."""
-    return execution(record) == "simulated" and not is_of_claims(record) and not record.on_text
+    """Whether a record has no page of its own, as other executions, claims and other data have."""
+    generated = record.kind == "problems" and not is_ranked(record)
+    return generated and execution(record) == "simulated" and not is_of_claims(record)
+
+
+def is_ranked(record: Record) -> bool:
+    """Whether the likeliest choice was taken, and no answer was generated."""
+    return record.run["influences"]["evaluation"].get("scoring") == "rank"
 
 
 def is_of_claims(record: Record) -> bool:

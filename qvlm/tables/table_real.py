@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_runs(parser)
 
     def work(options: Any) -> None:
-        records = records_of(options.runs, NAME, on_text=True)
+        records = records_of(options.runs, NAME, "text")
         text = page(records, made_with(parser, options, "runs", "out"))
         csv = long(records).to_csv(index=False, float_format="%.6g", lineterminator="\n")
         write_files({options.out / f"{NAME}.csv": csv, options.out / f"{NAME}.md": text})

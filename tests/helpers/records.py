@@ -28,7 +28,11 @@ LAYERS = [f"vision.layers.{i}.fc1" for i in range(2)] + [
 SUBJECTS = ("natural science", "social science", "language science")
 
 
-STANDS_FOR = {"mini_llava": "llava_13b", "mini_moe_llava": "moe_llava"}
+STANDS_FOR = {
+    "mini_llava": "llava_13b",
+    "mini_moe_llava": "moe_llava",
+    "llava_v15_7b": "llava_v15_7b",
+}
 
 
 def make_predictions(accuracy: float, n: int = 300, seed: int = 0) -> pd.DataFrame:
@@ -112,6 +116,7 @@ def make_record(
     parameters: dict[str, Any] | None = None,
     weights: str = "w",
     documents: pd.DataFrame | None = None,
+    tasks: dict[str, float] | None = None,
     generated: bool = False,
     group: str = "table2",
     **setting: Any,
@@ -121,6 +126,7 @@ def make_record(
     Args:
         metrics: changes the classes before they are written.
         documents: sums of documents, which make it a record on plain text.
+        tasks: accuracy by task, which makes it a record on tasks of lm-eval.
         generated: whether the problems are those of the miniature, so that answers can be kept.
         group: name of the sweep.
         setting: replaces parts of what the cell depends on: data, evaluation, seed, ...
@@ -175,8 +181,27 @@ def make_record(
     written: dict[str, Any] = {"classes": classes, "unparsable_rule": "wrong"}
     if documents is not None:
         written, predictions = {"text": summarize(documents)}, documents
+    if tasks is not None:
+        whole["tasks"] = {"names": list(tasks)}
+        written, predictions = make_scores(tasks)
     proof = make_layers(bits) if layers is None else list(layers)
     return write_record(path, whole, run, written, predictions, proof)
+
+
+def make_scores(tasks: dict[str, float]) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Metrics and samples of tasks with two questions each, by their accuracy."""
+    columns = ("filter", "requests", "responses", "target", "metrics")
+    samples = [
+        {"task": task, "doc_id": row, **dict.fromkeys(columns, "none")}
+        for task in tasks
+        for row in range(2)
+    ]
+    results = {
+        task: {"alias": task, "accuracy,none": accuracy, "accuracy_stderr,none": 0.125}
+        for task, accuracy in tasks.items()
+    }
+    counts = {task: {"original": 9, "effective": 2} for task in tasks}
+    return {"tasks": {"results": results, "n-samples": counts}}, pd.DataFrame(samples)
 
 
 def make_questions(record: Record) -> datasets.Dataset:

@@ -26,7 +26,7 @@ MODELS = ["mini_llava", "mini_moe_llava"]
 def ask(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and greedy tokens of two prompts, one with a picture."""
     batch = loaded.encode_prompts(
-        ["Hello", "<image> Hi"], [None, Image.new("RGB", (40, 30), "red")]
+        ["Hello", "<image> Hi"], [[], [Image.new("RGB", (40, 30), "red")]]
     )
     with torch.inference_mode():
         logits = loaded.model(**batch).logits

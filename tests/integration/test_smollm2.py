@@ -31,7 +31,7 @@ def test_it_answers_greedily() -> None:
         )
         for question in QUESTIONS
     ]
-    batch = loaded.encode_prompts(prompts, [None] * len(prompts))
+    batch = loaded.encode_prompts(prompts, [[]] * len(prompts))
     generated = loaded.model.generate(**batch, max_new_tokens=12, do_sample=False)
     answers = loaded.decode(generated[:, batch["input_ids"].shape[1] :])
     assert answers == list(QUESTIONS.values())

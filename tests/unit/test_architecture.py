@@ -16,7 +16,7 @@ BELOW: dict[str, set[str]] = {
     "bits": {"errors", "validation"},
     "command": {"errors", "validation"},
     "registration": {"models"},
-    "routes": {"command"},
+    "routes": {"command", "errors"},
     "config": {"bits", "command", "errors", "routes", "validation"},
     "data": {"errors", "validation"},
     "quantization": {"bits", "errors", "validation"},
@@ -33,6 +33,7 @@ BELOW["tables"] = {*BELOW}
 BELOW["summary"] = {*BELOW}
 BELOW["report"] = {*BELOW}
 BELOW["api"] = {*BELOW} - {"markdown", "planning", "report", "routes", "summary", "tables"}
+BELOW["lm_eval_model"] = {"api", "command", "errors", "evaluation"}
 BELOW["sweep"] = {"bits", "cell", "config", "errors", "planning", "records", "validation"}
 BELOW["cli"] = {*BELOW} - {"api", "report", "tables"}
 

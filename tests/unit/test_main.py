@@ -19,6 +19,8 @@ from qvlm.tables.claims.plan import plan
 ROOT = Path(__file__).resolve().parents[2]
 # Commands without a target in the Makefile, and why.
 WITHOUT_TARGET = {
+    "eval": "it needs the name of a task",
+    "lm-eval": "it needs lm-eval's own words",
     "diff": "it needs two runs",
     "gate": "it needs a run",
     "workspace": "it needs an account and a package of its own",
@@ -119,6 +121,28 @@ def test_the_other_routes(calls: list[tuple[str, list[str]]]) -> None:
     ]
 
 
+def test_tasks_are_a_run_with_short_names(
+    calls: list[tuple[str, list[str]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["include_path=mine", "limit=5", "num_fewshot=2", "chat_template=true", "method=awq"]
+    assert routes.main(["eval", "-m", "task=arc_easy,piqa", *words]) == 0
+    assert calls == [
+        (
+            "run",
+            [
+                *("-m", "tasks.names=[arc_easy,piqa]", "tasks.include_path=mine"),
+                *("evaluation.limit=5", "tasks.num_fewshot=2", "tasks.chat_template=true"),
+                "method=awq",
+            ],
+        )
+    ]
+    assert routes.main(["eval", "limit=5"]) == 2
+    assert capfd.readouterr().err.startswith("error: task is not given. Give task=NAME")
+    assert len(calls) == 1
+    assert routes.main(["eval", "--help"]) == 0
+    assert calls[-1] == ("run", ["--help"])
+
+
 def test_an_unknown_option_is_refused_before_the_sweep(
     calls: list[tuple[str, list[str]]], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,7 +165,7 @@ def test_the_makefile_calls_every_route(name: str) -> None:
 @pytest.mark.parametrize("name", ROUTES)
 def test_every_route_is_a_command(name: str) -> None:
     route = ROUTES[name]
-    assert bool(route.module) is not bool(route.overrides)
+    assert [bool(route.module), bool(route.overrides), bool(route.keys)].count(True) == 1
     if route.module:
         assert callable(routes.import_module(route.module).main)
     for experiment in route.experiments:

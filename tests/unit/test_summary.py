@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,16 @@ def test_a_cell_on_text_shows_its_measures(tmp_path: Path) -> None:
     assert "2 documents of miniature" in shown
     other = make_record(tmp_path, method="AWQ", documents=documents)
     assert "KL, nats" in plain(summary.sweep_summary([record, other]))
+
+
+def test_a_cell_on_tasks_shows_its_metrics(tmp_path: Path) -> None:
+    record = make_record(tmp_path, tasks={"arc_easy": 0.62518, "piqa": 0.5})
+    shown = plain(summary.cell_summary(record))
+    assert "mini_llava, RTN W4A4 on tasks arc_easy, piqa" in shown
+    assert row(shown, "arc_easy")[1:] == ["accuracy", "2", "0.6252", "0.12"]
+    assert "proven in 5 layers" in shown
+    other = make_record(tmp_path, method="AWQ", tasks={"arc_easy": 0.25, "piqa": 0.75})
+    compared = plain(summary.sweep_summary([record, other]))
+    assert row(compared, "AWQ", "W4A4")[2:4] == ["0.25", "0.75"]
+    fewer = replace(record, predictions=record.predictions[:3])
+    assert "its results of piqa do not follow" in plain(summary.cell_summary(fewer))

@@ -10,7 +10,7 @@ from qvlm.cell import references
 from qvlm.config.compose import compose
 from qvlm.evaluation.likelihood import Passage
 
-PASSAGES = [Passage([1, 2, 3], 2), Passage([4, 5], 1, Image.new("RGB", (2, 2)))]
+PASSAGES = [Passage([1, 2, 3], 2), Passage([4, 5], 1, [Image.new("RGB", (2, 2))])]
 HASHES = {"model": "abc"}
 
 
@@ -36,7 +36,7 @@ def test_another_text_image_weight_or_code_has_another_file(
         (other_type, HASHES, PASSAGES),
         (config, HASHES, [replace(text, ids=[1, 2, 4]), picture]),
         (config, HASHES, [replace(text, scored=1), picture]),
-        (config, HASHES, [text, replace(picture, image=Image.new("RGB", (2, 2), "red"))]),
+        (config, HASHES, [text, replace(picture, images=[Image.new("RGB", (2, 2), "red")])]),
     ]
     found = {references.file_of(*each) for each in given}
     monkeypatch.setattr(references, "code_version", lambda method: "another")

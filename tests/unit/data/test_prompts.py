@@ -175,3 +175,25 @@ def test_unknown_names_are_refused_with_the_accepted_ones(option: str) -> None:
         UserError, match=r"'nonsense' is not known. Choose one of: .*(QCM-LEA|vicuna_v1)"
     ):
         Prompting(**{option: "nonsense"})
+
+
+def test_a_conversation_is_written_in_the_template_of_the_checkpoint() -> None:
+    said = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c?"},
+    ]
+    vicuna = Prompting(conversation="vicuna_v1")
+    text = vicuna.chat(said)
+    assert text.endswith(" USER: Be brief.\n\na? ASSISTANT: b</s>USER: c? ASSISTANT:")
+    begun = [*said, {"role": "assistant", "content": "d"}]
+    assert vicuna.chat(begun, answer_follows=False) == f"{text} d"
+    problem = {"question": "q", "choices": ["x"], "hint": "", "image": None}
+    request = vicuna.prompt(problem).partition("USER: ")[2].removesuffix(" ASSISTANT:")
+    assert vicuna.chat([{"role": "user", "content": request}]) == vicuna.prompt(problem)
+    smollm2 = Prompting("CQM-A", "smollm2").chat(said[1:])
+    assert smollm2.endswith(
+        "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc?<|im_end|>\n<|im_start|>assistant\n"
+    )

@@ -149,14 +149,16 @@ def test_images_reach_the_model_decoded_once_and_only_where_there_are_any(
     dataset: datasets.Dataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen: list[tuple[str, Image.Image | None]] = []
+    seen: list[tuple[str, list[Image.Image]]] = []
     pixels: list[bool] = []
     opened = 0
     encode_prompts, open_image = loaded.encode_prompts, Image.open
 
-    def spy(prompts: list[str], images: list[Image.Image | None]) -> dict[str, torch.Tensor]:
+    def spy(
+        prompts: list[str], images: list[list[Image.Image]], longest: int
+    ) -> dict[str, torch.Tensor]:
         seen.extend(zip(prompts, images, strict=True))
-        batch = encode_prompts(prompts, images)
+        batch = encode_prompts(prompts, images, longest)
         pixels.append("pixel_values" in batch)
         return batch
 
@@ -169,10 +171,12 @@ def test_images_reach_the_model_decoded_once_and_only_where_there_are_any(
     monkeypatch.setattr(Image, "open", count)
     run(loaded, dataset, batch_size=8)
 
-    def key(prompt: str, image: Image.Image | None) -> tuple[str, bytes]:
-        return prompt, b"" if image is None else image.convert("RGB").tobytes()
+    def key(prompt: str, images: list[Image.Image]) -> tuple[str, list[bytes]]:
+        return prompt, [image.convert("RGB").tobytes() for image in images]
 
-    expected = [key(loaded.prompting.prompt(p), p["image"]) for p in problems]
+    expected = [
+        key(loaded.prompting.prompt(p), [p["image"]] if p["image"] else []) for p in problems
+    ]
     assert sorted(key(*pair) for pair in seen) == sorted(expected)
     assert opened == sum(p["image"] is not None for p in problems)
     assert True in pixels

@@ -72,7 +72,7 @@ def test_an_image_and_a_tower_are_refused_by_name(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path / "llama")
     loaded = load_model(folder, "llama", PROMPTING)
     with pytest.raises(ValueError, match="llama reads no image"):
-        loaded.encode_prompts(["<image>"], [object()])  # type: ignore[list-item]
+        loaded.encode_prompts(["<image>"], [[object()]])  # type: ignore[list-item]
     with pytest.raises(UserError, match="has no vision tower"):
         load_model(folder, "llama", PROMPTING, image_size=224)
 

@@ -155,7 +155,7 @@ def test_encoding_pads_left_and_expands_the_image(loaded: LoadedModel) -> None:
 
 def test_prompt_without_its_image_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(ValueError, match="exactly one <image>"):
-        loaded.encode_prompts(["no picture here"], [Image.new("RGB", (48, 48))])
+        loaded.encode_prompts(["no picture here"], [[Image.new("RGB", (48, 48))]])
 
 
 def test_every_word_of_every_problem_is_known(loaded: LoadedModel) -> None:

@@ -424,7 +424,7 @@ def test_a_cell_quantizes_proves_packs_and_loads_again(
     fresh = read(standin)
     problems = miniature.generate("test", 6, seed=0)
     prompts = [fresh.prompting.prompt(problem) for problem in problems]
-    images = [problem["image"] for problem in problems]
+    images = [[problem["image"]] if problem["image"] else [] for problem in problems]
     encoded = [loaded.encode_prompts(prompts, images)["input_ids"] for loaded in (fresh, again)]
     assert torch.equal(*encoded)
     odd = "The  rock\n   air naïve<|endoftext|>"

@@ -215,7 +215,7 @@ def test_the_text_after_an_image_begins_anew(tmp_path: Path) -> None:
     """As `tokenizer_image_token` does: each piece on its own, so a blank stands before the line."""
     loaded = read(write("llava", tmp_path))
     image = loaded.model.config.image_token_id
-    ids = loaded.encode_prompts(["Which <image>\nair"], [Image.new("RGB", (9, 9))])["input_ids"]
+    ids = loaded.encode_prompts(["Which <image>\nair"], [[Image.new("RGB", (9, 9))]])["input_ids"]
     table = {piece: index for index, (piece, _, _) in enumerate(standins.pieces())}
     before = [1, table["\u2581Which"], table["\u2581"]]
     after = [table["\u2581"], table["<0x0A>"], table["a"], table["i"], table["r"]]

@@ -116,7 +116,7 @@ def test_a_hostile_checkpoint_loads_without_its_code(
         make_hostile(Path(options["vision_tower"]), marker)
     before = set(sys.modules)
     loaded = load_model(folder, "hostile", meta_layers=meta_layers, **options)
-    assert loaded.encode_prompts(["USER: a"], [None])["input_ids"].numel()
+    assert loaded.encode_prompts(["USER: a"], [[]])["input_ids"].numel()
     assert not marker.exists()
     assert not any("evil" in name for name in set(sys.modules) - before)
     assert "[y/N]" not in capfd.readouterr().out

@@ -96,7 +96,7 @@ def test_measures_that_do_not_follow_from_the_documents_are_refused(tmp_path: Pa
 def test_question_tables_do_not_show_text(tmp_path: Path) -> None:
     records = [planted(tmp_path), make_record(tmp_path)]
     selection = select(records)
-    assert [record.on_text for record in selection.shown] == [False]
+    assert [record.kind for record in selection.shown] == ["problems"]
     assert not selection.refused
 
 

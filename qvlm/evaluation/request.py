@@ -1,0 +1,136 @@
+"""What lm-eval's requests hold, read in one place: context, images, settings of generation, name.
+
+lm-eval marks the place of an image by `<image>`, as our prompts do. A context that names fewer
+images than it has gets the missing places at its beginning, and a literal `<image>` in a text
+without images is removed.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from lm_eval.api.instance import Instance
+from lm_eval.models.utils import normalize_gen_kwargs
+from PIL import Image
+
+from qvlm.data.prompts import IMAGE_TOKEN
+from qvlm.errors import UserError
+
+MAX_NEW_TOKENS = 256  # of an answer, where a task sets no limit; as lm-eval's own models have it
+
+_IMAGE = datasets.Image(mode="RGB")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the answer to a request is generated.
+
+    Attributes:
+        max_new_tokens: Largest number of new tokens.
+        until: Texts that end an answer and are no part of it.
+        sampling: Arguments of `generate` that say how tokens are chosen.
+    """
+
+    max_new_tokens: int
+    until: tuple[str, ...]
+    sampling: dict[str, Any]
+
+    @classmethod
+    def of(cls, request: Instance) -> "Generation":
+        """Reads the settings of a request. Whatever is sampled has the whole distribution."""
+        given = normalize_gen_kwargs(request.args[1], MAX_NEW_TOKENS)
+        sampling: dict[str, Any] = {"do_sample": given["do_sample"]}
+        if given["do_sample"]:
+            sampling["temperature"] = given["temperature"]
+            sampling |= {"top_k": given.get("top_k", 0), "top_p": given.get("top_p", 1.0)}
+        until = tuple(text for text in given["until"] if text)
+        return cls(given["max_gen_toks"], until, sampling)
+
+    def ended(self, text: str) -> bool:
+        """Whether a text holds one of those that end an answer."""
+        return any(end in text for end in self.until)
+
+    def cut(self, text: str) -> str:
+        """Returns a text up to the first of those that end an answer."""
+        return text[: min((text.find(end) for end in self.until if end in text), default=None)]
+
+
+def alike(requests: Sequence[Instance], batch_size: int) -> dict[int, list[int]]:
+    """Divides requests for generation into batches of equal settings, from long to short.
+
+    Requests with images come first among those of equal settings. This keeps padding small, skips
+    the vision tower for batches without images, and makes a batch that does not fit in memory fail
+    at the beginning.
+
+    Returns:
+        Rows of the requests of each batch, by the number of requests in the batches before it.
+    """
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for row in sorted(range(len(requests)), key=lambda row: _size(requests[row]))[::-1]:
+        groups[json.dumps(requests[row].args[1], sort_keys=True)].append(row)
+    batches: dict[int, list[int]] = {}
+    begin = 0
+    for rows in groups.values():
+        for start in range(0, len(rows), batch_size):
+            batches[begin + start] = rows[start : start + batch_size]
+        begin += len(rows)
+    return batches
+
+
+def name(request: Instance) -> str:
+    """The id of a request's question, or its task and number where a task has no ids."""
+    if "question_id" in request.doc:
+        return str(request.doc["question_id"])
+    return f"{request.doc_id} of {request.task_name}"
+
+
+def context(request: Instance) -> str:
+    """The text before the answer, with one `<image>` for each image.
+
+    Raises:
+        UserError: If the text names more images than there are.
+    """
+    text, count = str(request.args[0]), len(encoded_images(request))
+    if count == 0:
+        return text.replace(IMAGE_TOKEN, "")
+    missing = count - text.count(IMAGE_TOKEN)
+    if missing < 0:
+        raise UserError(
+            f"task: question {name(request)} names {count - missing} images and has {count}. Give "
+            "each <image> of the prompt an image in doc_to_image."
+        )
+    return f"{IMAGE_TOKEN}\n" * missing + text
+
+
+def encoded_images(request: Instance) -> list[Any]:
+    """The images of a request as lm-eval passes them."""
+    further = request.args[-1] if len(request.args) > 1 else None
+    visual = further.get("visual") if isinstance(further, dict) else None
+    if visual is None:
+        return []
+    return list(visual) if isinstance(visual, list | tuple) else [visual]
+
+
+def images(request: Instance) -> list[Image.Image]:
+    """Decodes the images of a request to RGB. One that is decoded already is only converted.
+
+    Raises:
+        UserError: If an image does not decode.
+    """
+    try:
+        return [
+            each.convert("RGB") if isinstance(each, Image.Image) else _IMAGE.decode_example(each)
+            for each in encoded_images(request)
+        ]
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
+        raise UserError(
+            f"data: the image of question {name(request)} does not decode. Give a "
+            "complete file in a format that Pillow reads, such as PNG or JPEG"
+        ) from error
+
+
+def _size(request: Instance) -> tuple[bool, int]:
+    return bool(encoded_images(request)), len(request.args[0])
