@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_TARGET = {
     "diff": "it needs two runs",
     "gate": "it needs a run",
+    "prove": "it needs a checkpoint",
     "workspace": "it needs an account and a package of its own",
 }
 
