@@ -14,9 +14,9 @@ from qvlm.proving.stored import StoredWeight
 
 # Rows whose codes are counted one by one, which bounds the cost. All codes of a layer are counted.
 _MOST_ROWS = 4096
-# Scales that cannot be alike by chance, and codes that are enough to see all values of their bits.
+# Scales that cannot be alike by chance, and weights for each value of a code that show most of them.
 ENOUGH_SCALES = 8
-_ENOUGH_CODES = 16
+_ENOUGH_CODES = 4
 # Numbers of float16 below this have less than four significant bits. Sound checkpoints have
 # subnormal scales in float16, because weights of 0.005 in 8 bits need them.
 _FEW_DIGITS = 2.0**-21

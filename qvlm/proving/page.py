@@ -38,7 +38,8 @@ def verdict(proof: Proof) -> str:
         return f"not proven ({count} {'fault' if count == 1 else 'faults'}): {part}: {fault}; {share}"
     bits = Counter(layer.bits for layer in proof.layers)
     said = ", ".join(f"{count} layers of {width} bits" for width, count in sorted(bits.items()))
-    return f"proven: {said}; {share}{'; inputs as well' if proof.inputs else ''}"
+    proven = "weights and inputs" if proof.inputs else "weights"
+    return f"proven in its {proven}: {said}; {share}"
 
 
 def content(proof: Proof) -> dict[str, Any]:

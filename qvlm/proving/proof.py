@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qvlm.errors import RunError, UserError
-from qvlm.packing import ORIGIN, read_origin
+from qvlm.packing import ORIGIN, read_origin, refutation
 from qvlm.proving import checks, experts
 from qvlm.proving.checkpoint import open_checkpoint
 from qvlm.proving.copies import Copies
@@ -14,6 +14,8 @@ from qvlm.proving.floats import FloatWeight, left_over
 from qvlm.proving.formats import Format, Own
 from qvlm.proving.stored import UnreadableError
 from qvlm.quantization import LayerBits, check_bits
+
+_WHOLE = "checkpoint"  # what a fault of no single layer is a fault of
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Proof:
     claim: str
     layers: list[LayerProof]
     floats: list[FloatWeight]
-    faults: dict[str, str] = field(default_factory=dict)
+    faults: list[tuple[str, str]] = field(default_factory=list)
     inputs: list[LayerBits] = field(default_factory=list)
     uncalibrated: list[str] = field(default_factory=list)
 
@@ -70,7 +72,7 @@ class Proof:
     def found(self) -> list[tuple[str, str]]:
         """Everything that is wrong: the part, and what is wrong with it."""
         return [
-            *self.faults.items(),
+            *self.faults,
             *((layer.layer, fault) for layer in self.layers for fault in layer.faults),
             *((tensor.name, tensor.fault) for tensor in self.floats if tensor.fault),
         ]
@@ -102,18 +104,19 @@ def prove(path: str | Path, run: bool = True) -> Proof:
     names = form.layers()
     rows, scales = _read_layers(form, names)
     floats = left_over(form, names)
-    faults = {"checkpoint": fault for fault in form.faults()}
     every = dict.fromkeys([*names, *(part.name.removesuffix(".weight") for part in floats)])
-    faults |= experts.missing(every) | experts.uncalibrated(scales)
-    if fault := _mostly_float(rows, floats):
-        faults["checkpoint"] = fault
-    if not names:
-        faults["checkpoint"] = "it has no quantized layer"
-    inputs, uncalibrated = [], []
+    faults = [
+        *((_WHOLE, fault) for fault in form.faults()),
+        *experts.missing(every).items(),
+        *experts.uncalibrated(scales).items(),
+        *((_WHOLE, fault) for fault in _mostly_float(rows, floats)),
+    ]
+    inputs: list[LayerBits] = []
+    uncalibrated: list[str] = []
     if run and isinstance(form, Own) and (Path(path) / ORIGIN).is_file():
-        inputs, failure = _run(Path(path))
-        faults |= failure
-        uncalibrated = read_origin(path).uncalibrated if not failure else []
+        inputs, failures = _run(Path(path))
+        faults += failures
+        uncalibrated = read_origin(path).uncalibrated if inputs else []
     return Proof(str(path), form.name, form.claim(), rows, floats, faults, inputs, uncalibrated)
 
 
@@ -144,20 +147,22 @@ def _read_layers(form: Format, names: list[str]) -> tuple[list[LayerProof], dict
     return rows, scales
 
 
-def _mostly_float(rows: list[LayerProof], floats: list[FloatWeight]) -> str:
-    """Returns a sentence if more weights of linears are in floating point than are quantized."""
+def _mostly_float(rows: list[LayerProof], floats: list[FloatWeight]) -> list[str]:
+    """Says so if more weights of linears are in floating point than are quantized."""
+    if not rows:
+        return ["it has no quantized layer"]
     left = sum(part.count for part in floats if part.kind in ("linear", "expert"))
     taken = sum(row.count for row in rows)
     if left <= taken:
-        return ""
-    return f"{left} weights of linears are in floating point, and {taken} are quantized"
+        return []
+    return [f"{left} weights of linears are in floating point, and {taken} are quantized"]
 
 
-def _run(path: Path) -> tuple[list[LayerBits], dict[str, str]]:
+def _run(path: Path) -> tuple[list[LayerBits], list[tuple[str, str]]]:
     """Loads a packed checkpoint of qvlm and counts what enters each product.
 
     Returns:
-        The counts, and what is wrong by layer.
+        The counts, and what is wrong: the part, and what is wrong with it.
     """
     from qvlm import api
 
@@ -165,6 +170,12 @@ def _run(path: Path) -> tuple[list[LayerBits], dict[str, str]]:
         model = api.load(path)
         layers = api.prove(model).layers
     except (UserError, RunError) as error:
-        return [], {"checkpoint": f"it does not run here: {error}"}
-    failing = check_bits(layers)
-    return layers, {name: "more values than its bits allow enter its product" for name in failing}
+        return [], [(_WHOLE, f"it does not run here: {error}")]
+    sentence = "more values than its bits allow enter its product"
+    found = [(name, sentence) for name in check_bits(layers)]
+    weights, activations = model.bits.weights, model.bits.activations
+    assert weights is not None
+    assert activations is not None
+    if reason := refutation(model.loaded.model, layers, weights, activations):
+        found.append((_WHOLE, f"it is not a {model.bits} model as its {ORIGIN} says: {reason}"))
+    return layers, found
