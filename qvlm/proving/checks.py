@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qvlm.proving.stored import StoredWeight
 
-# Rows whose codes are counted one by one, which bounds the cost. All codes of a layer are counted.
+# Rows whose codes are counted one by one, which bounds the cost.
 _MOST_ROWS = 4096
-# Scales that cannot be alike by chance, and weights for each value of a code that show most of them.
+# Scales that cannot be alike by chance, and weights for each code that show most of the codes.
 ENOUGH_SCALES = 8
 _ENOUGH_CODES = 4
 # Numbers of float16 below this have less than four significant bits. Sound checkpoints have
@@ -52,7 +52,7 @@ def faults(weight: StoredWeight, found: Counted) -> list[str]:
         weight: Weight of the layer.
         found: Result of `counted`.
     """
-    said = [
+    return [
         *_bits(weight, found),
         *_scales(weight),
         *_zero_points(weight),
@@ -60,7 +60,6 @@ def faults(weight: StoredWeight, found: Counted) -> list[str]:
         *_levels(weight),
         *_inputs(weight),
     ]
-    return said
 
 
 def empty_groups(weight: StoredWeight) -> int:

@@ -48,5 +48,5 @@ def _varies(tensor: Tensor) -> bool:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    content = tensor.contiguous().view(torch.uint8).numpy()
+    content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.blake2b(content, digest_size=16).digest()

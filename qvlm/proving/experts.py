@@ -32,7 +32,8 @@ def missing(names: Mapping[str, object]) -> dict[str, str]:
             for part in sorted(parts - experts.get(index, set()))
         ]
         if absent:
-            said[mixture] = f"{len(absent)} projections of its experts are missing, first {absent[0]}"
+            sentence = f"{len(absent)} projections of its experts are missing, first {absent[0]}"
+            said[mixture] = sentence
     return said
 
 

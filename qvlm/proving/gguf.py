@@ -22,7 +22,10 @@ from qvlm.errors import UserError
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 # struct's letter for each type of a value.
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {
+    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"},
+    **{10: "Q", 11: "q", 12: "d"},
+}
 _FLOATS = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 _MOST = 2**24  # keys, tensors and items of a list
 # Number of weights and of bytes in a block of each type.
@@ -47,7 +50,7 @@ class GgufFile(Mapping[str, Tensor]):
         path: File.
 
     Attributes:
-        values: Value of each key.
+        settings: Value of each key.
         infos: What the header says of each tensor.
 
     Raises:
@@ -84,9 +87,9 @@ class GgufFile(Mapping[str, Tensor]):
         version, tensors, keys = self._number("I"), self._number("Q"), self._number("Q")
         if version not in (2, 3) or max(tensors, keys) > _MOST:
             raise ValueError(f"version {version} is not read")
-        self.values = {self._text(): self._value(self._number("I")) for _ in range(keys)}
+        self.settings = {self._text(): self._value(self._number("I")) for _ in range(keys)}
         self.infos = dict(self._info() for _ in range(tensors))
-        alignment = self.values.get("general.alignment", 32)
+        alignment = self.settings.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1:
             raise ValueError("its alignment is not a whole number")
         self._start = -(-self._at // alignment) * alignment

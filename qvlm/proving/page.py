@@ -34,8 +34,8 @@ def verdict(proof: Proof) -> str:
     share = f"{100 * proof.float_share:.1f} % of the parameters are in floating point"
     if not proof.holds:
         part, fault = proof.found[0]
-        count = len(proof.found)
-        return f"not proven ({count} {'fault' if count == 1 else 'faults'}): {part}: {fault}; {share}"
+        faults = "1 fault" if len(proof.found) == 1 else f"{len(proof.found)} faults"
+        return f"not proven ({faults}): {part}: {fault}; {share}"
     bits = Counter(layer.bits for layer in proof.layers)
     said = ", ".join(f"{count} layers of {width} bits" for width, count in sorted(bits.items()))
     proven = "weights and inputs" if proof.inputs else "weights"

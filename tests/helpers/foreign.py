@@ -142,7 +142,8 @@ def write_mixture(folder: Path, experts: int = 4, ignore: tuple[str, ...] = ()) 
         for expert in range(experts):
             for part, shape in EXPERT.items():
                 name = f"{block}.mlp.experts.{expert}.{part}"
-                tensors |= packed_layer(name, shape, 1000 * index + 10 * expert + len(part) + (part == "gate_proj"))
+                seed = 1000 * index + 10 * expert + len(part) + (part == "gate_proj")
+                tensors |= packed_layer(name, shape, seed)
     skipped = ("lm_head", "re:.*mlp\\.gate$", *ignore)
     return save(folder, tensors, packed_settings(ignore=skipped))
 

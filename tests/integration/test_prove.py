@@ -33,9 +33,7 @@ def test_a_saved_model_is_proven_in_weights_and_inputs(
     assert "| layer " in capsys.readouterr().out.partition("## What enters the products")[2]
 
 
-def test_what_qvlm_json_makes_up_is_named(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_qvlm_json_makes_up_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     origin = json.loads((folder / "qvlm.json").read_text())
     origin["options"]["bits"] = {"weights": 4, "activations": 4}
     (folder / "qvlm.json").write_text(json.dumps(origin))

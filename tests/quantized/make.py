@@ -7,7 +7,6 @@ Every checkpoint is of one LLaMA of two layers with random weights. `expected.sa
 what each library itself dequantizes one layer to.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
 from transformers import (
     AutoModelForCausalLM,
@@ -79,8 +78,11 @@ def compressed_tensors(folder: Path, act: dict | None = None, **weights: object)
 
 
 def _set_scale(module: nn.Module, weights: dict) -> None:
-    grouped = module.weight.detach().unflatten(1, (-1, weights.get("group_size") or 10**9))\
-        if weights.get("group_size") else module.weight.detach()[:, None]
+    grouped = (
+        module.weight.detach().unflatten(1, (-1, weights.get("group_size") or 10**9))
+        if weights.get("group_size")
+        else module.weight.detach()[:, None]
+    )
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     if weights.get("type") == "float":
         scale, zero = grouped.abs().amax(-1) / 448, None
@@ -198,11 +200,12 @@ def main() -> None:
         "gguf_q8_0": gguf_file(HERE / "q8_0.gguf", kinds.Q8_0, files.MOSTLY_Q8_0),
     }
     blocks = gguf_blocks()
-    save_file({k: v.contiguous() for k, v in {**expected, **blocks}.items()}, HERE / "expected.safetensors")
+    whole = {name: value.contiguous() for name, value in (expected | blocks).items()}
+    save_file(whole, HERE / "expected.safetensors")
     for unused in HERE.glob("*/generation_config.json"):
         unused.unlink()
-    for config in HERE.glob("*/config.json"):
-        json.loads(config.read_text())
+    for file in HERE.rglob("*.safetensors"):
+        file.chmod(0o644)
 
 
 if __name__ == "__main__":

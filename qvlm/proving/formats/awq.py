@@ -40,7 +40,8 @@ class Awq(Format):
             raise UnreadableError(f"its qweight is {qweight.dtype} of shape {shown(qweight)}")
         zeros = _in_order(self.tensor(layer, ".qzeros"), scales.shape[1], "qzeros")
         codes = _in_order(qweight, scales.shape[1], "qweight").T
-        require_groups(scales.T, codes.shape[1], number(self.settings, "group_size", "q_group_size"))
+        group_size = number(self.settings, "group_size", "q_group_size")
+        require_groups(scales.T, codes.shape[1], group_size)
         if zeros.shape != scales.shape:
             raise UnreadableError(f"zero points of {shown(zeros)} for scales of {shown(scales)}")
         return StoredWeight(

@@ -23,7 +23,7 @@ class Gguf(Format):
     tensors: GgufFile
 
     def __init__(self, tensors: GgufFile) -> None:
-        super().__init__(tensors, tensors.values)
+        super().__init__(tensors, tensors.settings)
 
     def layers(self) -> list[str]:
         """See `Format.layers`."""

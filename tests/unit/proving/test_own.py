@@ -70,7 +70,11 @@ def few_codes(codes: Tensor) -> Tensor:
 CHANGES: dict[str, tuple[str, Callable[[Tensor], Tensor | None], str]] = {
     "no scales": ("scale", lambda x: None, "its tensor scale is missing"),
     "NaN scale": ("scale", lambda x: with_first(x, float_bits(torch.nan)), "are not a number"),
-    "zero scale": ("scale", lambda x: with_first(x, float_bits(0.0)), "zero, although the codes differ"),
+    "zero scale": (
+        "scale",
+        lambda x: with_first(x, float_bits(0.0)),
+        "zero, although the codes differ",
+    ),
     "short codes": ("codes", lambda x: x[:, :-1], "its codes is torch.uint8 of shape 32 x 31"),
     "few codes": ("codes", few_codes, "its codes take 4 values, which 2 bits hold"),
     "zero point": ("zero_point", lambda x: with_first(x, torch.tensor(16)), "are out of range"),

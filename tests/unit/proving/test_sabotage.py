@@ -69,7 +69,8 @@ def named(source: str, target: str, suffixes: tuple[str, ...]) -> Change:
 def float_instead(layer: str, shape: tuple[int, int] = (32, 64)) -> Change:
     """Leaves a layer in floating point."""
     suffixes = (".weight_packed", ".weight_scale", ".weight_shape")
-    return lambda t: {f"{layer}.weight": torch.randn(shape), **dict.fromkeys(map(layer.__add__, suffixes))}
+    removed = dict.fromkeys(layer + suffix for suffix in suffixes)
+    return lambda t: {f"{layer}.weight": torch.randn(shape), **removed}
 
 
 def eight_bit_codes(t: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -163,7 +164,12 @@ TENSORS: dict[str, tuple[str, Change, str, str]] = {
         LAYER,
         "1 of its 64 zero points are out of range",
     ),
-    "duplicated layer": ("ct_w4", named(OTHER, LAYER, PACKED), LAYER, f"codes are those of {OTHER}"),
+    "duplicated layer": (
+        "ct_w4",
+        named(OTHER, LAYER, PACKED),
+        LAYER,
+        f"codes are those of {OTHER}",
+    ),
     "scales of another layer": (
         "ct_w4",
         named(OTHER, LAYER, (".weight_scale",)),
@@ -235,8 +241,16 @@ SETTINGS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
         lambda s: weights_of(s).update(strategy="channel", group_size=None),
         "groups of 64 are claimed",
     ),
-    "8 bits claimed": ("ct_w4", lambda s: weights_of(s).update(num_bits=8), "4 bits, and 8 are claimed"),
-    "2 bits claimed in bytes": ("ct_w8a8", lambda s: weights_of(s).update(num_bits=2), "cannot hold"),
+    "8 bits claimed": (
+        "ct_w4",
+        lambda s: weights_of(s).update(num_bits=8),
+        "4 bits, and 8 are claimed",
+    ),
+    "2 bits claimed in bytes": (
+        "ct_w8a8",
+        lambda s: weights_of(s).update(num_bits=2),
+        "cannot hold",
+    ),
     "8 bits claimed of nf4": (
         "bnb_nf4",
         lambda s: s.update(load_in_4bit=False, load_in_8bit=True),
@@ -252,7 +266,11 @@ SETTINGS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
         lambda s: s["config_groups"]["group_0"]["input_activations"].update(dynamic=False),
         "input_scale is missing",
     ),
-    "unknown layout": ("ct_w4", lambda s: s["config_groups"]["group_0"].update(format="x"), "not read"),
+    "unknown layout": (
+        "ct_w4",
+        lambda s: s["config_groups"]["group_0"].update(format="x"),
+        "not read",
+    ),
     "nothing targeted": ("ct_w4", lambda s: s.update(config_groups={}), "no config_groups"),
 }
 
@@ -280,9 +298,7 @@ def test_what_is_done_to_tensors_is_named(case: str, copied: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_what_the_configuration_makes_up_is_named(
-    case: str, copied: Callable[[str], Path]
-) -> None:
+def test_what_the_configuration_makes_up_is_named(case: str, copied: Callable[[str], Path]) -> None:
     name, change, sentence = SETTINGS[case]
     folder = copied(name)
     configure(folder, change)
@@ -352,13 +368,16 @@ def test_experts_with_one_scale_each_that_are_all_alike_are_named(tmp_path: Path
     folder = save(tmp_path / "mixture", made, settings)
     assert prove(folder).found == []
     edit(folder, {name: torch.tensor([0.5]) for name in made if name.endswith("scale")})
-    assert_fault(folder, "model.layers.0.mlp.experts.*.up_proj", "all its 4 experts have the scale 0.5")
+    assert_fault(
+        folder, "model.layers.0.mlp.experts.*.up_proj", "all its 4 experts have the scale 0.5"
+    )
     edit(folder, {name: torch.tensor([1.0]) for name in made if name.endswith("scale")})
     assert_fault(folder, "model.layers.0.mlp.experts.0.up_proj", "its only scale is 1")
 
 
 @pytest.mark.parametrize(
-    ("bits", "ordered", "version"), [(4, False, 1), (4, True, 1), (3, False, 1), (8, False, 2), (2, True, 2)]
+    ("bits", "ordered", "version"),
+    [(4, False, 1), (4, True, 1), (3, False, 1), (8, False, 2), (2, True, 2)],
 )
 def test_gptq_is_read_and_proven(bits: int, ordered: bool, version: int, tmp_path: Path) -> None:
     folder, values = write_gptq(tmp_path, bits, ordered=ordered, version=version)
@@ -388,7 +407,10 @@ GPTQ: dict[str, tuple[Change, str]] = {
     "scale below float16": (scale_of(2**-23, ".scales"), "1 of its 64 scales are subnormal"),
     "infinite scale": (scale_of(torch.inf, ".scales"), "1 of its 64 scales are infinite"),
     "missing codes": (lambda t: {f"{LAYER}.qweight": None}, "qweight is missing"),
-    "fewer rows": (lambda t: {f"{LAYER}.qweight": t[f"{LAYER}.qweight"][:7]}, "qweight has rows of 28 bytes"),
+    "fewer rows": (
+        lambda t: {f"{LAYER}.qweight": t[f"{LAYER}.qweight"][:7]},
+        "qweight has rows of 28 bytes",
+    ),
 }
 
 
