@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Commands without a target in the Makefile, and why.
 WITHOUT_TARGET = {
     "diff": "it needs two runs",
+    "export": "it needs a checkpoint",
     "gate": "it needs a run",
     "prove": "it needs a checkpoint",
     "workspace": "it needs an account and a package of its own",
