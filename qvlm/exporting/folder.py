@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qvlm.errors import UserError
 from qvlm.exporting.compressed_tensors import (
@@ -22,7 +23,10 @@ from qvlm.exporting.compressed_tensors import (
     scheme,
 )
 from qvlm.models.checkpoints.families import read_config
+from qvlm.models.checkpoints.language_model import is_language_model, read_language_model
+from qvlm.models.checkpoints.own import read_architecture
 from qvlm.models.checkpoints.weights import Weights
+from qvlm.models.meta import meta_model
 from qvlm.packing.checkpoint import PackedConfig, is_packed
 from qvlm.packing.form import Form, buffers
 from qvlm.packing.origin import ORIGIN
@@ -99,12 +103,6 @@ def _numbers(name: str, form: Form, weights: Weights) -> dict[str, Tensor]:
     return found
 
 
-def _rest(forms: Mapping[str, Form], weights: Weights) -> list[str]:
-    """Names of the tensors that belong to no packed layer."""
-    packed = {f"{name}.{part}" for name, form in forms.items() for part in buffers(form)}
-    return [name for name in weights if name not in packed]
-
-
 def _exported(
     forms: Mapping[str, Form], weights: Weights, layout: str
 ) -> Iterator[tuple[str, Tensor]]:
@@ -112,8 +110,10 @@ def _exported(
         numbers = _numbers(name, form, weights)
         for part, tensor in layer_tensors(form, numbers, layout).items():
             yield f"{name}.{part}", tensor
-    for name in _rest(forms, weights):
-        yield name, weights[name]
+    packed = {f"{name}.{part}" for name, form in forms.items() for part in buffers(form)}
+    for name in weights:
+        if name not in packed:
+            yield name, weights[name]
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -148,6 +148,7 @@ def _size(tensor: Tensor) -> int:
 def _exported_config(
     config: Mapping[str, Any], forms: Mapping[str, Form], weights: Weights, layout: str
 ) -> dict[str, Any]:
+    ignored = _linears(config, forms)
     schemes: dict[str, list[str]] = {}
     for name, form in forms.items():
         symmetric = is_symmetric(form, _numbers(name, form, weights)["zero_point"])
@@ -163,18 +164,36 @@ def _exported_config(
         "quantization_status": "compressed",
         "format": layout,
         "config_groups": groups,
-        "ignore": _ignored(forms, weights),
+        "ignore": ignored,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
     return {**_architecture(config), "quantization_config": quantization}
 
 
-def _ignored(forms: Mapping[str, Form], weights: Weights) -> list[str]:
-    """Names of all that may be a linear and is not packed, the head among them."""
-    names = [name for name in _rest(forms, weights) if name.endswith(".weight")]
-    matrices = [name.removesuffix(".weight") for name in names if len(weights.shape(name)) == 2]
-    return sorted({"lm_head", *matrices})
+def _float_model(config: Mapping[str, Any]) -> nn.Module:
+    """Builds the model that a config.json describes on the meta device."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if is_language_model(plain):
+        return meta_model(read_language_model(plain, "export"), torch.float32)
+    return meta_model(read_architecture(plain, "export"), torch.float32)
+
+
+def _linears(config: Mapping[str, Any], forms: Mapping[str, Form]) -> list[str]:
+    """Names of the linears of a model that are not packed, the head among them.
+
+    Raises:
+        UserError: If a packed layer has a bias that the architecture has no place for.
+    """
+    model = _float_model(config)
+    linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    for name, form in forms.items():
+        if name not in linears or (form.bias and linears[name].bias is None):
+            raise UserError(
+                f"export: compressed-tensors cannot express {name}: the architecture has no place "
+                "for it or for the bias that its method gave it. Choose another method."
+            )
+    return sorted(linears.keys() - forms.keys())
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_the_configuration_says_what_enters_and_what_stays_float(tmp_path: Path)
     config = settings(tmp_path / "out")
     assert config["architectures"] == ["LlamaForCausalLM"]
     found = config["quantization_config"]
-    assert found["ignore"] == ["lm_head", "model.embed_tokens"]
+    assert found["ignore"] == ["lm_head"]
     assert [len(group["targets"]) for group in found["config_groups"].values()] == [1, 2]
     assert found["config_groups"]["group_0"] == {
         "format": "pack-quantized",
@@ -159,6 +159,7 @@ def edit_form(folder: Path, **changes: Any) -> None:
         ({"ratio": 0.9}, "its ranges are shrunk. Choose quantizer.ranges=minmax."),
         ({"inputs": "static", "input_shape": [32]}, "each channel of its input has a static scale"),
         ({"group_size": 24, "scale_shape": [64, 2]}, "24 does not divide 32 inputs"),
+        ({"bias": True}, "the architecture has no place for it or for the bias"),
         (
             {"weight": "normal_float", "scale_shape": [], "group_size": 64, "constants": [0, 32]},
             "its weight is NormalFloat",
