@@ -20,6 +20,8 @@ from qvlm.packing.formats import pack, unpack
 BYTES, PACKED = LAYOUTS = "int-quantized", "pack-quantized"
 _WORD = 4  # bytes
 _UNSORTED = "quantizer=per_token or quantizer=per_tensor"
+# What reaches an expert is [tokens, in], and the library takes the first two dimensions for tokens.
+_ROUTED = "the library takes one range for all tokens of an expert"
 
 
 def require_expressible(name: str, form: Form) -> None:
@@ -40,6 +42,7 @@ def require_expressible(name: str, form: Form) -> None:
         (form.ordered, "its channels are sorted into clusters", _UNSORTED),
         (static and form.input_shape, "each channel of its input has a static scale", _UNSORTED),
         (not static and form.ratio != 1, "its ranges are shrunk", "quantizer.ranges=minmax"),
+        (not static and "experts" in name.split("."), _ROUTED, "quantizer=per_tensor"),
         (ragged, f"{form.group_size} does not divide {form.in_features} inputs", "another group"),
     )
     for there, obstacle, remedy in obstacles:

@@ -10,54 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    LlamaForCausalLM,
-    LlavaForConditionalGeneration,
-)
 
 from qvlm.errors import UserError
 from qvlm.exporting.command import main
-from qvlm.exporting.compressed_tensors import BYTES, LAYOUTS, PACKED
+from qvlm.exporting.compressed_tensors import BYTES, LAYOUTS, PACKED, require_expressible
 from qvlm.exporting.folder import export
-from qvlm.methods import RTN
-from qvlm.methods.smoothquant import SmoothQuant
-from qvlm.models.llava import Llava, LlavaArchitecture
-from qvlm.models.networks import LanguageModel
-from qvlm.packing.checkpoint import save_packed
-from qvlm.packing.model import pack_model, packed_layers
+from qvlm.packing.form import Form
+from qvlm.packing.model import packed_layers
 from qvlm.proving.proof import prove
-from qvlm.quantization.calibration import Walk
-from qvlm.quantization.spec import QuantizationConfig, QuantSpec
-from tests.helpers.language_models import tiny_language_model, tiny_tokenizer
-from tests.helpers.toy import toy_batch, toy_batches, toy_llava
-
-WEIGHT = QuantSpec(4, "per_group", 32, ranges="minmax")
-TOKEN, TENSOR = (QuantSpec(8, kind, ranges="minmax") for kind in ("per_token", "per_tensor"))
-# Weights and inputs that the format can express.
-SPECS = {
-    "w4a8 in groups, per token": (WEIGHT, TOKEN),
-    "w4a4 in groups, per token": (WEIGHT, replace(TOKEN, bits=4)),
-    "w8a8 per channel, per tensor": (QuantSpec(8, "per_channel", ranges="minmax"), TENSOR),
-    "w3a8 per channel, per token": (QuantSpec(3, "per_channel", ranges="minmax"), TOKEN),
-    "w4a8 per tensor, per tensor": (QuantSpec(4, "per_tensor", ranges="minmax"), TENSOR),
-}
-IDS = torch.randint(3, 14, (4, 12), generator=torch.Generator().manual_seed(0))
-BATCHES = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
-
-
-def packed(
-    folder: Path, weight: QuantSpec = WEIGHT, inputs: QuantSpec = TOKEN, method: Any = None
-) -> LanguageModel:
-    """Saves a packed LLaMA, and returns it."""
-    model = tiny_language_model(hidden_size=32, intermediate_size=64)
-    walk = Walk(model, BATCHES, QuantizationConfig(weight, inputs, inputs))
-    (method or RTN()).quantize(walk)
-    pack_model(model)
-    save_packed(model, folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return model
+from tests.helpers.exported import SPECS, packed_language_model, packed_llava
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -82,7 +43,7 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
 def test_codes_scales_and_zero_points_are_those_of_each_layer(
     spec: str, layout: str, tmp_path: Path
 ) -> None:
-    model = packed(tmp_path / "packed", *SPECS[spec])
+    model = packed_language_model(tmp_path / "packed", *SPECS[spec])
     assert export(tmp_path / "packed", tmp_path / "out", layout) == 14
     held = tensors(tmp_path / "out")
     for name, layer in packed_layers(model).items():
@@ -110,7 +71,7 @@ def test_codes_scales_and_zero_points_are_those_of_each_layer(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_export_is_proven(layout: str, tmp_path: Path) -> None:
-    packed(tmp_path / "packed")
+    packed_language_model(tmp_path / "packed")
     export(tmp_path / "packed", tmp_path / "out", layout)
     proof = prove(tmp_path / "out")
     assert proof.found == []
@@ -118,7 +79,7 @@ def test_an_export_is_proven(layout: str, tmp_path: Path) -> None:
 
 
 def test_the_configuration_says_what_enters_and_what_stays_float(tmp_path: Path) -> None:
-    packed(tmp_path / "packed")
+    packed_language_model(tmp_path / "packed")
     export(tmp_path / "packed", tmp_path / "out", PACKED)
     config = settings(tmp_path / "out")
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -169,7 +130,7 @@ def edit_form(folder: Path, **changes: Any) -> None:
 def test_what_cannot_be_expressed_is_refused_by_name(
     changes: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
-    packed(tmp_path / "packed")
+    packed_language_model(tmp_path / "packed")
     edit_form(tmp_path / "packed", **changes)
     with pytest.raises(UserError) as refused:
         export(tmp_path / "packed", tmp_path / "out")
@@ -178,8 +139,17 @@ def test_what_cannot_be_expressed_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+def test_experts_with_a_scale_per_token_are_refused() -> None:
+    form = Form(32, 8, False, "uniform", 4, 32, (8, 1), "token", 8)
+    require_expressible("model.layers.0.mlp.up_proj", form)
+    with pytest.raises(UserError, match="takes one range for all tokens of an expert"):
+        require_expressible("model.layers.0.mlp.experts.1.up_proj", form)
+    static = replace(form, inputs="static")
+    require_expressible("model.layers.0.mlp.experts.1.up_proj", static)
+
+
 def test_the_command_writes_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    packed(tmp_path / "packed")
+    packed_language_model(tmp_path / "packed")
     words = [str(tmp_path / "packed"), "--format", "compressed-tensors", "--out"]
     out = str(tmp_path / "out")
     assert main([*words, out]) == 0
@@ -195,29 +165,6 @@ def test_the_command_writes_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed"]
 
 
-def tiny_llava(projector: str) -> Llava:
-    plain = toy_llava().config
-    torch.manual_seed(0)
-    architecture = LlavaArchitecture(
-        vision_config=plain.vision_config,
-        text_config=plain.text_config,
-        image_token_id=plain.image_token_id,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        projector_type=projector,
-    )
-    return Llava(architecture).eval()
-
-
-def packed_llava(folder: Path, projector: str) -> Llava:
-    """Saves a packed LLaVA, and returns it."""
-    model = tiny_llava(projector)
-    RTN().quantize(Walk(model, toy_batches(), QuantizationConfig(WEIGHT, TOKEN, TOKEN)))
-    pack_model(model)
-    save_packed(model, folder)
-    return model
-
-
 def test_a_llava_that_transformers_has_a_class_for_gets_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,66 +177,3 @@ def test_a_llava_that_transformers_has_a_class_for_gets_its_name(
         assert config["model_type"] == kind
         assert ("projector_type" in config) == (kind == "qvlm_llava")
         assert ("import qvlm" in capsys.readouterr().out) == (kind == "qvlm_llava")
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_transformers_loads_it_with_the_library_and_answers_alike(
-    spec: str, tmp_path: Path
-) -> None:
-    pytest.importorskip("compressed_tensors")
-    model = packed(tmp_path / "packed", *SPECS[spec])
-    export(tmp_path / "packed", tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert type(loaded) is LlamaForCausalLM
-    assert_alike(loaded, model, BATCHES[0])
-
-
-def test_what_a_method_did_to_the_float_model_is_exported(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
-    model = packed(tmp_path / "packed", method=SmoothQuant(0.5))
-    export(tmp_path / "packed", tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert_alike(loaded, model, BATCHES[0])
-
-
-def test_a_llava_answers_alike(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
-    model = packed_llava(tmp_path / "packed", "mlp2x_gelu")
-    export(tmp_path / "packed", tmp_path / "out")
-    kind = AutoModelForImageTextToText
-    loaded = kind.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert type(loaded) is LlavaForConditionalGeneration
-    assert_alike(loaded, model, toy_batch())
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_the_library_unpacks_what_is_packed(spec: str, tmp_path: Path) -> None:
-    library = pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import BaseCompressor
-
-    model = packed(tmp_path / "packed", *SPECS[spec])
-    export(tmp_path / "packed", tmp_path / "out", PACKED)
-    held, groups = tensors(tmp_path / "out"), settings(tmp_path / "out")["quantization_config"]
-    schemes = [
-        library.quantization.QuantizationScheme(**group)
-        for group in groups["config_groups"].values()
-    ]
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    for name, layer in packed_layers(model).items():
-        named = [scheme for scheme in schemes if name in scheme.targets]
-        state = {
-            key.removeprefix(f"{name}."): value
-            for key, value in held.items()
-            if key.startswith(f"{name}.")
-        }
-        weight = compressor.decompress(state, (named or schemes)[0])["weight"]
-        torch.testing.assert_close(weight, layer.dequantized())
-
-
-@torch.no_grad()
-def assert_alike(loaded: Any, model: Any, batch: dict[str, Tensor]) -> None:
-    """Logits differ by rounding, and the weights are those of the packed layers."""
-    found, expected = loaded(**batch).logits, model(**batch).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    for name, layer in packed_layers(model).items():
-        torch.testing.assert_close(loaded.get_submodule(name).weight, layer.dequantized())
