@@ -5,6 +5,8 @@ their `pack` methods, which `words` and `AWQ_ORDER` follow.
 """
 
 import json
+import math
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -156,3 +158,30 @@ def edit(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
     tensors = {**load_file(file), **changes}
     kept = {name: value.contiguous() for name, value in tensors.items() if value is not None}
     save_file(kept, file, header)
+
+
+def write_gguf(file: Path, tensors: Mapping[str, tuple[int, tuple[int, ...], bytes]]) -> Path:
+    """Writes a GGUF file of version 3 without keys.
+
+    Args:
+        tensors: Type, shape with the fastest dimension last, and bytes of each tensor, by name.
+    """
+    header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), 0)
+    data = b""
+    for name, (kind, shape, content) in tensors.items():
+        text = name.encode()
+        header += struct.pack("<Q", len(text)) + text + struct.pack("<I", len(shape))
+        header += struct.pack(f"<{len(shape)}Q", *reversed(shape))
+        header += struct.pack("<IQ", kind, len(data))
+        data += content + bytes(-len(content) % 32)
+    file.write_bytes(header + bytes(-len(header) % 32) + data)
+    return file
+
+
+def q8_0(shape: tuple[int, ...], seed: int) -> tuple[int, tuple[int, ...], bytes]:
+    """A random weight of GGUF's type Q8_0: blocks of a float16 scale and 32 signed bytes."""
+    weight = np.random.default_rng(seed).normal(size=(math.prod(shape) // 32, 32))
+    scale = (np.abs(weight).max(1, keepdims=True) / 127).astype(np.float16)
+    codes = np.rint(weight / scale.astype(np.float64)).clip(-127, 127).astype(np.int8)
+    blocks = np.concatenate([scale.view(np.uint8), codes.view(np.uint8)], axis=1)
+    return 8, shape, blocks.tobytes()

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qvlm.proving.checkpoint import open_checkpoint
@@ -19,9 +20,11 @@ from tests.helpers.foreign import (
     edit,
     packed_layer,
     packed_settings,
+    q8_0,
     save,
     words,
     write_awq,
+    write_gguf,
     write_gptq,
     write_mixture,
 )
@@ -528,3 +531,59 @@ def test_gguf_that_lies_is_named(tmp_path: Path) -> None:
     content[start : start + 2] = np.array(np.nan, np.float16).tobytes()
     file.write_bytes(content)
     assert_fault(file, "blk.1.ffn_down", "1 of its 64 scales are not a number")
+
+
+def test_a_mixture_in_gguf_is_read_and_what_is_wrong_is_named(tmp_path: Path) -> None:
+    sound = {
+        "token_embd.weight": (0, (4, 32), torch.randn(4, 32).numpy().tobytes()),
+        "blk.0.attn_q.weight": q8_0((32, 32), 0),
+        "blk.0.ffn_gate_inp.weight": (0, (4, 32), torch.randn(4, 32).numpy().tobytes()),
+        "blk.0.ffn_up_exps.weight": q8_0((4, 64, 32), 1),
+    }
+    file = tmp_path / "model.gguf"
+    proof = prove(write_gguf(file, sound))
+    assert proof.found == []
+    assert [layer.shape for layer in proof.layers] == [(32, 32), (4, 64, 32)]
+    assert [part.kind for part in proof.floats] == ["table", "router"]
+
+    kind, shape, content = sound["blk.0.ffn_up_exps.weight"]
+    one = len(content) // 4
+    copied = content[:one] + content[:one] + content[2 * one :]
+    write_gguf(file, sound | {"blk.0.ffn_up_exps.weight": (kind, shape, copied)})
+    part = "blk.0.ffn_up_exps"
+    assert_fault(file, part, "its codes are those of blk.0.ffn_up_exps[0]")
+    half = torch.randn(4, 64, 32).half().numpy().tobytes()
+    write_gguf(file, sound | {"blk.0.ffn_up_exps.weight": (1, shape, half)})
+    assert_fault(file, f"{part}.weight", "an expert is left in float16")
+    write_gguf(file, sound | {"blk.0.attn_k.weight": (1, (32, 32), half[:2048])})
+    assert_fault(file, "blk.0.attn_k.weight", "it is left in float16")
+    write_gguf(file, sound | {"blk.0.attn_k.weight": (16, (256, 32), bytes(66 * 32))})
+    assert_fault(file, "blk.0.attn_k", "GGUF's type 16 is not read")
+
+
+def test_int4_of_torchao_is_read(copied: Callable[[str], Path]) -> None:
+    """In the layout of its `Int4Tensor`: w = (code - 8) scale + zero point, two codes a byte."""
+    folder = copied("torchao_int4")
+    random = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (32, 64), generator=random)
+    scale, zero = torch.rand(2, 32, generator=random) + 0.1, torch.randn(2, 32, generator=random)
+    signed = (codes - 8) & 15
+    held = {
+        f"{LAYER}._weight_qdata": (signed[:, ::2] | signed[:, 1::2] << 4).to(torch.uint8),
+        f"{LAYER}._weight_scale": scale,
+        f"{LAYER}._weight_zero_point": zero,
+    }
+    edit(folder, held)
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    described = {"_type": "Int4Tensor", "_data": {"block_size": [1, 32], "shape": [32, 64]}}
+    header[f"{LAYER}.weight"] = json.dumps(described)
+    save_file(load_file(file), file, header)
+    assert prove(folder).found == []
+    expected = (codes - 8).view(32, 2, 32) * scale.T[..., None] + zero.T[..., None]
+    found = dequantized(open_checkpoint(folder).read(LAYER))
+    torch.testing.assert_close(found, expected.flatten(1))
+    header.pop(f"{LAYER}.weight")
+    save_file(load_file(file), file, header)
+    assert_fault(folder, LAYER, "the header of its file does not describe its weight")
