@@ -42,7 +42,7 @@ class Counted:
 
 def counted(weight: StoredWeight) -> Counted:
     """Counts the distinct codes of a layer."""
-    return Counted(int((_histogram(weight) > 0).sum()), int(_distinct(_sample(weight)).max()))
+    return Counted(int((weight.histogram > 0).sum()), int(_distinct(_sample(weight)).max()))
 
 
 def faults(weight: StoredWeight, found: Counted) -> list[str]:
@@ -93,7 +93,7 @@ def _fewest(weight: StoredWeight) -> int:
 
 def _width(weight: StoredWeight) -> int:
     """Number of integers from the lowest to the highest code."""
-    used = _histogram(weight).nonzero()
+    used = weight.histogram.nonzero()
     return int(used.max() - used.min()) + 1
 
 
@@ -143,7 +143,7 @@ def _constant(weight: StoredWeight, found: Counted) -> list[str]:
 def _levels(weight: StoredWeight) -> list[str]:
     if weight.levels is None:
         return []
-    used = weight.levels[_histogram(weight)[: len(weight.levels)] > 0]
+    used = weight.levels[weight.histogram[: len(weight.levels)] > 0]
     return [] if bool(used.isfinite().all()) else ["some of its codes are NaN"]
 
 
@@ -166,18 +166,10 @@ def _checked(weight: StoredWeight) -> Tensor:
 
 def _varied(weight: StoredWeight, count: int) -> Tensor:
     """Whether the codes below each of `count` scales differ, [count]."""
-    rows = (weight.codes != weight.codes[:, :1]).any(1)
+    rows = weight.varied
     size = -(-len(rows) // count)
     padded = torch.cat([rows, rows.new_zeros(size * count - len(rows))])
     return padded.view(count, size).any(1)
-
-
-def _histogram(weight: StoredWeight) -> Tensor:
-    """How often each code occurs, [256]."""
-    found = torch.zeros(256, dtype=torch.long)
-    for part in weight.codes.flatten().split(2**24):
-        found += torch.bincount(part.int(), minlength=256)
-    return found
 
 
 def _sample(weight: StoredWeight) -> Tensor:

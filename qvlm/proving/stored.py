@@ -1,6 +1,8 @@
 """How a quantized weight is stored, in the same terms for every format."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -53,7 +55,20 @@ class StoredWeight:
     @property
     def count(self) -> int:
         """Number of weights."""
-        return int(torch.tensor(self.shape).prod())
+        return prod(self.shape)
+
+    @cached_property
+    def histogram(self) -> Tensor:
+        """How often each code occurs, [256]."""
+        found = torch.zeros(256, dtype=torch.long)
+        for part in self.codes.flatten().split(2**24):
+            found += torch.bincount(part.int(), minlength=256)
+        return found
+
+    @cached_property
+    def varied(self) -> Tensor:
+        """Whether the codes of each row differ, [scales]."""
+        return self.codes.amin(1) != self.codes.amax(1)
 
 
 def by_scale(codes: Tensor, scale: Tensor) -> Tensor:
