@@ -111,6 +111,8 @@ ROUTES = {
     "audit": Route("checks the paper's numbers against each other", "qvlm.tables.audit"),
     "diff": Route("says why two runs differ", "qvlm.tables.diff"),
     "gate": Route("compares a run with the checkpoint's published answers", "qvlm.tables.gate"),
+    "export": Route("writes a packed checkpoint for other engines", "qvlm.exporting.command"),
+    "prove": Route("says what a quantized checkpoint really holds", "qvlm.proving.command"),
     "verify-portable": Route(
         "computes cells as other machines would and compares them", "qvlm.tables.portable.__main__"
     ),

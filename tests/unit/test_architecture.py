@@ -29,6 +29,8 @@ BELOW: dict[str, set[str]] = {
 }
 BELOW["cell"] = {*BELOW} - {"command", "markdown", "registration", "routes"}
 BELOW["planning"] = {*BELOW}
+BELOW["exporting"] = {"command", "errors", "models", "packing", "records"}
+BELOW["proving"] = {"api", "command", "errors", "markdown", "models", "packing", "quantization"}
 BELOW["tables"] = {*BELOW}
 BELOW["summary"] = {*BELOW}
 BELOW["report"] = {*BELOW}

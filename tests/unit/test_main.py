@@ -22,7 +22,9 @@ WITHOUT_TARGET = {
     "eval": "it needs the name of a task",
     "lm-eval": "it needs lm-eval's own words",
     "diff": "it needs two runs",
+    "export": "it needs a checkpoint",
     "gate": "it needs a run",
+    "prove": "it needs a checkpoint",
     "workspace": "it needs an account and a package of its own",
 }
 
