@@ -29,6 +29,8 @@ class Family:
         unrotatable: Why no rotation of the stream is possible; empty if one is.
         image_marks: Input of the model that is one at the positions of image tokens; None if the
             model has none.
+        processor: Family whose processor encodes texts and pictures in the same way, where that of
+            this one needs packages for video; None is its own.
         own_positions: Whether the model counts positions in its own way, as M-RoPE does.
     """
 
@@ -41,4 +43,5 @@ class Family:
     stream: tuple[str, ...] = ()
     unrotatable: str = ""
     image_marks: str | None = None
+    processor: str | None = None
     own_positions: bool = False
