@@ -47,7 +47,7 @@ _TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
@@ -59,7 +59,7 @@ _TEXT: dict[str, Any] = {
 _TOWER: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "image_size": 28,
     "patch_size": 7,
@@ -247,7 +247,7 @@ def tiny_family(name: str) -> TinyFamily:
             text = {
                 **_TEXT,
                 **{"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
-                "layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"],
+                "layer_types": ["sliding_attention", "full_attention"],
             }
             return TinyFamily(
                 Gemma3Config(
