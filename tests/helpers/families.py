@@ -2,10 +2,13 @@
 their authors publish them. Sizes are those of the smallest model that has every part."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -39,6 +42,9 @@ from transformers import (
     SmolVLMImageProcessorPil,
 )
 
+from qvlm.data.prompts import CHAT, Prompting
+from qvlm.models import load_model
+from qvlm.models.chat import FamilyModel
 from qvlm.models.networks import network
 
 VOCABULARY = 320
@@ -299,6 +305,22 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+Folders = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A function from a family's model_type to the folder of its tiny checkpoint."""
+
+    @cache
+    def write(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        write_family(folder, name)
+        return folder
+
+    return write
+
+
 def write_family(folder: Path, name: str) -> PreTrainedModel:
     """Writes a checkpoint folder as the hub has it, and returns the model in it."""
     family = tiny_family(name)
@@ -320,7 +342,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def problems() -> list[dict[str, Any]]:
     """Problems in ScienceQA's schema, with pictures of several shapes, and one without."""
-    shapes = [(28, 28), (28, 28), (56, 28), (28, 56), None]
+    shapes = [(28, 28), (56, 28), (28, 56), None]
     return [
         {
             "question": f"Which is number {index}?",
@@ -333,3 +355,10 @@ def problems() -> list[dict[str, Any]]:
         }
         for index, shape in enumerate(shapes)
     ]
+
+
+def load_tiny(folder: Path) -> FamilyModel:
+    """Loads a folder of `write_family`, or a packed one of such a model."""
+    loaded = load_model(folder, "hf", Prompting("CQM-A", CHAT))
+    assert isinstance(loaded, FamilyModel)
+    return loaded
