@@ -90,6 +90,6 @@ def _select_offsets(model: Any, rows: Tensor) -> None:
 
     They are the differences between the positions and the numbers of tokens behind a picture.
     """
-    inner = getattr(model, "base_model", None)
+    inner: Any = getattr(model, "base_model", None)
     if (offsets := getattr(inner, "rope_deltas", None)) is not None:
         inner.rope_deltas = offsets[rows]

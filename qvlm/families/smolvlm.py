@@ -1,4 +1,4 @@
-"""SmolVLM: Idefics3 in small. Its own processor differs in video only, and needs num2words for it."""
+"""SmolVLM: Idefics3 in small. Its own processor adds video only, and needs num2words for that."""
 
 from dataclasses import replace
 

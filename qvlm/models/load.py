@@ -134,8 +134,8 @@ def _load_family_model(
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
-            f"{owner}: the tokenizer has {len(tokenizer)} tokens, but the model has a vocabulary of "
-            f"{rows}. Give the tokenizer that belongs to the weights."
+            f"{owner}: the tokenizer has {len(tokenizer)} tokens, but the model has a vocabulary "
+            f"of {rows}. Give the tokenizer that belongs to the weights."
         )
     model.generation_config = _greedy(tokenizer)
     model.to(device).eval()

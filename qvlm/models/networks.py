@@ -1,7 +1,8 @@
 """Which network class a configuration belongs to, and where its decoder layers are.
 
-A model is a LLaVA of any family (`Llava`), a LLaMA alone (`LanguageModel`), which has no vision tower
-and no projector, or transformers' own class of a family in `qvlm.families`. Everything that builds, loads, streams or measures a model asks here.
+A model is a LLaVA of any family (`Llava`), a LLaMA alone (`LanguageModel`), which has no vision
+tower and no projector, or transformers' own class of a family in `qvlm.families`. Everything that
+builds, loads, streams or measures a model asks here.
 """
 
 from typing import TypeAlias

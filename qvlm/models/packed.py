@@ -71,9 +71,7 @@ def load_packed_family(folder: Path, owner: str, dtype: torch.dtype) -> PreTrain
         UserError: If a file is missing or damaged, or anything does not fit.
     """
     config = read_family_config(folder, owner)
-    return load_packed(
-        network(config), folder, config=config, dtype=dtype, trust_remote_code=False
-    )
+    return load_packed(network(config), folder, config=config, dtype=dtype, trust_remote_code=False)
 
 
 def load_packed_checkpoint(

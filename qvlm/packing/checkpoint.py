@@ -94,7 +94,8 @@ class PackedQuantizer(HfQuantizer):
             with torch.device("meta"):
                 model.set_submodule(name, PackedLinear(form, layer_name=name))
             # Some parents initialize the weights of their linears, which packed layers do not have.
-            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+            parent: Any = model.get_submodule(name.rpartition(".")[0])
+            parent._is_hf_initialized = True
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel

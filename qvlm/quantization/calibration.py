@@ -131,7 +131,10 @@ class Walk:
     def _is_entry(self, name: str) -> bool:
         """Whether the layer is the first of its kind, or a part of the projector."""
         kind = self._layers[name][0]
-        return kind == "projector" or next(other for other, (k, _) in self._layers.items() if k == kind) == name
+        return (
+            kind == "projector"
+            or next(other for other, (k, _) in self._layers.items() if k == kind) == name
+        )
 
     def _check_partition(self, partition: Sequence[Sequence[str]]) -> None:
         for names in partition:

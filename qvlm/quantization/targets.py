@@ -85,7 +85,7 @@ def quantizable(block: nn.Module) -> dict[str, nn.Linear]:
 
 def _entries(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """The modules of a list by full name."""
-    return {f"{name}.{index}": part for index, part in enumerate(model.get_submodule(name))}
+    return {f"{name}.{key}": part for key, part in model.get_submodule(name).named_children()}
 
 
 def _by_structure(model: nn.Module) -> Family:

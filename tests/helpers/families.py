@@ -1,9 +1,10 @@
 """A tiny checkpoint of every family: transformers' own classes with random weights, and files as
 their authors publish them. Sizes are those of the smallest model that has every part."""
 
+import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
-    SiglipImageProcessorPil,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMImageProcessorPil,
@@ -73,6 +73,13 @@ _TOWER: dict[str, Any] = {
 }
 _GRID = [[28, 56], [56, 28], [56, 56]]
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_CUT = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
+_QWEN_TOWER: dict[str, Any] = {
+    "depth": 3,
+    "num_heads": 4,
+    "patch_size": 7,
+    "initializer_range": 0.1,
+}
 _QWEN_TEXT = {**_TEXT, "rope_parameters": _MROPE}
 _QWEN3_TEXT = {**_QWEN_TEXT, "head_dim": 8}
 _QWEN3_TOWER = {
@@ -103,7 +110,8 @@ _IDEFICS = (
     "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}"
     "{% if message.content[0].type == 'image' %}:{% else %}: {% endif %}{% for part in "
     "message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 _GEMMA = (
     "<bos>{% for message in messages %}<start_of_turn>"
@@ -153,127 +161,138 @@ def _idefics(config: PretrainedConfig, image_processor: Any) -> TinyFamily:
     )
 
 
+_SQUARE = {"height": 28, "width": 28}
+_PATCHES = {
+    "patch_size": 7,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+}
+
+
+def _llava() -> TinyFamily:
+    config = LlavaConfig(
+        vision_config=_clip(), text_config=LlamaConfig(**_TEXT), image_token_index=IMAGE
+    )
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=_SQUARE)
+    return TinyFamily(config, images, _VICUNA, settings=_PATCHES)
+
+
+def _llava_next() -> TinyFamily:
+    config = LlavaNextConfig(
+        vision_config=_clip(),
+        text_config=LlamaConfig(**_TEXT),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=_GRID,
+    )
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size=_SQUARE, image_grid_pinpoints=_GRID
+    )
+    return TinyFamily(config, images, _VICUNA, settings=_PATCHES)
+
+
+def _llava_onevision() -> TinyFamily:
+    config = LlavaOnevisionConfig(
+        vision_config=_siglip(),
+        text_config=Qwen2Config(**_TEXT),
+        image_token_index=IMAGE,
+        video_token_index=301,
+        image_grid_pinpoints=_GRID,
+    )
+    return TinyFamily(
+        config,
+        LlavaOnevisionImageProcessorPil(size=_SQUARE, image_grid_pinpoints=_GRID),
+        _CHATML.replace("PICTURE", "<image>\n"),
+        ("<image>", "<video>", "<|im_end|>"),
+        settings={"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+    )
+
+
+def _qwen2_vl() -> TinyFamily:
+    tower = {**_QWEN_TOWER, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+    return _qwen(Qwen2VLConfig(text_config=_QWEN_TEXT, vision_config=tower, **_QWEN_IDS), 7)
+
+
+def _qwen2_5_vl() -> TinyFamily:
+    sizes = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64}
+    tower = {**_QWEN_TOWER, **sizes, "window_size": 28, "fullatt_block_indexes": [1]}
+    return _qwen(Qwen2_5_VLConfig(text_config=_QWEN_TEXT, vision_config=tower, **_QWEN_IDS), 7)
+
+
+def _qwen3_vl() -> TinyFamily:
+    parts = {"text_config": _QWEN3_TEXT, "vision_config": _QWEN3_TOWER}
+    return _qwen(Qwen3VLConfig(**parts, **_QWEN_IDS), 8)
+
+
+def _qwen3_vl_moe() -> TinyFamily:
+    parts = {"text_config": {**_QWEN3_TEXT, **_EXPERTS}, "vision_config": _QWEN3_TOWER}
+    return _qwen(Qwen3VLMoeConfig(**parts, **_QWEN_IDS), 8)
+
+
+def _internvl() -> TinyFamily:
+    sizes = {"image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": True}
+    config = InternVLConfig(
+        vision_config={**_TOWER, **sizes}, text_config=Qwen2Config(**_TEXT), image_token_id=IMAGE
+    )
+    return TinyFamily(
+        config,
+        GotOcr2ImageProcessorPil(size=_SQUARE, crop_to_patches=True, min_patches=1, max_patches=4),
+        _CHATML.replace("PICTURE", "<IMG_CONTEXT>\n"),
+        ("<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<|im_end|>"),
+        roles={
+            **{"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>"},
+            **{"end_image_token": "</img>", "video_token": "<video>"},
+        },
+        settings={"image_seq_length": 4},
+    )
+
+
+def _smolvlm() -> TinyFamily:
+    parts = {"vision_config": {**_TOWER}, "text_config": LlamaConfig(**_TEXT)}
+    return _idefics(SmolVLMConfig(**parts, image_token_id=IMAGE), SmolVLMImageProcessorPil(**_CUT))
+
+
+def _idefics3() -> TinyFamily:
+    parts = {"vision_config": {**_TOWER}, "text_config": LlamaConfig(**_TEXT)}
+    images = Idefics3ImageProcessorPil(**_CUT)
+    return _idefics(Idefics3Config(**parts, image_token_id=IMAGE), images)
+
+
+def _gemma3() -> TinyFamily:
+    text = {
+        **_TEXT,
+        **{"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=_siglip(),
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=301,
+        eoi_token_index=302,
+    )
+    return TinyFamily(
+        config,
+        Gemma3ImageProcessorPil(size=_SQUARE),
+        _GEMMA,
+        ("<image_soft_token>", "<start_of_image>", "<end_of_image>", "<end_of_turn>"),
+        roles={
+            **{"image_token": "<image_soft_token>", "boi_token": "<start_of_image>"},
+            "eoi_token": "<end_of_image>",
+        },
+        settings={"image_seq_length": 4},
+    )
+
+
+_TINY = (
+    *(_llava, _llava_next, _llava_onevision, _qwen2_vl, _qwen2_5_vl, _qwen3_vl, _qwen3_vl_moe),
+    *(_internvl, _smolvlm, _idefics3, _gemma3),
+)
+
+
 def tiny_family(name: str) -> TinyFamily:
     """The tiny model of the family with this model_type."""
-    square = {"height": 28, "width": 28}
-    grid = {"size": {"shortest_edge": 28}, "crop_size": square, "image_grid_pinpoints": _GRID}
-    patches = {"patch_size": 7, "vision_feature_select_strategy": "default"}
-    qwen_tower = {"depth": 3, "num_heads": 4, "patch_size": 7, "initializer_range": 0.1}
-    cut = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
-    match name:
-        case "llava":
-            return TinyFamily(
-                LlavaConfig(
-                    vision_config=_clip(), text_config=LlamaConfig(**_TEXT), image_token_index=IMAGE
-                ),
-                CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=square),
-                _VICUNA,
-                settings={**patches, "num_additional_image_tokens": 1},
-            )
-        case "llava_next":
-            return TinyFamily(
-                LlavaNextConfig(
-                    vision_config=_clip(),
-                    text_config=LlamaConfig(**_TEXT),
-                    image_token_index=IMAGE,
-                    image_grid_pinpoints=_GRID,
-                ),
-                LlavaNextImageProcessorPil(**grid),
-                _VICUNA,
-                settings={**patches, "num_additional_image_tokens": 1},
-            )
-        case "llava_onevision":
-            return TinyFamily(
-                LlavaOnevisionConfig(
-                    vision_config=_siglip(),
-                    text_config=Qwen2Config(**_TEXT),
-                    image_token_index=IMAGE,
-                    video_token_index=301,
-                    image_grid_pinpoints=_GRID,
-                ),
-                LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=_GRID),
-                _CHATML.replace("PICTURE", "<image>\n"),
-                ("<image>", "<video>", "<|im_end|>"),
-                settings={"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
-            )
-        case "qwen2_vl":
-            tower = {**qwen_tower, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
-            return _qwen(
-                Qwen2VLConfig(text_config=_QWEN_TEXT, vision_config=tower, **_QWEN_IDS), patch=7
-            )
-        case "qwen2_5_vl":
-            tower = {
-                **qwen_tower,
-                **{"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64},
-                **{"window_size": 28, "fullatt_block_indexes": [1]},
-            }
-            return _qwen(
-                Qwen2_5_VLConfig(text_config=_QWEN_TEXT, vision_config=tower, **_QWEN_IDS), patch=7
-            )
-        case "qwen3_vl":
-            return _qwen(
-                Qwen3VLConfig(text_config=_QWEN3_TEXT, vision_config=_QWEN3_TOWER, **_QWEN_IDS),
-                patch=8,
-            )
-        case "qwen3_vl_moe":
-            text = {**_QWEN3_TEXT, **_EXPERTS}
-            return _qwen(
-                Qwen3VLMoeConfig(text_config=text, vision_config=_QWEN3_TOWER, **_QWEN_IDS), patch=8
-            )
-        case "internvl":
-            sizes = {"image_size": [28, 28], "patch_size": [7, 7]}
-            return TinyFamily(
-                InternVLConfig(
-                    vision_config={**_TOWER, **sizes, "use_qk_norm": True},
-                    text_config=Qwen2Config(**_TEXT),
-                    image_token_id=IMAGE,
-                ),
-                GotOcr2ImageProcessorPil(
-                    size=square, crop_to_patches=True, min_patches=1, max_patches=4
-                ),
-                _CHATML.replace("PICTURE", "<IMG_CONTEXT>\n"),
-                ("<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<|im_end|>"),
-                roles={
-                    **{"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>"},
-                    **{"end_image_token": "</img>", "video_token": "<video>"},
-                },
-                settings={"image_seq_length": 4},
-            )
-        case "smolvlm":
-            config: PretrainedConfig = SmolVLMConfig(
-                vision_config={**_TOWER}, text_config=LlamaConfig(**_TEXT), image_token_id=IMAGE
-            )
-            return _idefics(config, SmolVLMImageProcessorPil(**cut))
-        case "idefics3":
-            config = Idefics3Config(
-                vision_config={**_TOWER}, text_config=LlamaConfig(**_TEXT), image_token_id=IMAGE
-            )
-            return _idefics(config, Idefics3ImageProcessorPil(**cut))
-        case "gemma3":
-            text = {
-                **_TEXT,
-                **{"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
-                "layer_types": ["sliding_attention", "full_attention"],
-            }
-            return TinyFamily(
-                Gemma3Config(
-                    text_config=text,
-                    vision_config=_siglip(),
-                    mm_tokens_per_image=4,
-                    image_token_index=IMAGE,
-                    boi_token_index=301,
-                    eoi_token_index=302,
-                ),
-                Gemma3ImageProcessorPil(size=square),
-                _GEMMA,
-                ("<image_soft_token>", "<start_of_image>", "<end_of_image>", "<end_of_turn>"),
-                roles={
-                    **{"image_token": "<image_soft_token>", "boi_token": "<start_of_image>"},
-                    "eoi_token": "<end_of_image>",
-                },
-                settings={"image_seq_length": 4},
-            )
-    raise AssertionError(name)
+    return next(make() for make in _TINY if make.__name__ == f"_{name}")
 
 
 def tiny_tokenizer(family: TinyFamily) -> PreTrainedTokenizerFast:
@@ -294,7 +313,7 @@ def tiny_tokenizer(family: TinyFamily) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """The network of a family with random weights, norms and biases included, in evaluation mode."""
+    """The network of a family in evaluation mode, with random weights, norms and biases too."""
     torch.manual_seed(seed)
     config = tiny_family(name).config
     model = network(config)(config).eval()
@@ -319,6 +338,23 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         return folder
 
     return write
+
+
+Loaded = Callable[[str], FamilyModel]
+
+
+@pytest.fixture(scope="session")
+def tiny(folder_of: Folders) -> Loaded:
+    """A function from a family's model_type to its tiny checkpoint, loaded anew each time."""
+
+    @cache
+    def load(name: str) -> FamilyModel:
+        return load_tiny(folder_of(name))
+
+    def fresh(name: str) -> FamilyModel:
+        return replace(load(name), model=copy.deepcopy(load(name).model))
+
+    return fresh
 
 
 def write_family(folder: Path, name: str) -> PreTrainedModel:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     PROCESSOR_MAPPING,
@@ -32,10 +31,6 @@ from qvlm.models.networks import network
 
 CHAT_TEMPLATE = "chat_template.jinja"
 PROCESSOR = "processor_config.json"
-_DEFECTS = (
-    *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
-    *(TypeError, ValueError, StrictDataclassError),
-)
 
 
 def family_of(content: Mapping[str, Any], owner: str) -> Family:
@@ -156,5 +151,5 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except _DEFECTS as error:
+    except Exception as error:  # the tokenizers library raises plain `Exception`s
         raise UserError(f"{what}: {first_line(error)}") from error

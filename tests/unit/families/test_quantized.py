@@ -29,7 +29,7 @@ from qvlm.quantization import (
     measure_bits,
 )
 from qvlm.quantization.block import Block
-from tests.helpers.families import Folders, load_tiny, problems, tiny_model
+from tests.helpers.families import Loaded, load_tiny, problems, tiny_model
 from tests.helpers.origins import make_origin
 
 METHODS: dict[str, Callable[[], Any]] = {
@@ -45,11 +45,8 @@ W4A4 = QuantizationConfig(
     QuantSpec(4, "per_token", ranges="minmax"),
 )
 # What stays in floating point, besides the output head; written by hand and not read from tables.
-FLOAT = {
-    name: ("model.vision_tower.head.attention.out_proj", "model.vision_tower.head.mlp.fc1")
-    + ("model.vision_tower.head.mlp.fc2",)
-    for name in ("llava_onevision", "gemma3")
-}
+HEAD = [f"model.vision_tower.head.{part}" for part in ("attention.out_proj", "mlp.fc1", "mlp.fc2")]
+FLOAT = {"llava_onevision": HEAD, "gemma3": HEAD}
 
 
 def linears(model: nn.Module, name: str) -> list[str]:
@@ -81,9 +78,9 @@ def logits(loaded: FamilyModel) -> Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_walk_without_changes_gives_each_block_what_the_model_gives_it(
-    name: str, folder_of: Folders
+    name: str, tiny: Loaded
 ) -> None:
-    loaded = load_tiny(folder_of(name))
+    loaded = tiny(name)
     walk = walk_over(loaded)
     expected: dict[str, list[Any]] = {part: [] for part in walk.names}
 
@@ -126,9 +123,9 @@ def _assert_same(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize(("name", "method"), CELLS)
 def test_each_linear_is_quantized_once_proven_packed_saved_and_loaded(
-    name: str, method: str, folder_of: Folders, tmp_path: Path
+    name: str, method: str, tiny: Loaded, tmp_path: Path
 ) -> None:
-    loaded = load_tiny(folder_of(name))
+    loaded = tiny(name)
     wanted, expected = linears(loaded.model, name), expected_layers(loaded.model, True)
     assert sorted(expected) == wanted and len(set(expected)) == len(expected)
     walk = walk_over(loaded)
@@ -148,9 +145,9 @@ def test_each_linear_is_quantized_once_proven_packed_saved_and_loaded(
 
 @pytest.mark.parametrize("name", sorted({*FAMILIES} - {"gemma3"}))
 def test_a_rotation_leaves_the_model_as_it_is(
-    name: str, folder_of: Folders, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_tiny(folder_of(name))
+    loaded = tiny(name)
     before = logits(loaded)
     monkeypatch.setattr(Block, "quantize_linear", lambda block, part, *_, **__: block.linears[part])
     monkeypatch.setattr(Block, "replace", lambda *_: None)
@@ -158,8 +155,8 @@ def test_a_rotation_leaves_the_model_as_it_is(
     torch.testing.assert_close(logits(loaded), before, rtol=1e-3, atol=1e-4)
 
 
-def test_what_a_method_cannot_do_is_refused_by_name(folder_of: Folders) -> None:
-    gemma = load_tiny(folder_of("gemma3"))
+def test_what_a_method_cannot_do_is_refused_by_name(tiny: Loaded) -> None:
+    gemma = tiny("gemma3")
     with pytest.raises(UserError, match="Gemma 3 cannot be rotated: a norm stands behind"):
         RoCo().quantize(walk_over(gemma))
     with pytest.raises(UserError, match="veo=true is not possible with Gemma 3, whose tower is"):
@@ -167,7 +164,7 @@ def test_what_a_method_cannot_do_is_refused_by_name(folder_of: Folders) -> None:
     with pytest.raises(UserError, match=r"layers\.0 and .*layers\.1 cannot be searched jointly"):
         for _ in walk_over(gemma).blocks(_joined(walk_over(gemma).names, "language_model")):
             pass
-    qwen = load_tiny(folder_of("qwen2_5_vl"))
+    qwen = tiny("qwen2_5_vl")
     first = QuantizationConfig(W4A4.weight, W4A4.language, W4A4.vision, first_token="float")
     with pytest.raises(UserError, match="first_token=float is not possible with Qwen2.5-VL"):
         Walk(qwen.model, [qwen.encode(problems())], first)
@@ -178,8 +175,8 @@ def _joined(names: list[str], part: str) -> list[list[str]]:
     return [*([name] for name in names if name not in together), together]
 
 
-def test_experts_taken_apart_give_equal_logits(folder_of: Folders) -> None:
-    loaded = load_tiny(folder_of("qwen3_vl_moe"))
+def test_experts_taken_apart_give_equal_logits(tiny: Loaded) -> None:
+    loaded = tiny("qwen3_vl_moe")
     before = logits(loaded)
     walk_over(loaded)
     layer = loaded.model.get_submodule("model.language_model.layers.0.mlp.experts")
