@@ -1,5 +1,6 @@
 """Every family: each linear is quantized once, and proven, packed, saved and loaded."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AyaVisionConfig
 
 from qvlm.errors import UserError
 from qvlm.families import FAMILIES
@@ -16,6 +18,7 @@ from qvlm.methods.qvlm import QVLM
 from qvlm.methods.roco import RoCo
 from qvlm.methods.rotation import QuaRot
 from qvlm.models.chat import FamilyModel
+from qvlm.models.meta import meta_model
 from qvlm.models.packed import save_packed_model
 from qvlm.packing import force_kernel, measure_packed_bits, pack_model
 from qvlm.quantization import (
@@ -36,6 +39,13 @@ METHODS: dict[str, Callable[[], Any]] = {
     "rtn": RTN,
     "awq": lambda: AWQ(n_grid=2, clip_grid=2),
     "roco": RoCo,
+}
+# What AWQ may rescale in a decoder layer, as docs/families.md says.
+BY_DEFAULT = {"input_layernorm", "post_attention_layernorm", "mlp.up_proj"}
+RESCALED = {
+    "qwen3_vl_moe": {"input_layernorm", "post_attention_layernorm"}
+    | {f"mlp.experts.{expert}.up_proj" for expert in range(4)},
+    "gemma3": {"mlp.up_proj"},
 }
 CELLS = [(name, method) for name in FAMILIES for method in METHODS if name != "gemma3"]
 CELLS += [("gemma3", "rtn"), ("gemma3", "awq")]  # RoCo is refused: see below
@@ -129,7 +139,9 @@ def test_each_linear_is_quantized_once_proven_packed_saved_and_loaded(
     wanted, expected = linears(loaded.model, name), expected_layers(loaded.model, True)
     assert sorted(expected) == wanted and len(set(expected)) == len(expected)
     walk = walk_over(loaded)
-    METHODS[method]().quantize(walk)
+    report = METHODS[method]().quantize(walk)
+    if method == "awq":
+        assert {*report.details["blocks"][-1]["scales"]} == RESCALED.get(name, BY_DEFAULT)
     quantized = [n for n, m in loaded.model.named_modules() if isinstance(m, QuantLinear)]
     assert sorted(quantized) == wanted
     batch = loaded.encode(problems())
@@ -182,6 +194,19 @@ def test_experts_taken_apart_give_equal_logits(tiny: Loaded) -> None:
     layer = loaded.model.get_submodule("model.language_model.layers.0.mlp.experts")
     assert len(list(layer.children())) == 4
     torch.testing.assert_close(logits(loaded), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_family_can_be_described_in_python_as_the_page_shows() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "families.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    tower = {"model_type": "siglip_vision_model", "hidden_size": 32, "num_attention_heads": 4}
+    config = AyaVisionConfig(vision_config={**tower, "vision_use_head": False})
+    try:
+        exec(example, {})
+        model = meta_model(config, torch.float32)
+        assert sorted(expected_layers(model, True)) == linears(model, "aya_vision")
+    finally:
+        FAMILIES.pop("aya_vision", None)
 
 
 def test_the_tiny_models_have_the_difficulties_that_they_are_to_prove() -> None:
