@@ -86,7 +86,7 @@ class Model:
         self,
         question: str,
         choices: Sequence[str],
-        image: Image.Image | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
         hint: str = "",
     ) -> str:
         """Returns the model's answer to a question, without special tokens.
@@ -94,7 +94,8 @@ class Model:
         Args:
             question: Text of the question.
             choices: Texts that the model chooses from.
-            image: Image that the question is about, of any size and mode.
+            image: Image that the question is about, of any size and mode. A model of a family
+                (`model=hf`) accepts several.
             hint: Text that belongs to the question.
         """
         problem = {"question": question, "choices": choices, "image": image, "hint": hint}

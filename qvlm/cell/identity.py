@@ -22,7 +22,7 @@ from qvlm.packing import read_origin, require_own, resolve_folder
 from qvlm.records import provenance
 from qvlm.records.record import Record, find_record, identify
 
-CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".model", ".tiktoken")
+CHECKPOINT_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".tiktoken")
 TEXT_FILES = (".txt",)
 DATA_FILES = (".parquet", ".json", ".arrow", ".png", ".jpg", ".jpeg")
 TASK_FILES = (*DATA_FILES, ".yaml", ".yml", ".py", ".jsonl", ".csv", ".tsv", ".txt")

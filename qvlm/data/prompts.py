@@ -73,7 +73,9 @@ _SMOLLM2 = _Conversation(
     lead="",
     turn="\n<|im_start|>user\n",
 )
+CHAT = "chat"  # the template that a checkpoint's own processor has
 _CONVERSATIONS = {
+    CHAT: _Conversation("", "", "", lead=""),
     "vicuna_v1": _vicuna(_SYSTEM, "</s>"),
     "llava_v1": _vicuna(_SYSTEM.replace("user", "human"), "</s>"),
     "stablelm": _vicuna(_SYSTEM, "<|endoftext|>"),
@@ -120,11 +122,20 @@ class Prompting:
         """Number of tokens within which an answer in this format is complete."""
         return _FORMATS[self.format].max_new_tokens
 
+    @property
+    def lead(self) -> str:
+        """Text that begins the model's turn."""
+        return _CONVERSATIONS[self.conversation].lead
+
+    def around(self, pictures: int) -> tuple[str, str]:
+        """Returns the texts before and after a request with so many pictures."""
+        conversation = _CONVERSATIONS[self.conversation]
+        return conversation.before + f"{IMAGE_TOKEN}\n" * pictures, conversation.after
+
     def prompt(self, problem: Mapping[str, Any]) -> str:
         """Returns the text before the answer, with one `<image>` if the problem has an image."""
-        conversation = _CONVERSATIONS[self.conversation]
-        image = f"{IMAGE_TOKEN}\n" if problem["image"] is not None else ""
-        return f"{conversation.before}{image}{self._request(problem)}{conversation.after}"
+        before, after = self.around(len(pictures_of(problem["image"])))
+        return f"{before}{self.request(problem)}{after}"
 
     def target(self, problem: Mapping[str, Any]) -> str:
         """Returns the answer that the model is tuned to write, with the blank that begins it.
@@ -142,15 +153,13 @@ class Prompting:
         else:
             text = _tidy(f"Answer: {lecture} {solution} The answer is {letter}.")
             text = text.replace("Answer: ", "")
-        lead = _CONVERSATIONS[self.conversation].lead
-        return f"{lead}{text.replace(IMAGE_TOKEN, '')}{self.end}"
+        return f"{self.lead}{text.replace(IMAGE_TOKEN, '')}{self.end}"
 
     def answers(self, problem: Mapping[str, Any]) -> list[str]:
         """Returns the answer that names each choice and nothing else, in the model's own words."""
         sentence = _FORMATS[self.format].answer_pattern if self.format != "CQM-A" else _LETTER
-        lead = _CONVERSATIONS[self.conversation].lead
         return [
-            lead + sentence.replace(_LETTER, letter)
+            self.lead + sentence.replace(_LETTER, letter)
             for letter in LETTERS[: len(problem["choices"])]
         ]
 
@@ -198,7 +207,8 @@ class Prompting:
         index = LETTERS.find(letter) if letter else -1
         return index if 0 <= index < n_choices else None
 
-    def _request(self, problem: Mapping[str, Any]) -> str:
+    def request(self, problem: Mapping[str, Any]) -> str:
+        """Returns the text of a question with its context and options."""
         form = _FORMATS[self.format]
         options = " ".join(
             f"({LETTERS[i]}) {choice}" for i, choice in enumerate(problem["choices"])
@@ -211,6 +221,13 @@ class Prompting:
             text = text.replace("Question: ", "")
         text = text.replace(IMAGE_TOKEN, "").strip()
         return f"{text}\n{form.instruction}" if form.instruction else text
+
+
+def pictures_of(image: Any) -> list[Any]:
+    """Returns the pictures of a problem, whose `image` is a picture, a list of them, or None."""
+    if image is None:
+        return []
+    return list(image) if isinstance(image, list | tuple) else [image]
 
 
 def _tidy(text: str) -> str:

@@ -92,6 +92,7 @@ def decode(
         if rows:
             cache = made.past_key_values
             cache.batch_select_indices(going)
+            _select_offsets(model, going)
             mask = torch.cat([batch["attention_mask"], torch.ones_like(new)], dim=1)
             batch = {"input_ids": made.sequences[going], "attention_mask": mask[going]}
     answers = inputs["input_ids"].new_full((len(inputs["input_ids"]), limit - left), pad)
@@ -129,3 +130,13 @@ def not_finite(model: str, what: str) -> RunError:
         f"model {model}: the logits for {what} are not finite; check its weights for NaN or Inf "
         "and the scales of its quantized layers"
     )
+
+
+def _select_offsets(model: Any, rows: Tensor) -> None:
+    """Keeps the offsets of the rows that stay, where a model with M-RoPE remembers them.
+
+    They are the differences between the positions and the numbers of tokens behind a picture.
+    """
+    inner: Any = getattr(model, "base_model", None)
+    if (offsets := getattr(inner, "rope_deltas", None)) is not None:
+        inner.rope_deltas = offsets[rows]

@@ -171,11 +171,10 @@ def _prefix(loaded: LoadedModel) -> int:
 
 
 def _inputs(loaded: LoadedModel, passages: Sequence[Passage]) -> dict[str, Any]:
-    """The batch of a forward pass; positions are counted from the first token of each row."""
+    """The batch of a forward pass, with positions that padding does not count in."""
     rows = [passage.ids[:-1] for passage in passages]
     inputs: dict[str, Any] = loaded.collate(rows, [passage.images for passage in passages])
-    positions = inputs["attention_mask"].cumsum(1) - 1
-    return {**inputs, "position_ids": positions.clamp(min=0), "use_cache": False}
+    return {**inputs, **loaded.positions(inputs["attention_mask"]), "use_cache": False}
 
 
 def _last(values: Tensor, passages: Sequence[Passage]) -> list[Tensor]:

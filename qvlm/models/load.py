@@ -1,6 +1,7 @@
 """A checkpoint folder becomes a `LoadedModel`, whatever its format.
 
-A folder is in our own format, as the miniatures are, packed, or as its authors published it.
+A folder is in our own format, as the miniatures are, packed, or as its authors published it. With
+`conversation="chat"` it is of a family in `qvlm.families`, and its own processor encodes.
 Loading ends with a check that its parts belong together, because a wrong prompt or image size gives
 plausible answers, 40 % accuracy and no other sign.
 """
@@ -8,12 +9,14 @@ plausible answers, 40 % accuracy and no other sign.
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from qvlm.data.prompts import Prompting
+from qvlm.data.prompts import CHAT, Prompting
 from qvlm.errors import UserError
+from qvlm.models.chat import ChatPrompting, FamilyModel
 from qvlm.models.checkpoints.checkpoint import Checkpoint
 from qvlm.models.checkpoints.families import read_config
+from qvlm.models.checkpoints.family import family_of, load_family, read_processor
 from qvlm.models.checkpoints.hub import local_folder
 from qvlm.models.checkpoints.language_model import is_language_model, load_language_model
 from qvlm.models.checkpoints.original import carries_its_tower, load_original
@@ -21,7 +24,7 @@ from qvlm.models.checkpoints.own import load_own
 from qvlm.models.float64 import compute_in_float64
 from qvlm.models.llava import LlavaArchitecture
 from qvlm.models.loaded import LoadedModel
-from qvlm.models.packed import load_packed_checkpoint
+from qvlm.models.packed import load_packed_checkpoint, load_packed_family
 from qvlm.packing import is_packed
 
 MINIATURES = Path(__file__).parent / "miniature"
@@ -51,7 +54,8 @@ def load_model(
     Args:
         path: Folder, name of an embedded miniature, or repository on the hub.
         name: Name of the model in records and tables.
-        prompting: Prompt format and conversation template; None is QCM-LEA with vicuna_v1.
+        prompting: Prompt format and conversation template; None is QCM-LEA with vicuna_v1. With the
+            template "chat" the checkpoint's own processor encodes texts and pictures.
         device: Device of the weights.
         dtype: Floating-point type of the weights, in which the model computes.
         vision_tower: Folder or repository of the tower, for checkpoints whose config.json names
@@ -68,6 +72,16 @@ def load_model(
     """
     folder = embedded(path) or local_folder(path, "model.path")
     owner = f"model {name}"
+    if prompting is not None and prompting.conversation == CHAT:
+        for option, value, wanted in (
+            ("model.vision_tower", vision_tower, None),
+            ("model.image_size", image_size, None),
+            ("model.image_fit", image_fit, None),
+            ("stream", meta_layers, False),
+        ):
+            if value != wanted:
+                raise _not_for_chat(option, value, wanted)
+        return _load_family_model(folder, name, prompting, device, dtype)
     read = _read(
         folder,
         owner,
@@ -77,11 +91,7 @@ def load_model(
         device if meta_layers else None,
     )
     tokenizer = read.text.tokenizer
-    read.model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    read.model.generation_config = _greedy(tokenizer)
     if dtype == "float64":
         compute_in_float64(read.model)
     if not meta_layers:  # a meta device's weights cannot be moved, and the others are in place
@@ -99,6 +109,54 @@ def load_model(
     )
     _check_together(loaded, image_size, owner)
     return loaded
+
+
+def _load_family_model(
+    folder: Path, name: str, prompting: Prompting, device: str, dtype: str
+) -> FamilyModel:
+    """Loads a checkpoint whose own processor encodes texts and pictures."""
+    owner = f"model {name}"
+    content = read_config(folder, owner)
+    family = family_of(content, owner)
+    if dtype == "float64":
+        raise UserError(
+            f"model.dtype=float64 is not possible with {family.title}, whose own code computes in "
+            "float32 in places. Choose one of: float32, bfloat16, float16."
+        )
+    load = load_packed_family if is_packed(content) else load_family
+    model = load(folder, owner, getattr(torch, dtype))
+    processor = read_processor(folder, family, owner)
+    chat = ChatPrompting(prompting.format, processor=processor)
+    tokenizer = processor.tokenizer
+    tokenizer.eos_token = chat.end
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{owner}: the tokenizer has {len(tokenizer)} tokens, but the model has a vocabulary "
+            f"of {rows}. Give the tokenizer that belongs to the weights."
+        )
+    model.generation_config = _greedy(tokenizer)
+    model.to(device).eval()
+    images = processor.image_processor
+    return FamilyModel(model, tokenizer, images, chat, name, processor=processor, family=family)
+
+
+def _not_for_chat(option: str, value: object, wanted: object) -> UserError:
+    given = str(wanted).lower() if wanted is not None else "null"
+    return UserError(
+        f"{option}={str(value).lower()} is not for model.conversation=chat, with which the "
+        f"checkpoint's own processor encodes texts and pictures. Give {option}={given}."
+    )
+
+
+def _greedy(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _read(

@@ -6,17 +6,17 @@ prompting. Everything that reads or writes text for a model goes through it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from qvlm.data.prompts import IMAGE_TOKEN, Prompting
+from qvlm.data.prompts import IMAGE_TOKEN, Prompting, pictures_of
 from qvlm.models.checkpoints.tensors import Tensors
-from qvlm.models.llava import Llava
-from qvlm.models.networks import LanguageModel, image_tokens
+from qvlm.models.networks import image_tokens
 
 
 @dataclass
@@ -26,8 +26,8 @@ class LoadedModel:
     Attributes:
         model: The network.
         tokenizer: Tokenizer with a pad, a bos and an eos token.
-        image_processor: Processor that resizes images and normalizes them for the tower; None for a
-            language model alone, which reads no image.
+        image_processor: Processor of transformers that resizes images and normalizes them for the
+            tower; None for a language model alone, which reads no image.
         prompting: Prompt format and conversation template of the checkpoint.
         name: Name of the model in records and tables.
         image_fit: How an image becomes square. "crop" resizes its shorter side and cuts the longer
@@ -37,9 +37,9 @@ class LoadedModel:
         tensors: Tensors of the checkpoint, where the decoder layers are on the meta device.
     """
 
-    model: Llava | LanguageModel
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    image_processor: CLIPImageProcessorPil | None
+    image_processor: Any
     prompting: Prompting
     name: str
     image_fit: str = "crop"
@@ -55,7 +55,8 @@ class LoadedModel:
     @property
     def image_size(self) -> int:
         """Side of the tower's input in pixels."""
-        return self.model.config.vision_config.image_size
+        size: int = self.model.config.vision_config.image_size
+        return size
 
     @property
     def image_tokens(self) -> int:
@@ -80,7 +81,7 @@ class LoadedModel:
                 prompt + self.prompting.target(problem)
                 for prompt, problem in zip(prompts, problems, strict=True)
             ]
-        images = [[] if problem["image"] is None else [problem["image"]] for problem in problems]
+        images = [pictures_of(problem["image"]) for problem in problems]
         return self.encode_prompts(prompts, images)
 
     def encode_prompts(
@@ -122,15 +123,10 @@ class LoadedModel:
         Returns:
             Batch as from `encode_prompts`.
         """
-        longest = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(row)) + [*row] for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         device = self.model.device
-        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        batch = {key: tensor.to(device) for key, tensor in self._padded(rows).items()}
         present = [image for row in images for image in row]
         if present:
-            assert self.image_processor is not None  # or there were no ids
             if self.image_fit == "pad":
                 present = [
                     pad_to_square(image, self.image_processor.image_mean) for image in present
@@ -138,6 +134,17 @@ class LoadedModel:
             pixels = self.image_processor(present, return_tensors="pt")["pixel_values"]
             batch["pixel_values"] = pixels.to(device, self.model.dtype)
         return batch
+
+    def positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """Returns the positions of the tokens of a batch as an argument of the model's forward.
+
+        Args:
+            mask: Mask [batch, tokens] that is zero at the padding on the left.
+
+        Returns:
+            `position_ids` [batch, tokens], counted from the first token of each row.
+        """
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
     def token_ids(
         self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]
@@ -169,6 +176,20 @@ class LoadedModel:
                 ids += [self.model.config.image_token_id] * self.image_tokens + next(encoded)
             rows.append(ids)
         return rows
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Ids and mask [batch, tokens] of rows of ids, padded on the left."""
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = [[pad] * (longest - len(row)) + [*row] for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    def save_encoding(self, folder: Path) -> None:
+        """Writes tokenizer and image processor into the folder of a checkpoint."""
+        self.tokenizer.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
 
     def decode(self, ids: Tensor) -> list[str]:
         """Turns token ids [batch, tokens] into texts without special tokens."""

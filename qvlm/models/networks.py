@@ -1,13 +1,21 @@
 """Which network class a configuration belongs to, and where its decoder layers are.
 
-A model is either a LLaVA of any family (`Llava`) or a LLaMA alone (`LanguageModel`), which has no
-vision tower and no projector. Everything that builds, loads, streams or measures a model asks here.
+A model is a LLaVA of any family (`Llava`), a LLaMA alone (`LanguageModel`), which has no vision
+tower and no projector, or transformers' own class of a family in `qvlm.families`. Everything that
+builds, loads, streams or measures a model asks here.
 """
 
 from typing import TypeAlias
 
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from qvlm.families import FAMILIES
 from qvlm.models.llava import (
     Llava,
     LlavaArchitecture,
@@ -16,6 +24,7 @@ from qvlm.models.llava import (
 )
 
 Architecture: TypeAlias = LlavaArchitecture | LlamaConfig
+"""The configuration of one of our own classes."""
 
 
 class LanguageModel(LlamaForCausalLM):
@@ -26,14 +35,16 @@ class LanguageModel(LlamaForCausalLM):
         prepared_for_decoding(self)
 
 
-def network(architecture: PretrainedConfig) -> type[Llava] | type[LanguageModel]:
+def network(architecture: PretrainedConfig) -> type[PreTrainedModel]:
     """Returns the class of the model that a configuration describes."""
-    return Llava if has_vision(architecture) else LanguageModel
+    if architecture.model_type in FAMILIES:
+        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(architecture)]
+    return Llava if isinstance(architecture, LlavaArchitecture) else LanguageModel
 
 
 def has_vision(architecture: PretrainedConfig) -> bool:
     """Whether the model has a vision tower, and so understands images."""
-    return isinstance(architecture, LlavaArchitecture)
+    return isinstance(architecture, LlavaArchitecture) or architecture.model_type in FAMILIES
 
 
 def image_tokens(architecture: PretrainedConfig) -> int:

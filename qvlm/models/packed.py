@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qvlm.models.checkpoints.checkpoint import Checkpoint, read_image_processor
+from qvlm.models.checkpoints.family import read_family_config
 from qvlm.models.checkpoints.language_model import is_language_model, read_language_model
 from qvlm.models.checkpoints.own import read_architecture
 from qvlm.models.checkpoints.tokenizer import read_saved_tokenizer
@@ -51,12 +53,25 @@ def save_packed_model(loaded: LoadedModel, folder: Path, origin: Origin) -> None
 
 
 def save_encoding(loaded: LoadedModel, folder: Path, origin: Origin) -> None:
-    """Writes tokenizer and image processor, and then the origin, which marks a complete folder."""
-    loaded.tokenizer.save_pretrained(folder)
-    if loaded.image_processor is not None:
-        loaded.image_processor.save_pretrained(folder)
+    """Writes what encodes texts and images, and then the origin, which marks a complete folder."""
+    loaded.save_encoding(folder)
     files = sorted(set(os.listdir(folder)) - {ORIGIN, UNFINISHED, PROGRESS})
     write_origin(folder, replace(origin, files=files))
+
+
+def load_packed_family(folder: Path, owner: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads the network of a family that `save_packed_model` wrote.
+
+    Args:
+        folder: Folder of the packed checkpoint.
+        owner: Name of the checkpoint in messages.
+        dtype: Type of the weights that are not packed.
+
+    Raises:
+        UserError: If a file is missing or damaged, or anything does not fit.
+    """
+    config = read_family_config(folder, owner)
+    return load_packed(network(config), folder, config=config, dtype=dtype, trust_remote_code=False)
 
 
 def load_packed_checkpoint(

@@ -29,6 +29,7 @@ from qvlm.errors import UserError
 from qvlm.packing.form import Form
 from qvlm.packing.layer import PackedLinear
 from qvlm.packing.model import packed_layers
+from qvlm.quantization.experts import unfuse_experts
 from qvlm.records.strict import build
 
 METHOD = "qvlm_packed"
@@ -82,6 +83,7 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        unfuse_experts(model)  # a walk has taken them apart before they were quantized
         for name, form in self.quantization_config.forms().items():
             try:
                 linear = model.get_submodule(name)
@@ -91,6 +93,9 @@ class PackedQuantizer(HfQuantizer):
                 raise ValueError(f"the form of {name} is not that of the model's layer")
             with torch.device("meta"):
                 model.set_submodule(name, PackedLinear(form, layer_name=name))
+            # Some parents initialize the weights of their linears, which packed layers do not have.
+            parent: Any = model.get_submodule(name.rpartition(".")[0])
+            parent._is_hf_initialized = True
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel

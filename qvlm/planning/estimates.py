@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig
 
 from qvlm.cell.inputs import answer_length
 from qvlm.config.schema import ModelConfig, RunConfig
+from qvlm.data.prompts import CHAT
 from qvlm.errors import UserError
 from qvlm.models.architectures import KNOWN, clip_tower
 from qvlm.models.checkpoints.families import Blueprint, read_blueprint, read_config, vision_config
@@ -71,9 +72,14 @@ class Shape:
 def find_shape(config: ModelConfig) -> Shape | None:
     """Returns the shape of a model, or None if it cannot be known on this machine.
 
+    That of a model with its own processor is not known: a picture takes as many tokens as its size
+    asks for.
+
     Raises:
         UserError: If the config.json of the model cannot be used.
     """
+    if config.conversation == CHAT:
+        return None
     folder, owner = local_copy(config.path), f"model {config.name}"
     known = KNOWN.get(config.stands_for or config.name)
     built: Architecture

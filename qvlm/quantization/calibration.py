@@ -12,8 +12,9 @@ leaves feature selection, placement of image features, masks and positions to th
 A block is valid until the next one is asked for. A walk on which nothing is replaced is a walk over
 the float model, and `blocks` can be called again, so a method may look first and quantize later.
 
-Not supported: decoders whose layers differ in their attention mask, such as a sliding window in
-some layers only.
+A model that a table lists (`qvlm.families`) is watched first, so that each layer gets the arguments
+that the model gives it (see `tracing`). Any other model, of which only one layer may be in memory,
+is not, and is refused if its decoder layers differ in their attention.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,8 @@ from qvlm.quantization.first_token import FirstToken
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.ranges import check_group_size
 from qvlm.quantization.spec import QuantizationConfig
-from qvlm.quantization.targets import block_layers, quantizable
+from qvlm.quantization.targets import block_layers, listed, quantizable
+from qvlm.quantization.tracing import Caught, Trace, trace
 
 # Largest number of image tokens that are merged into one call, which bounds memory.
 _TOKENS = 4096
@@ -63,9 +65,8 @@ class Walk:
     ) -> None:
         if not batches:
             raise UserError("the calibration set is empty: at least one problem is needed")
-        text_config = getattr(getattr(model, "config", None), "text_config", None)
-        if len(set(getattr(text_config, "layer_types", None) or [])) > 1:
-            raise UserError("the decoder layers are not all of one attention type")
+        self._table = listed(model)
+        self._check_attention(model, quantization.first_token)
         unfuse_experts(model)
         self.model = model
         self.batches = list(batches)
@@ -103,13 +104,22 @@ class Walk:
 
     def _visit(self, partition: Sequence[Sequence[str]]) -> Iterator[Block]:
         inputs: list[Call] = []
+        traced = Trace()
         for position, names in enumerate(partition):
+            kind = self._layers[names[0]][0]
             if self._is_entry(names[0]):
+                traced = self._trace(kind)
                 inputs = self._catch(names[0])
+                if kind != "language" and traced.alike(traced.calls):
+                    inputs = _in_large_batches(inputs)
+            elif names[0] in traced.joins:
+                inputs = self._catch(names[0])
+            else:
+                inputs = traced.own(names[0], inputs)
+            traced.require_alike(names)
             following = partition[position + 1 :][:1]
             last = not following or self._is_entry(following[0][0])
             layers = {name: self._layers[name][1] for name in names}
-            kind = self._layers[names[0]][0]
             block = self._block(layers, kind, inputs)
             yield block
             block.close()
@@ -119,9 +129,12 @@ class Walk:
         return Block(layers, kind, inputs, self.quantization, self.uncalibrated, self._first_token)
 
     def _is_entry(self, name: str) -> bool:
-        """Whether the layer is the first of its kind."""
+        """Whether the layer is the first of its kind, or a part of the projector."""
         kind = self._layers[name][0]
-        return next(other for other, (k, _) in self._layers.items() if k == kind) == name
+        return (
+            kind == "projector"
+            or next(other for other, (k, _) in self._layers.items() if k == kind) == name
+        )
 
     def _check_partition(self, partition: Sequence[Sequence[str]]) -> None:
         for names in partition:
@@ -136,6 +149,29 @@ class Walk:
                 + (f"{missing[0]} is missing" if missing else "their order or number differs")
             )
 
+    def _check_attention(self, model: nn.Module, first_token: str) -> None:
+        text_config = getattr(getattr(model, "config", None), "text_config", None)
+        several = len(set(getattr(text_config, "layer_types", None) or [])) > 1
+        if several and self._table is None:
+            raise UserError("the decoder layers are not all of one attention type")
+        if self._table is not None and self._table.own_positions and first_token == "float":
+            raise UserError(
+                f"first_token=float is not possible with {self._table.title}, which counts "
+                "positions in its own way. Give first_token=quantized."
+            )
+
+    def _batches_for(self, kind: str) -> list[Mapping[str, Tensor]]:
+        """The batches that reach a kind of layers: only those with images reach the tower."""
+        language = kind == "language"
+        return [each for each in self.batches if language or each.get("pixel_values") is not None]
+
+    def _trace(self, kind: str) -> Trace:
+        """Watches how the model, as it is now, calls the layers of a kind."""
+        if self._table is None or kind == "projector":
+            return Trace()
+        layers = {name: layer for name, (of, layer) in self._layers.items() if of == kind}
+        return trace(self.model, layers, self._batches_for(kind))
+
     def _catch(self, name: str) -> list[Call]:
         """Collects the calls of a layer while the model, as it is now, runs on the batches."""
         kind, layer = self._layers[name]
@@ -143,19 +179,17 @@ class Walk:
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caught.append((args, kwargs))
-            raise _Caught
+            raise Caught
 
         with hooked({layer: stop}, with_kwargs=True):
-            for batch in self.batches:
-                if kind != "language" and batch.get("pixel_values") is None:
-                    continue
+            for batch in self._batches_for(kind):
                 try:
                     with torch.no_grad():
                         self.model(**batch, use_cache=False)
-                except _Caught:
+                except Caught:
                     continue
                 raise RunError(f"the model's forward pass does not reach {name}")
-        return caught if kind == "language" else _in_large_batches(caught)
+        return caught
 
 
 def _in_large_batches(calls: Sequence[Call]) -> list[Call]:
@@ -174,10 +208,6 @@ def _in_large_batches(calls: Sequence[Call]) -> list[Call]:
     return merged
 
 
-class _Caught(Exception):
-    """Stops a forward pass once the inputs of a layer are caught."""
-
-
 class Encodes(Protocol):
     """An object that turns problems into a batch, such as a loaded model."""
 
@@ -192,8 +222,9 @@ def batch_by_length(
     """Encodes prompt and target of each problem, in batches that need no padding.
 
     Calibration would count padding tokens like any others. Problems are therefore batched with
-    those of the same length and kind (with or without an image). Batches are in the order in which
-    their length and kind first occurs.
+    those whose tensors have the same shapes, but for their first dimension: with texts of the same
+    length, and with or without an image. Batches are in the order in which their shapes first
+    occur.
 
     Args:
         loaded_model: Object whose `encode` turns problems into a batch.
@@ -209,10 +240,11 @@ def batch_by_length(
     if not len(problems):
         raise UserError("the calibration set is empty: at least one problem is needed")
     validation.whole_number("calibration.batch_size", batch_size)
-    alike: dict[tuple[bool, int], list[dict[str, Tensor]]] = {}
+    alike: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
     for problem in problems:
         row = loaded_model.encode([problem], with_target=True)
-        alike.setdefault(("pixel_values" in row, row["input_ids"].shape[1]), []).append(row)
+        shapes = tuple((key, tensor.shape[1:]) for key, tensor in sorted(row.items()))
+        alike.setdefault(shapes, []).append(row)
     return [
         {key: torch.cat([row[key] for row in rows[start : start + batch_size]]) for key in rows[0]}
         for rows in alike.values()

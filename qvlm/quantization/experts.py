@@ -71,6 +71,8 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 def unfuse_experts(model: nn.Module) -> int:
     """Replaces every fused module by separate experts with equal outputs, one module at a time.
 
+    Modules on the meta device, which have nothing to compute with, are not compared.
+
     Returns:
         Number of experts that were taken apart.
 
@@ -80,7 +82,7 @@ def unfuse_experts(model: nn.Module) -> int:
     count = 0
     for name, fused in fused_experts(model).items():
         experts = _take_apart(fused)
-        if experts is None or not _agree(fused, experts):
+        if experts is None or not (_is_empty(fused) or _agree(fused, experts)):
             raise UserError(
                 f"the experts of {name} ({type(fused).__name__}) are fused in a layout that is not "
                 "supported. Supported is gate_up_proj [E, 2I, H], down_proj [E, H, I] without bias"
@@ -103,6 +105,10 @@ def _take_apart(fused: nn.Module) -> Experts | None:
         Expert(gate_up[e, :half], gate_up[e, half:], down[e], act_fn)
         for e in range(gate_up.shape[0])
     )
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return all(parameter.is_meta for parameter in module.parameters())
 
 
 @torch.no_grad()

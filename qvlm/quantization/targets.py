@@ -5,34 +5,52 @@ quantized, experts included. A language model alone has decoder layers only. Emb
 `lm_head` and routers stay in floating point. A router decides where a token goes, and a token that
 goes elsewhere is not a rounding error.
 
-Models are read by structure, never by size: the layers of a tower or language model are its
+Where these parts are is the table's to say (`qvlm.families`) for a model of transformers. Any other
+model is read by structure, never by size: the layers of a tower or language model are its
 `ModuleList` called `layers`.
 """
 
 from torch import nn
 
 from qvlm.errors import UserError
+from qvlm.families import FAMILIES, Family
 
 # A linear below a module of one of these names is a router, or part of one.
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 
 
+def parts_of(model: nn.Module) -> Family:
+    """Returns where the parts of a model are.
+
+    Raises:
+        UserError: If the model is in no table, and its structure is not that of a LLaVA or LLaMA.
+    """
+    return listed(model) or _by_structure(model)
+
+
+def listed(model: nn.Module) -> Family | None:
+    """Returns the table that describes a model, or None if there is none."""
+    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None) or "")
+
+
 def vision_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The vision tower's layers by full name, in order; none for a language model alone."""
-    return {} if is_language_model(model) else _layers(model, "vision_tower")
+    tower = parts_of(model).tower
+    return {} if tower is None else _entries(model, tower)
 
 
 def projector(model: nn.Module) -> dict[str, nn.Module]:
-    """The projector by full name; none for a language model alone."""
-    if is_language_model(model):
-        return {}
-    name = _part(model, "multi_modal_projector")
-    return {name: model.get_submodule(name)}
+    """The modules of the projector by full name; none for a language model alone."""
+    found: dict[str, nn.Module] = {}
+    for name in parts_of(model).projector:
+        part = model.get_submodule(name)
+        found |= _entries(model, name) if isinstance(part, nn.ModuleList) else {name: part}
+    return found
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The language model's layers by full name, in order."""
-    return _layers(model, "model" if is_language_model(model) else "language_model")
+    return _entries(model, parts_of(model).decoder)
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -65,11 +83,28 @@ def quantizable(block: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def _layers(model: nn.Module, part: str) -> dict[str, nn.Module]:
+def _entries(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The modules of a list by full name."""
+    return {f"{name}.{key}": part for key, part in model.get_submodule(name).named_children()}
+
+
+def _by_structure(model: nn.Module) -> Family:
+    if is_language_model(model):
+        return Family("", type(model).__name__, None, (), "model.layers")
+    return Family(
+        model_type="",
+        title=type(model).__name__,
+        tower=_list_of_layers(model, "vision_tower"),
+        projector=(_part(model, "multi_modal_projector"),),
+        decoder=_list_of_layers(model, "language_model"),
+    )
+
+
+def _list_of_layers(model: nn.Module, part: str) -> str:
     root = _part(model, part)
     for name, module in model.get_submodule(root).named_modules():
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "layers":
-            return {f"{root}.{name}.{index}": layer for index, layer in enumerate(module)}
+            return f"{root}.{name}"
     raise UserError(f"{type(model).__name__} has no list of layers in its {part}")
 
 

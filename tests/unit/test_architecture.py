@@ -11,6 +11,7 @@ import qvlm
 PACKAGE = Path(qvlm.__file__).resolve().parent
 BELOW: dict[str, set[str]] = {
     "errors": set(),
+    "families": set(),
     "markdown": set(),
     "validation": {"errors"},
     "bits": {"errors", "validation"},
@@ -19,11 +20,11 @@ BELOW: dict[str, set[str]] = {
     "routes": {"command", "errors"},
     "config": {"bits", "command", "errors", "routes", "validation"},
     "data": {"errors", "validation"},
-    "quantization": {"bits", "errors", "validation"},
+    "quantization": {"bits", "errors", "families", "validation"},
     "records": {"bits", "config", "data", "errors", "validation"},
     "runtime": {"errors", "validation"},
     "packing": {"bits", "errors", "quantization", "records", "validation"},
-    "models": {"data", "errors", "packing", "validation"},
+    "models": {"data", "errors", "families", "packing", "validation"},
     "methods": {"errors", "quantization", "validation"},
     "evaluation": {"config", "data", "errors", "models", "records", "runtime", "validation"},
 }

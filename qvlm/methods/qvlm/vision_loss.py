@@ -32,11 +32,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qvlm import validation
+from qvlm.errors import UserError
 from qvlm.methods.qvlm.dependency import Activation, Joint, conditional_entropy
 from qvlm.quantization import Quantizer
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.sampling import evenly_spaced
-from qvlm.quantization.targets import projector
+from qvlm.quantization.targets import parts_of, projector
 
 Batch = Mapping[str, Tensor]
 Layers = Mapping[str, tuple[nn.Module, Quantizer]]
@@ -242,11 +243,26 @@ def _observed(model: PreTrainedModel, layers: Layers, track: bool = False) -> It
         return hook
 
     hooks: dict[nn.Module, Any] = {
-        next(iter(projector(model).values())): vision,
+        _one_projector(model): vision,
         model.get_output_embeddings(): final,
     }
     with hooked(hooks | {module: layer(name) for name, (module, _) in layers.items()}):
         yield seen
+
+
+def _one_projector(model: PreTrainedModel) -> nn.Module:
+    """The module that reads all features of the tower.
+
+    Raises:
+        UserError: If there is no such module, or there are several.
+    """
+    parts = list(projector(model).values())
+    if len(parts) != 1:
+        raise UserError(
+            f"method.veo=true is not possible with {parts_of(model).title}, whose tower is read by "
+            f"{len(parts)} projectors with linears, and the loss needs one. Give method.veo=false."
+        )
+    return parts[0]
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:

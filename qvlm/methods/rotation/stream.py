@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from qvlm.errors import UserError
 from qvlm.quantization.hadamard import hadamard_transform
-from qvlm.quantization.targets import decoder_layers
+from qvlm.quantization.targets import parts_of, projector
 
 
 class StreamRotation:
@@ -107,9 +107,10 @@ def make_plain(norm: nn.Module) -> None:
 def rotate_ends(model: PreTrainedModel, seed: int = 0) -> StreamRotation:
     """Rotates what writes to the stream before the first decoder layer, and what reads its end.
 
-    Embeddings, the projector's last linear and the output head absorb the rotation, the head also
-    the last norm. A head that shares its weight with the embeddings gets a weight of its own. The
-    decoder layers are `layer.rotate_layer`'s.
+    Embeddings, the last linear of each part of the projector and the output head absorb the
+    rotation, the head also the last norm. So do learned vectors that stand between image features,
+    which the model's table names. A head that shares its weight with the embeddings gets a weight
+    of its own. The decoder layers are `layer.rotate_layer`'s.
 
     Args:
         model: Model in floating point, which is changed in place.
@@ -119,10 +120,16 @@ def rotate_ends(model: PreTrainedModel, seed: int = 0) -> StreamRotation:
         The rotation that the decoder layers must absorb.
 
     Raises:
-        UserError: If the model has no norm behind its decoder layers.
+        UserError: If the model has no norm behind its decoder layers, or its table says that no
+            rotation is possible.
     """
-    name = next(iter(decoder_layers(model))).rpartition(".layers.")[0]
-    norm = _last_norm(model.get_submodule(name))
+    parts = parts_of(model)
+    if parts.unrotatable:
+        raise UserError(
+            f"{parts.title} cannot be rotated: {parts.unrotatable}. Choose a method without "
+            "rotation"
+        )
+    norm = _last_norm(model.get_submodule(parts.decoder.rpartition(".")[0]))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rotation = StreamRotation(embedding.weight.shape[1], isinstance(norm, nn.LayerNorm), seed)
     if head.weight is embedding.weight:
@@ -135,9 +142,10 @@ def rotate_ends(model: PreTrainedModel, seed: int = 0) -> StreamRotation:
     model.config.head_bias = head.bias is not None
     model.config.get_text_config().router_bias = getattr(norm, "bias", None) is not None
     embedding.weight.copy_(rotation(embedding.weight))
-    for part, module in model.named_modules():
-        if part.rpartition(".")[2] == "multi_modal_projector":
-            rotate_writer([m for m in module.modules() if isinstance(m, nn.Linear)][-1], rotation)
+    for module in projector(model).values():
+        rotate_writer([m for m in module.modules() if isinstance(m, nn.Linear)][-1], rotation)
+    for vector in map(model.get_parameter, parts.stream):
+        vector.copy_(rotation(vector))
     return rotation
 
 

@@ -20,7 +20,7 @@ from qvlm.data.sources import is_repository
 from qvlm.errors import UserError
 from qvlm.models.checkpoints.weights import INDEX_SUFFIX, STEMS
 
-SMALL_FILES = ("*.json", "*.model", "*.tiktoken", "merges.txt")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt")
 
 
 def local_folder(source: str | Path, option: str, weights: bool = True) -> Path:

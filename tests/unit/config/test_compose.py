@@ -26,7 +26,8 @@ CHOICES = [
     if "@package _global_" not in (CONF / group / f"{option}.yaml").read_text()
 ]
 NEEDED = {
-    option: ["data.source=somewhere"] for option in ("folder", "official")
+    **{option: ["data.source=somewhere"] for option in ("folder", "official")},
+    "hf": ["model.path=somewhere"],
 }  # what an option leaves to the user
 
 
@@ -57,7 +58,7 @@ def test_every_option_composes(group: str, option: str) -> None:
 @pytest.mark.parametrize("model", GROUPS["model"])
 @pytest.mark.parametrize("method", GROUPS["method"])
 def test_every_pair_of_model_and_method_composes(model: str, method: str) -> None:
-    config = load(f"model={model}", f"method={method}")
+    config = load(f"model={model}", f"method={method}", *NEEDED.get(model, []))
     assert config.model.name == model
     assert config.method_name == method
 

@@ -255,6 +255,7 @@ def test_what_cannot_be_walked_is_refused_at_once() -> None:
         Walk(nn.Linear(2, 2), toy_batches(), CONFIG)
     model = toy_llava()
     model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.model_type = "unlisted"
     with pytest.raises(UserError, match="attention"):
         Walk(model, toy_batches(), CONFIG)
 
