@@ -4,6 +4,7 @@ It stands between two comments of Markdown. `python -m qvlm verify --write` writ
 """
 
 import io
+import textwrap
 
 import pandas as pd
 
@@ -35,6 +36,8 @@ def with_block(readme: str, csv: str) -> str | None:
 def block(csv: str) -> str:
     """Returns the table of averages, their uncertainty, and what each method gives back.
 
+    Methods that were not measured on every model and at all bit widths are left to the page.
+
     Args:
         csv: Text of `table2.csv`.
     """
@@ -43,15 +46,19 @@ def block(csv: str) -> str:
     columns: dict[tuple[str, str], dict[str, float]] = {}
     for model, bits, method, accuracy in quantized[_SHOWN].itertuples(index=False):
         columns.setdefault((model, bits), {})[method] = accuracy
+    everywhere = set.intersection(*map(set, columns.values()))
+    columns = {
+        cell: {method: value for method, value in own.items() if method in everywhere}
+        for cell, own in columns.items()
+    }
     full: dict[str, float] = dict(frame[frame["bits"] == FP][["model", "accuracy"]].to_numpy())
     rows = [["full precision"]]
     shown: set[str] = set()
     for model, _ in columns:
         rows[0].append("" if model in shown or model not in full else f"{full[model]:.2f}")
         shown.add(model)
-    for method in dict.fromkeys(quantized["method"]):
-        values = [own.get(method) for own in columns.values()]
-        rows.append([method, *("" if value is None else f"{value:.2f}" for value in values)])
+    for method in next(iter(columns.values())):
+        rows.append([method, *(f"{own[method]:.2f}" for own in columns.values())])
     sides = (frame["accuracy"] - frame["ci_low"], frame["ci_high"] - frame["accuracy"])
     widest = max(side.max() for side in sides)
     sentence = (
@@ -75,10 +82,10 @@ def _given_back(
             continue
         base = own.pop(BASELINE)
         parts = [f"{method} {signed(value - base, 1)}" for method, value in own.items()]
-        found.append(
-            f"{model}, {bits}: rounding to nearest loses {full[model] - base:.1f} points. Over "
-            f"that,\n  {', '.join(parts)}."
-        )
+        loss = full[model] - base
+        sentence = f"{model}, {bits}: rounding to nearest loses {loss:.1f} points. Over that, "
+        wrapped = textwrap.wrap(f"{sentence}{', '.join(parts)}.", 98, break_on_hyphens=False)
+        found.append("\n  ".join(wrapped))
     return found
 
 

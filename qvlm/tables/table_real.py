@@ -34,7 +34,12 @@ GRANULARITIES = {
     "per_channel_prompt": "per channel of the prompt",
 }
 FIRST_IN_FLOAT = ", first token in float"
-METHODS = ("RTN", "AWQ", "QLoRA", "Layer-wise", "Q-VLM, CDM only")
+PER_TOKEN = ", per token"  # ends the names of methods that say so themselves
+METHODS = (
+    *("RTN", "AWQ", "QLoRA", "Layer-wise", "Q-VLM, CDM only"),
+    *("SmoothQuant", "GPTQ", "QuaRot", "RoCo"),
+    *(f"{name}{PER_TOKEN}" for name in ("GPTQ", "QuaRot", "RoCo")),
+)
 BITS = ("W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
 MEASURES = ("perplexity", "kl", "agreement")
 
@@ -75,7 +80,8 @@ Cells = dict[Row, dict[str, list[Record]]]
 def activations(record: Record) -> str:
     """Says in words how a record quantizes the language model's activations."""
     quantizer = record.run["influences"]["quantizer"]
-    words = GRANULARITIES[quantizer["language"]["granularity"]]
+    own = record.method.endswith(PER_TOKEN)
+    words = GRANULARITIES["per_token" if own else quantizer["language"]["granularity"]]
     return words + (FIRST_IN_FLOAT if quantizer.get("first_token") == "float" else "")
 
 
@@ -109,9 +115,11 @@ def arrange(records: Sequence[Record]) -> tuple[list[Record], Cells, list[str]]:
 
 def rows_of(cells: Cells) -> list[Row]:
     """Returns the rows of the design and those that were measured beside it, in order."""
-    default = GRANULARITIES["per_channel"]
     wanted = [Row(words, METHODS[0]) for words in GRANULARITIES.values()]
-    wanted += [Row(default, method) for method in METHODS[1:]]
+    wanted += [
+        Row(GRANULARITIES["per_token" if method.endswith(PER_TOKEN) else "per_channel"], method)
+        for method in METHODS[1:]
+    ]
     order = [*GRANULARITIES.values()]
 
     def rank(row: Row) -> tuple[Any, ...]:

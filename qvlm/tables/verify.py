@@ -118,8 +118,8 @@ def check(page: Page, results: Path, write: bool = False) -> list[Difference]:
     file = results / f"{page.name}.md"
     printed = file.read_text(encoding="utf-8") if file.is_file() else ""
     if page.answered and not folder_of(results, page.name).is_dir():
-        absent = "nothing, since no answers are committed with it"
-        return [Difference(file.name, "the whole page", absent)] if printed else []
+        absent = Difference(file.name, "a page without committed answers", "nothing")
+        return [absent] if printed else []
     if not page.answered and not printed:
         return []  # results of somebody's own
     named = _COMMAND.search(printed)
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             made = (options.results / f"{page.name}.md").is_file()
             source = "its answers" if page.answered else "committed files"
             good = f"every value follows from {source}" if made else "not made"
-            print(f"{page.name}: {_count(own) or good}")
+            print(f"{Path(page.name).name}: {_count(own) or good}")
             for difference in own[:_SHOWN]:
                 print(f"  {difference}")
             found += own
