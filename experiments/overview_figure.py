@@ -3,8 +3,9 @@
     python experiments/overview_figure.py --runs results/runs --out docs/images/overview.png
 
 The question is the first of the test split on directions on a map that full precision and Q-VLM
-answer rightly and rounding to nearest wrongly, on mini_llava at W4A4. Its answers come from
-records. The chart is drawn from results/table2.csv. Nothing is run.
+answer rightly and rounding to nearest wrongly, on mini_llava at W4A4; if there is one, the first
+for which full precision gives the right reason, too. Its answers come from records. The chart is
+drawn from results/table2.csv, and has the methods that were measured on all models. Nothing is run.
 """
 
 import argparse
@@ -65,6 +66,7 @@ def choose(answers: dict[str, pd.DataFrame]) -> tuple[dict[str, Any], dict[str, 
         UserError: If no question fits.
     """
     wanted = {FP: True, BASELINE: False, QVLM: True}
+    fitting = []
     for row, problem in enumerate(load_scienceqa("miniature", "test")):
         given = {
             method: frame.loc[f"test-{row}"]
@@ -73,8 +75,15 @@ def choose(answers: dict[str, pd.DataFrame]) -> tuple[dict[str, Any], dict[str, 
         }
         fits = all(m in given and bool(given[m]["correct"]) is wanted[m] for m in wanted)
         if fits and problem["skill"] == SKILL:
-            return problem, given
-    raise UserError("--runs has no question on directions that only RTN answers wrongly.")
+            fitting.append((problem, given))
+    if not fitting:
+        raise UserError("--runs has no question on directions that only RTN answers wrongly.")
+    reasoned = [(each, given) for each, given in fitting if _right(each) in given[FP]["text"]]
+    return (reasoned or fitting)[0]
+
+
+def _right(problem: dict[str, Any]) -> str:
+    return str(problem["choices"][problem["answer"]])
 
 
 def draw_question(image: Axes, text: Axes, problem: dict[str, Any], given: dict[str, Any]) -> None:
@@ -101,7 +110,8 @@ def draw_chart(axes: Axes, table: pd.DataFrame) -> None:
     """Draws the accuracy of each method at W4A4 with its interval, and full precision as a line."""
     whole = table[table["class"] == "Avg"]
     shown = whole[whole["bits"] == BITS]
-    methods = sorted(shown["method"].unique(), key=method_order, reverse=True)
+    measured = [set(shown[shown["model"] == model]["method"]) for model in MODELS]
+    methods = sorted(set.intersection(*measured), key=method_order, reverse=True)
     for shift, (model, color) in zip((0.12, -0.12), MODELS.items(), strict=True):
         rows = shown[shown["model"] == model].set_index("method").reindex(methods)
         places = [index + shift for index in range(len(methods))]
