@@ -23,7 +23,14 @@ from qvlm.tables.peers.gguf_file import write_gguf
 CONTEXT = 1024  # most rows of a sequence
 
 
-class _LlamaCpp(Peer):
+class LlamaCpp(Peer):
+    """llama.cpp with matrices of one type.
+
+    Args:
+        kind: Type of the matrices, such as "Q4_0".
+        bits: Bits of a weight, its share of a scale left out.
+    """
+
     dtype = torch.float32
     packages: ClassVar = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
 
@@ -31,24 +38,24 @@ class _LlamaCpp(Peer):
         self.name, self.kind, self.bits = f"llama.cpp {kind}", kind, bits
 
     def load(self, model: LlamaForCausalLM, layers: int) -> Loaded:
-        from llama_cpp import LLAMA_POOLING_TYPE_NONE, Llama
+        import llama_cpp
 
         threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.gguf")
             stored = write_gguf(path, model, layers, self.kind)
-            llama = Llama(
+            llama = llama_cpp.Llama(
                 str(path),
                 n_ctx=CONTEXT,
                 n_batch=CONTEXT,
                 n_ubatch=CONTEXT,
                 n_threads=threads,
                 n_threads_batch=threads,
-                embedding=True,
-                pooling_type=LLAMA_POOLING_TYPE_NONE,
+                pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE,
                 use_mmap=False,  # the file is removed
                 verbose=False,
             )
+        llama_cpp.llama_set_embeddings(llama.ctx, True)
         return Loaded(stored, model=lambda: _begin(llama, model.config.hidden_size))
 
 
@@ -79,4 +86,4 @@ def _begin(llama: Any, hidden: int) -> Step:
     return step
 
 
-Q4_0, Q8_0 = _LlamaCpp("Q4_0", 4), _LlamaCpp("Q8_0", 8)
+Q4_0, Q8_0 = LlamaCpp("Q4_0", 4), LlamaCpp("Q8_0", 8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvlm.tables.peers.llama_cpp import Q4_0, Q8_0
+from qvlm.tables.peers.llama_cpp import Q4_0, Q8_0, LlamaCpp
 from tests.helpers import peers
 
 gguf = pytest.importorskip("gguf")
@@ -24,7 +24,7 @@ def dequantized(kind: str, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("peer", [Q4_0, Q8_0], ids=lambda peer: peer.name)
-def test_a_model_computes_with_its_weights(peer: type(Q4_0)) -> None:
+def test_a_model_computes_with_its_weights(peer: LlamaCpp) -> None:
     model, x = peers.model(), peers.inputs(6)[peers.HIDDEN]
     loaded = peer.load(model, LAYERS)
     assert loaded.model is not None and loaded.layer is None
