@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig
 
-from qvlm.tables.peers.base import Loaded, Peer, Start, Step
+from qvlm.tables.peers.base import Peer, Start, Step
 from qvlm.tables.peers.modules import random_model
 
 PREFILL, DECODING = "prefill", "decoding"
@@ -54,6 +53,23 @@ class Measured:
     weight_bytes: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """What a peer does when it is its turn: a sequence of a prompt and tokens."""
+
+    start: Start
+    prompt: Any
+    token: Any
+
+    def seconds(self) -> tuple[float, float]:
+        """Returns the seconds of the prompt, and the median of those of the tokens after it."""
+        time.sleep(PAUSE)
+        step = self.start()
+        prefill = _seconds(step, self.prompt)
+        _seconds(step, self.token)  # may bring weights into another layout
+        return prefill, statistics.median(_seconds(step, self.token) for _ in range(TOKENS))
+
+
 def measure(peers: Sequence[Peer], setting: Setting) -> Measured:
     """Times peers that have no obstacle."""
     model = random_model(setting.config)
@@ -62,66 +78,45 @@ def measure(peers: Sequence[Peer], setting: Setting) -> Measured:
         for peer in tqdm(peers, desc="quantizing", disable=None)
     }
     hidden, wide = setting.config.hidden_size, setting.config.intermediate_size
-    inputs = {rows: _inputs(rows, hidden, wide) for rows in (setting.prompt, 1)}
-    layer = _in_turn(loaded, LAYER, inputs, setting.repeats)
-    embeddings = {rows: by_width[hidden] for rows, by_width in inputs.items()}
-    whole = _in_turn(loaded, MODEL, embeddings, setting.repeats)
-    times = {(LAYER, phase): found for phase, found in layer.items()}
-    times |= {(MODEL, phase): _divided(found, setting.layers) for phase, found in whole.items()}
+    layer, whole = {}, {}
+    for peer, own in loaded.items():
+        by_width = [
+            {width: torch.randn(rows, width, dtype=peer.dtype) for width in (hidden, wide)}
+            for rows in (setting.prompt, 1)
+        ]
+        if own.layer is not None:
+            layer[peer.name] = _Turn(own.layer, *by_width)
+        if own.model is not None:
+            whole[peer.name] = _Turn(own.model, *(each[hidden] for each in by_width))
+    times = _in_turn(layer, LAYER, 1, setting.repeats)
+    times |= _in_turn(whole, MODEL, setting.layers, setting.repeats)
     return Measured(times, {peer.name: own.weight_bytes for peer, own in loaded.items()})
 
 
-def _divided(times: Times, count: int) -> Times:
-    return {name: [each / count for each in seconds] for name, seconds in times.items()}
-
-
-def _inputs(rows: int, *widths: int) -> dict[int, Tensor]:
-    return {width: torch.randn(rows, width) for width in widths}
-
-
 def _in_turn(
-    loaded: Mapping[Peer, Loaded], part: str, inputs: Mapping[int, Any], repeats: int
-) -> dict[str, Times]:
-    """Times one part of all peers that have it.
+    turns: Mapping[str, _Turn], part: str, layers: int, repeats: int
+) -> dict[tuple[str, str], Times]:
+    """Times one part of peers.
 
     Args:
-        loaded: What each peer made of the model.
-        part: `LAYER` or `MODEL`, a field of `Loaded`.
-        inputs: Inputs of a step in float32 by number of rows, those of the prompt first.
+        turns: What to time, by name of the peer.
+        part: `LAYER` or `MODEL`.
+        layers: Number of decoder layers of that part.
         repeats: Number of timed repeats.
+
+    Returns:
+        Seconds per decoder layer of each repeat, by part, phase and peer.
     """
-    starts: dict[Peer, Start] = {
-        peer: start for peer, own in loaded.items() if (start := getattr(own, part)) is not None
-    }
-    own = {dtype: _cast(inputs, dtype) for dtype in {peer.dtype for peer in starts}}
-    found: dict[str, Times] = {
-        phase: {peer.name: [] for peer in starts} for phase in (PREFILL, DECODING)
+    found: dict[tuple[str, str], Times] = {
+        (part, phase): {name: [] for name in turns} for phase in (PREFILL, DECODING)
     }
     for repeat in tqdm(range(repeats + 1), desc=part, disable=None):
-        for peer, start in starts.items():
-            seconds = _sequence(start(), *own[peer.dtype])
-            for phase, each in zip((PREFILL, DECODING), seconds, strict=True):
-                if repeat:
-                    found[phase][peer.name].append(each)
+        for name, turn in turns.items():
+            seconds = turn.seconds()
+            if repeat:  # the first one warms up
+                for times, each in zip(found.values(), seconds, strict=True):
+                    times[name].append(each / layers)
     return found
-
-
-def _cast(inputs: Mapping[int, Any], dtype: torch.dtype) -> list[Any]:
-    """Returns inputs, which are tensors or tensors by width, in another type."""
-    return [
-        x.to(dtype)
-        if isinstance(x, Tensor)
-        else {width: each.to(dtype) for width, each in x.items()}
-        for x in inputs.values()
-    ]
-
-
-def _sequence(step: Step, prompt: Any, token: Any) -> tuple[float, float]:
-    """Returns the seconds of a prompt, and the median of those of the tokens after it."""
-    time.sleep(PAUSE)
-    prefill = _seconds(step, prompt)
-    _seconds(step, token)  # may bring weights into another layout
-    return prefill, statistics.median(_seconds(step, token) for _ in range(TOKENS))
 
 
 def _seconds(step: Step, x: Any) -> float:
