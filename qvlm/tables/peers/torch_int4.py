@@ -7,7 +7,7 @@ It is the stock operator alone, with a scale per group and weights around zero. 
 import torch
 from torch import Tensor, nn
 
-from qvlm.packing.kernels.int4_weight_only import INT4_WEIGHT_ONLY, layout_is_known
+from qvlm.packing.kernels.int4_weight_only import INT4_WEIGHT_ONLY
 from qvlm.tables.peers.base import rounded
 from qvlm.tables.peers.modules import ModulePeer
 
@@ -19,9 +19,9 @@ class _TorchInt4(ModulePeer):
     bits = 4
 
     def obstacle(self) -> str | None:
-        if layout_is_known():
+        if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
             return None
-        return "PyTorch's int4 has another layout in this build. Install the pinned version."
+        return "This PyTorch has no int4 product for CPUs. Install the pinned version."
 
     def linear(self, linear: nn.Linear) -> nn.Module:
         return Int4Linear(linear.weight)
