@@ -28,6 +28,7 @@ class ModulePeer(Peer):
         for name, linear in quantizable(layer).items():
             linears[name] = self.linear(linear)
             layer.set_submodule(name, linears[name])
+        placed.eval()  # bitsandbytes has a product of its own for modules that are not trained
         _stack(placed, layers)
 
         @torch.no_grad()

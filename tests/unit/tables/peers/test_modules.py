@@ -54,6 +54,19 @@ def test_a_peer_computes_with_its_weights(
         assert peers.difference(y, expected) < 3 * BFLOAT16
 
 
+def test_a_peer_is_not_in_training() -> None:
+    """bitsandbytes multiplies several times slower there."""
+    made: list[nn.Module] = []
+
+    class Kept(ModulePeer):
+        def linear(self, linear: nn.Linear) -> nn.Module:
+            made.append(nn.Linear(linear.in_features, linear.out_features, bias=False))
+            return made[-1]
+
+    Kept().load(peers.model(), LAYERS)
+    assert len(made) == 7 and not any(linear.training for linear in made)
+
+
 @pytest.mark.parametrize(("peer", "bits", "allowed"), [(W4A4, 4, 0.3), (W8A8, 8, 0.2)])
 def test_ours_is_packed_and_close_to_floating_point(
     peer: ModulePeer, bits: int, allowed: float
