@@ -46,10 +46,10 @@ NARROW += QVLM_WITHOUT=avx512,avxvnni,avx512vl
 route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 \
-	table4 table4-scale table5 real table-real outliers sensitivity gpu claims report ablation verify audit \
-	figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava mini_moe_llava \
-	preview clean
+.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 table4 \
+	table4-scale peers table5 real table-real outliers sensitivity gpu claims report ablation verify \
+	audit figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava \
+	mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -93,6 +93,9 @@ table4: install  ## measures packed models: seconds, memory, accuracy
 	$(call route,$@,$(WHERE))
 
 table4-scale: install  ## measures time and memory of the true architectures, random weights
+	$(BIN)/python -m qvlm $@ --command='make $@'
+
+peers: install  ## times packed layers beside llama.cpp, ONNX Runtime, ..., where they are installed
 	$(BIN)/python -m qvlm $@ --command='make $@'
 
 gpu: install  ## measures packed models, kernels and methods on a GPU; goes on where it stopped

@@ -75,6 +75,9 @@ ROUTES = {
     "table4-scale": Route(
         "measures the paper's architectures at full size", "qvlm.tables.table4_scale.__main__"
     ),
+    "peers": Route(
+        "times packed layers beside those of other libraries", "qvlm.tables.peers.__main__"
+    ),
     "table5": Route("makes Table 5: entropy as proxy", "qvlm.tables.table5", ("table5",)),
     "ablation": Route("takes the parts of RoCo apart", "qvlm.tables.ablation", ("ablation",)),
     "claims": Route(

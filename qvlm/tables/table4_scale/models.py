@@ -18,6 +18,7 @@ from qvlm.planning.footprint import FULL, VARIANTS, Variant
 from qvlm.quantization.targets import block_layers, quantizable
 
 PEER = Variant("w4a16", "bitsandbytes NF4")
+WITHOUT_KERNELS = "bitsandbytes ran without the kernel for CPUs that it looks for on a hub."
 # Each channel has a scale of its own, folded into the weights, as in Q-VLM's released code.
 PER_CHANNEL = tuple(
     Variant(bits, "uniform, per channel", "per_channel") for bits in ("w8a8", "w6a6", "w4a4")
@@ -123,20 +124,25 @@ def configuration(model: str, variant: Variant) -> RunConfig:
 
 def _bitsandbytes(kind: str, block: nn.Module) -> None:
     """Replaces the linears of a block by those of bitsandbytes, with NF4 weights."""
+    for name, linear in quantizable(block).items():
+        block.set_submodule(name, nf4_linear(linear))
+
+
+def nf4_linear(linear: nn.Linear) -> nn.Module:
+    """Returns bitsandbytes' linear with NF4 weights that multiplies inputs in bf16."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for name, linear in quantizable(block).items():
-        layer = Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=torch.bfloat16,
-            quant_type="nf4",
-            device="meta",
-        )
-        layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-        layer.bias = linear.bias
-        block.set_submodule(name, layer.to(linear.weight.device))
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+        device="meta",
+    )
+    layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    layer.bias = linear.bias
+    return layer.to(linear.weight.device)
 
 
 def shapes_of(built: LlavaArchitecture) -> dict[str, str]:

@@ -12,7 +12,7 @@ from qvlm.tables.cost import median_and_range
 from qvlm.tables.labels import FP
 from qvlm.tables.table4_scale.measure import SIDE_BY_SIDE, Measured, Row, Setting
 from qvlm.tables.table4_scale.mixture import NOTE, mixture_table
-from qvlm.tables.table4_scale.models import PEER, PER_CHANNEL
+from qvlm.tables.table4_scale.models import PEER, PER_CHANNEL, WITHOUT_KERNELS
 from qvlm.tables.table4_scale.search import SEARCH_TOKENS, SearchEstimate
 
 _NAMES = ("model", "bits", "method")
@@ -83,7 +83,7 @@ def _notes(setting: Setting, threads: int) -> str:
     if not find_spec("bitsandbytes"):
         notes.append("bitsandbytes is not installed: its NF4 was not measured.")
     elif setting.device == "cpu" and not find_spec("kernels"):
-        notes.append("bitsandbytes ran without the kernel for CPUs that it looks for on a hub.")
+        notes.append(WITHOUT_KERNELS)
     return bullets(notes)
 
 
