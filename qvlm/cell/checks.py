@@ -59,7 +59,7 @@ def _check_task_folders(config: RunConfig) -> None:
     """Refuses folders of tasks that do not exist, and tasks whose data are not there."""
     for option in ("include_path", "folder"):
         folder = getattr(config.tasks, option)
-        if config.tasks.names and folder is not None and not os.path.isdir(folder):
+        if folder is not None and not os.path.isdir(folder):
             raise UserError(f"tasks.{option}={folder} is not a folder. Give an existing one.")
     require_data(config.tasks.names, config.tasks.folder)
 

@@ -134,7 +134,9 @@ class _Problems:
 
     def compare(self, evaluation: Evaluation) -> Evaluation:
         assert self._reference is not None
-        return evaluation.with_divergence(self._reference.divergence(self.loaded))
+        compared = evaluation.with_divergence(self._reference.divergence(self.loaded))
+        self._reference.keep()
+        return compared
 
 
 class _Texts:
@@ -165,7 +167,10 @@ class _Texts:
             self.refer(cell)
         observe = kernels_used if self.config.packed else None
         is_reference = self.config.full_precision
-        return evaluate_text(self.loaded, self.windows, self._reference, observe, is_reference)
+        found = evaluate_text(self.loaded, self.windows, self._reference, observe, is_reference)
+        if self._reference is not None:
+            self._reference.keep()
+        return found
 
     def compare(self, evaluation: Evaluation) -> Evaluation:
         return evaluation

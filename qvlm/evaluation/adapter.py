@@ -159,7 +159,7 @@ class InMemoryModel(LM):
 
     def _answers(self, start: int, requests: Sequence[Instance]) -> list[Answer]:
         """Returns the kept answers of the batch that begins at `start`, or asks the model."""
-        prompts = [context(request) for request in requests]
+        prompts = [context(request, self.loaded.image_token) for request in requests]
         found = self.kept.find(start, prompts) if self.kept else None
         if found is not None:
             return found
@@ -173,7 +173,7 @@ class InMemoryModel(LM):
         settings = Generation.of(requests[0])  # those of all requests of a batch
         limit, tokenizer = settings.max_new_tokens, self.loaded.tokenizer
         inputs = self.loaded.encode_prompts(
-            [context(request) for request in requests],
+            [context(request, self.loaded.image_token) for request in requests],
             [images(request) for request in requests],
             likelihood.prompt_length(self.loaded, limit),
         )
@@ -217,7 +217,10 @@ class InMemoryModel(LM):
         """
         passages = [
             likelihood.continuation(
-                self.loaded, context(request), request.args[1], encoded_images(request)
+                self.loaded,
+                context(request, self.loaded.image_token),
+                request.args[1],
+                encoded_images(request),
             )
             for request in requests
         ]

@@ -101,8 +101,8 @@ class Reference:
         loaded: Model in full precision. Its weights may change afterwards.
         passages: Passages to compare models on.
         batch_size: Number of passages per batch.
-        file: File that keeps what the model predicts for other cells. Its name has to identify the
-            model and the passages.
+        file: File that keeps what the model predicts for other cells, once `keep` has written it.
+            Its name has to identify the model and the passages.
 
     Raises:
         RunError: If the model's logits do not follow from its states and its output head.
@@ -119,6 +119,10 @@ class Reference:
         self.batch_size = batch_size
         self._saved = kept_states(loaded, file, lambda: self._states(loaded))
         self._require_head(loaded)
+
+    def keep(self) -> None:
+        """Writes the file, if there is to be one and it is not there."""
+        self._saved.keep()
 
     def _states(self, loaded: LoadedModel) -> list[Tensor]:
         found: dict[int, Tensor] = {}

@@ -87,8 +87,12 @@ def name(request: Instance) -> str:
     return f"{request.doc_id} of {request.task_name}"
 
 
-def context(request: Instance) -> str:
-    """The text before the answer, with one `<image>` for each image.
+def context(request: Instance, image_token: str = IMAGE_TOKEN) -> str:
+    """The text before the answer, with one `<image>` or token of the model for each image.
+
+    Args:
+        request: Request of any type.
+        image_token: Text that stands for an image in the prompts of the model's own template.
 
     Raises:
         UserError: If the text names more images than there are.
@@ -96,7 +100,7 @@ def context(request: Instance) -> str:
     text, count = str(request.args[0]), len(encoded_images(request))
     if count == 0:
         return text.replace(IMAGE_TOKEN, "")
-    missing = count - text.count(IMAGE_TOKEN)
+    missing = count - sum(map(text.count, {IMAGE_TOKEN, image_token}))
     if missing < 0:
         raise UserError(
             f"task: question {name(request)} names {count - missing} images and has {count}. Give "

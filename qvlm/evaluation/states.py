@@ -7,7 +7,7 @@ answers of a LLaVA-13B.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
@@ -29,11 +29,19 @@ class SavedStates:
             passage.
         head: Weight of the output head, [vocabulary, width].
         bias: Bias of the output head, [vocabulary], or None.
+        file: File that `keep` writes, or None if it is there or there is to be none.
     """
 
     states: list[Tensor]
     head: Tensor
     bias: Tensor | None = None
+    file: Path | None = field(default=None, compare=False)
+
+    def keep(self) -> None:
+        """Writes the file for other cells. A cell that is refused before it does leaves nothing."""
+        if self.file is not None and not self.file.is_file():
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self.file, lambda path: save_file(_tensors(self), path))
 
     def logits(self, number: int, like: Tensor, part: slice = slice(None)) -> Tensor:
         """Returns the logits [scored, vocabulary] of some scored tokens of a passage.
@@ -50,7 +58,7 @@ class SavedStates:
 def kept_states(
     loaded: LoadedModel, file: Path | None, compute: Callable[[], list[Tensor]]
 ) -> SavedStates:
-    """Returns the states that a file keeps, or computes and keeps them.
+    """Returns the states that a file keeps, or computes them, for `keep` to write.
 
     Args:
         loaded: Model in full precision. Its weights may change afterwards.
@@ -62,11 +70,7 @@ def kept_states(
     head = likelihood.output_head(loaded)
     weight, bias = (_copy(getattr(head, name, None)) for name in ("weight", "bias"))
     assert weight is not None
-    saved = SavedStates(compute(), weight, bias)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, lambda path: save_file(_tensors(saved), path))
-    return saved
+    return SavedStates(compute(), weight, bias, file)
 
 
 def read_states(file: Path) -> SavedStates | None:
@@ -74,7 +78,8 @@ def read_states(file: Path) -> SavedStates | None:
     if not file.is_file():
         return None
     with safe_open(file, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        # Copies lie in memory as computed ones do, on which the last bit of a sum may depend.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     head, bias = tensors.pop("head"), tensors.pop("bias", None)
     states = [tensors[f"states.{number}"] for number in range(len(tensors))]
     return SavedStates(states, head, bias)

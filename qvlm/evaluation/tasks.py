@@ -176,7 +176,7 @@ def _manager(
         if name not in manager.all_tasks:
             near = get_close_matches(name, manager.all_tasks, cutoff=0.5)
             choices = f"Choose one of: {', '.join(near)}, ..." if near else "See lm-eval ls tasks"
-            raise UserError(f"task={name} is not a task of lm-eval or include_path. {choices}.")
+            raise UserError(f"task={name} names no task of lm-eval or include_path. {choices}.")
     return manager
 
 

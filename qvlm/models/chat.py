@@ -112,6 +112,11 @@ class FamilyModel(LoadedModel):
     processor: Any = None
     family: Family | None = None
 
+    @property
+    def image_token(self) -> str:
+        """Text that stands for a picture in the prompts of the chat template."""
+        return str(self.processor.image_token)
+
     def token_ids(self, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> list[list[int]]:
         """Tokenizes texts; a picture takes as many positions as its size asks for.
 

@@ -53,6 +53,11 @@ class LoadedModel:
         return self.image_processor is not None
 
     @property
+    def image_token(self) -> str:
+        """Text that stands for an image in the prompts of `prompting`."""
+        return IMAGE_TOKEN
+
+    @property
     def image_size(self) -> int:
         """Side of the tower's input in pixels."""
         size: int = self.model.config.vision_config.image_size

@@ -406,6 +406,6 @@ def test_a_mistake_is_answered_without_the_heavy_imports(elsewhere: Path) -> Non
     assert done.returncode == 2
     assert done.stdout == "[]\n"
     assert done.stderr.startswith(
-        "error: model=foo is not a known option. Choose one of: llava_13b"
+        "error: model=foo is not a known option. Choose one of: hf, llava_13b"
     )
     assert os.listdir(elsewhere) == []

@@ -25,7 +25,7 @@ from qvlm.data.scienceqa import COLUMNS
 from qvlm.records.record import find_records
 from qvlm.tables import table2
 
-KILLS = int(os.environ.get("QVLM_KILLS", 20))
+KILLS = int(os.environ.get("QVLM_KILLS", 8))
 CELLS = [("fp", "FP"), ("rtn", "W4A4")]
 LONGEST = 300.0  # seconds that a sweep may take on a slow machine
 

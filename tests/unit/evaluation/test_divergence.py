@@ -71,6 +71,8 @@ def test_another_cell_reads_what_the_first_one_kept(
     loaded.model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, len(loaded.tokenizer)))
     passages = answer_passages(loaded, PROBLEMS)
     first = Reference(loaded, passages, 4, file)
+    assert not file.exists()
+    first.keep()
     monkeypatch.setattr(likelihood, "states_of", None)
     second = Reference(loaded, passages, 4, file)
     perturb(loaded, 0.05)
@@ -80,7 +82,7 @@ def test_another_cell_reads_what_the_first_one_kept(
 
 def test_what_another_model_kept_is_refused(tmp_path: Path) -> None:
     loaded, file = make_model(), tmp_path / "toy.safetensors"
-    Reference(loaded, answer_passages(loaded, PROBLEMS), 4, file)
+    Reference(loaded, answer_passages(loaded, PROBLEMS), 4, file).keep()
     perturb(loaded, 0.5)
     with pytest.raises(RunError, match="not those of its output head"):
         Reference(loaded, answer_passages(loaded, PROBLEMS), 4, file)

@@ -195,5 +195,5 @@ def test_what_cannot_run_is_refused_by_name(loaded: LoadedModel, tmp_path: Path)
 
 @pytest.mark.slow
 def test_an_unknown_task_is_told_what_is_near(folder: str) -> None:
-    with pytest.raises(UserError, match="task=arc_eazy is not a task .* arc_easy"):
+    with pytest.raises(UserError, match="task=arc_eazy names no task .* arc_easy"):
         load_tasks(["arc_eazy"], folder)

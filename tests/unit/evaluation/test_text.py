@@ -76,6 +76,7 @@ def test_full_precision_is_read_from_its_reference(tmp_path: Path) -> None:
     windows = windows_of(model, DOCUMENTS, 64)
     file = tmp_path / "reference.safetensors"
     reference = refer(model, windows, file)
+    reference.keep()
     again = refer(loaded(1), windows, file)  # read, not computed by this other model
     assert all(map(torch.equal, reference.states, again.states))
     assert torch.equal(reference.head, again.head)
