@@ -14,7 +14,7 @@ HEAD = """\
 *GPTQ* rounds weights with compensation, *QuaRot (RTN)* rotates the language model and rounds to
 nearest, *QuaRot* does both, and *RoCo* also weighs calibration tokens by the confidence of the
 float model. *SmoothQuant* is a relative that rescales channels. Rows that end in *per token* have a
-scale for each token of the language model; the others have static scales of clusters of channels.
+scale for each token of the language model; the others have static scales, per channel by default.
 *ZeroQuant-V2, per token* is rounding to nearest with scales per token, the control of those rows.
 [method.md](../docs/method.md) explains the parts.
 
