@@ -105,7 +105,9 @@ def test_what_one_process_cannot_do_is_said_once(options: list[str]) -> None:
     said = [line for line in launched.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, launched.stderr
     assert "data/test.parquet, row 0, column 'image': it does not decode" in said[0]
-    assert "exitcode  : 2" in launched.stderr
+    # The launcher tells of the process that ended first. The other one may be aborted by the
+    # collective operation in which it was left alone.
+    assert "exitcode  : 2" in launched.stderr or "SIGABRT" in launched.stderr
     assert find_records("results/runs") == []
 
 

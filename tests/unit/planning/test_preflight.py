@@ -140,7 +140,7 @@ def test_the_papers_scale_is_estimated_where_the_hub_does_not_answer(
         assert download == size
         assert known == "an estimate: the hub does not answer"
     assert row(page, "data scienceqa")[2:4] == ["?", "?"]
-    assert "To do: 26 cells, about 26 hours" in page
+    assert "To do: 34 cells, about 34 hours" in page
     assert os.listdir() == []
 
 
@@ -168,7 +168,7 @@ def test_a_model_that_the_paper_has_not_is_estimated_too() -> None:
         ),
         (9, ["model=llava_7b", "method=fp"], ["llava_7b fp FP", "no option"]),
         (20, ["model=llava_7b", "model.dtype=float32", "method=fp"], ["model.dtype=bfloat16"]),
-        (1, [], ["26 cells do not fit"]),
+        (1, [], ["34 cells do not fit"]),
     ],
 )
 def test_a_cell_that_does_not_fit_is_refused_with_the_option_that_helps(
