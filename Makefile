@@ -48,8 +48,8 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 table4 \
 	table4-scale peers table5 real table-real outliers sensitivity gpu claims report ablation verify \
-	audit figure2 fit verify-portable test test-fast test-narrow lint format miniature mini_llava \
-	mini_moe_llava preview clean
+	audit figure2 fit verify-portable test test-endurance test-fast test-narrow lint format miniature \
+	mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -141,8 +141,11 @@ audit: install  ## checks the paper's printed numbers against each other and pub
 figure2: install  ## draws what a joint search gains against the dependency of layers
 	$(BIN)/python -m experiments.dependency_figure
 
-test: install  ## runs the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+test: install  ## runs the tests, but for those of test-endurance
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not endurance"
+
+test-endurance: install  ## kills and stops sweeps at random moments, compares cells bit by bit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m endurance
 
 test-fast: install  ## runs the unit tests but those marked slow, which take seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit -m "not slow"

@@ -148,6 +148,7 @@ def wait_for_begin(folder: Path, process: BaseProcess) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.endurance
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_signal_at_any_moment_costs_nothing(
     scene: str, commands: Commands, tmp_path: Path

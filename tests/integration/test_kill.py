@@ -91,6 +91,7 @@ def cells(folder: Path) -> list[tuple[str, str]]:
     return [(record.run["method_name"], record.bits) for record in records]
 
 
+@pytest.mark.endurance
 def test_a_sweep_that_is_killed_ends_as_if_it_was_not(sweeps: Sweeps, tmp_path: Path) -> None:
     sweeps.finish(tmp_path / "warm")  # the server imports
     begun = time.monotonic()

@@ -28,7 +28,7 @@ CELLS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_codes_and_answers_are_those_of_any_instruction_set_and_number_of_threads() -> None:
     reference = list(outcomes(SETTINGS[0], CELLS))
     assert all(outcome.candidates > 0 for outcome in reference if "method=awq" in outcome.cell)
