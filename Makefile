@@ -152,7 +152,7 @@ test-fast: install  ## runs the unit tests but those marked slow, which take sec
 
 test-narrow: install  ## runs the tests that depend on the CPU's instructions with AVX2, and without C
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m instruction_set tests/unit/packing
-	$(NARROW),native OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m instruction_set
+	$(NARROW),native OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "instruction_set and not slow"
 
 lint: install  ## checks style and types
 	$(BIN)/ruff check .
