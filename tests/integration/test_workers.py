@@ -20,7 +20,6 @@ from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.records.record import find_records
 from qvlm.runtime import workers
 
-
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--main_process_port=0"]
 LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no"]
