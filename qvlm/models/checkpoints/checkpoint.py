@@ -1,7 +1,9 @@
 """What every loader of a checkpoint returns, and the steps that they share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPImageProcessorPil
@@ -68,10 +70,19 @@ def build_model(
         output_loading_info=True,
         trust_remote_code=False,
     )
+    require_loaded(report, owner)
+    return model
+
+
+def require_loaded(report: Mapping[str, Any], owner: str) -> None:
+    """Refuses a model of which transformers says that tensors are left, by kind.
+
+    Raises:
+        UserError: If there is any.
+    """
     left = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if left:
         raise UserError(f"{owner}: not every tensor was loaded: {left}")
-    return model
 
 
 def read_image_processor(folder: Path, owner: str) -> CLIPImageProcessorPil:

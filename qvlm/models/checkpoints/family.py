@@ -26,6 +26,7 @@ from transformers import (
 
 from qvlm.errors import UserError, first_line
 from qvlm.families import FAMILIES, Family
+from qvlm.models.checkpoints.checkpoint import require_loaded
 from qvlm.models.checkpoints.weights import Weights
 from qvlm.models.networks import network
 
@@ -84,9 +85,7 @@ def load_family(folder: Path, owner: str, dtype: torch.dtype) -> PreTrainedModel
             output_loading_info=True,
             trust_remote_code=False,
         )
-    left = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
-    if left:
-        raise UserError(f"{owner}: not every tensor was loaded: {left}")
+    require_loaded(report, owner)
     return model
 
 
