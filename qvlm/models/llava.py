@@ -29,12 +29,15 @@ class LlavaArchitecture(LlavaConfig):
         projector_type: "linear" or "mlp2x_gelu".
         head_bias: Whether the output head has a bias. A method that folds the shift of the last
             norm into the head gives it one.
+        begins_with_bos: Whether a text begins with the bos token. The template of a chat model has
+            it already.
     """
 
     model_type = "qvlm_llava"
 
     projector_type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
     head_bias: bool = False
+    begins_with_bos: bool = True
 
 
 def image_token_count(vision: CLIPVisionConfig, strategy: str) -> int:

@@ -60,7 +60,7 @@ def load_own(
     tensors = find_tensors(architecture, sources, owner)
     return Checkpoint(
         build_model(architecture, tensors, dtype, meta_layers_for, owner),
-        read_saved_tokenizer(folder, True, owner),
+        read_saved_tokenizer(folder, architecture.begins_with_bos, owner),
         read_image_processor(folder, owner),
         "crop",
         IMAGE_TOKEN,
