@@ -117,6 +117,7 @@ def runs() -> list[str]:
     return [line for line in ours if "=" in line and " -sc " not in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", runs())
 def test_commands_compose(line: str) -> None:
     words = shlex.split(PROGRAM.sub("", line, count=1))

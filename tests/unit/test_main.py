@@ -206,6 +206,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 SCRIPT = f"#!{sys.executable}\nimport sys\nfrom qvlm.__main__ import main\nsys.exit(main())\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize(
     ("line", "offers"),
@@ -244,6 +245,7 @@ def test_messages_name_what_was_started(
     assert program() == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["run.py", "--help"], ["-m", "qvlm", "--help"], ["-m", "qvlm", "fit", "--help"]]
 )

@@ -131,6 +131,7 @@ def _assert_same(one: Any, other: Any) -> None:
         assert one == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), CELLS)
 def test_each_linear_is_quantized_once_proven_packed_saved_and_loaded(
     name: str, method: str, tiny: Loaded, tmp_path: Path

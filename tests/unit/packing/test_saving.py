@@ -223,6 +223,8 @@ import os, signal
 from pathlib import Path
 from qvlm.packing.saving import save_folder
 from tests.unit.packing.test_saving import fill
+
+pytestmark = pytest.mark.slow
 folder, rename = Path({str(folder)!r}), Path.rename
 save_folder(folder, fill)
 def once(self, target):

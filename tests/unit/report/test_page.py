@@ -17,6 +17,8 @@ from qvlm.tables.published import table2_values
 from tests.helpers.records import make_layers, make_record
 from tests.helpers.sensitivity import planted_rows
 
+pytestmark = pytest.mark.slow
+
 
 class Tables(HTMLParser):
     """The cells of the sortable tables: their text, and the value that they are sorted by."""

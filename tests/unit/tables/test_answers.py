@@ -25,6 +25,8 @@ from qvlm.tables.answers import (
 )
 from tests.helpers.records import make_record
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = ["question_id", "subject", "grade", "skill", "has_image", "has_text", "n_choices"]
 COLUMNS += ["answer", "prediction", "correct", "cut"]
 

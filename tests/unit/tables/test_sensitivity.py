@@ -24,6 +24,8 @@ from tests.helpers.language_models import save_language_model, write_texts
 from tests.helpers.problems import make_dataset, make_model, make_problems
 from tests.helpers.sensitivity import planted_outcome, planted_rows
 
+pytestmark = pytest.mark.slow
+
 (PAGE,) = (page for page in PAGES if page.name == "sensitivity")
 BROKEN_METHOD = "method._target_=tests.helpers.sensitivity.Breaks"
 

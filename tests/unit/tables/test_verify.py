@@ -22,6 +22,8 @@ from qvlm.tables.verify import PAGES, check, main
 from tests.helpers.configs import load
 from tests.helpers.records import make_layers, make_record
 
+pytestmark = pytest.mark.slow
+
 ACCURACY = {"RTN": 60.0, "AWQ": 55.0, "QLoRA": 62.0, "Layer-wise": 64.0, "Q-VLM": 70.0}
 ACCURACY |= {CDM: 66.0, VEO: 65.0, ERROR_PROXY: 63.0}
 (TABLE2,) = (page for page in PAGES if page.name == "table2")
