@@ -6,6 +6,7 @@ Each file holds one table, a `Family`. To add a family, write its file and add i
 
 from qvlm.families.family import Family
 from qvlm.families.gemma3 import GEMMA3
+from qvlm.families.glm4v_moe import GLM4V_MOE
 from qvlm.families.idefics3 import IDEFICS3
 from qvlm.families.internvl import INTERNVL
 from qvlm.families.llava import LLAVA
@@ -22,7 +23,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION),
         *(QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE),
-        *(INTERNVL, SMOLVLM, IDEFICS3, GEMMA3),
+        *(INTERNVL, SMOLVLM, IDEFICS3, GEMMA3, GLM4V_MOE),
     )
 }
 

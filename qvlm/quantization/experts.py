@@ -4,10 +4,13 @@ transformers stores the experts of Mixtral, Qwen2-MoE, OLMoE, PhiMoE, DeepSeek-V
 two 3-D parameters. The projections of each expert need calibration samples and scales of their own,
 so the fused module is replaced by a list of expert modules with the same forward arguments.
 
-There are variants: transposed, interleaved, with a bias or a norm, with another gate. Instead of a
-list of them, there is a test: the replacement and the original run on the same probe tokens, and a
-model whose outputs differ is refused.
+There are variants: transposed, interleaved, with biases or a norm, with another gate. transformers'
+fused modules say how their parameters lie; what they compute is not believed but tested: the
+replacement and the original run on the same probe tokens, and a model whose outputs differ is
+refused.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +20,55 @@ from qvlm.errors import UserError
 _PROBE_TOKENS = 16
 
 
-class Expert(nn.Module):
-    """One gated feed-forward expert: `down(act(gate(x)) * up(x))`."""
+Gating = Callable[[Tensor, Tensor], Tensor]
+"""What becomes of the outputs of gate and up projection, both [tokens, intermediate]."""
 
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, act_fn: nn.Module) -> None:
-        """Takes the weights gate, up [intermediate, hidden] and down [hidden, intermediate]."""
+
+class Gated(nn.Module):
+    """`act(gate) * up`, as most experts have it."""
+
+    def __init__(self, act_fn: nn.Module) -> None:
         super().__init__()
-        self.gate_proj = _linear(gate)
-        self.up_proj = _linear(up)
-        self.down_proj = _linear(down)
         self.act_fn = act_fn
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Maps two tensors [tokens, intermediate] to one."""
+        product: Tensor = self.act_fn(gate) * up
+        return product
+
+
+class ClampedSwiGLU(nn.Module):
+    """gpt-oss's gate (arXiv 2508.10925): `(clamp(up) + 1) * swish(clamp(gate))`.
+
+    Args:
+        alpha: Factor of the swish's sigmoid: `g * sigmoid(alpha g)`.
+        limit: Largest value of the gate, and largest absolute value of the up projection.
+    """
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        super().__init__()
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Maps two tensors [tokens, intermediate] to one."""
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(self.alpha * gate))
+
+
+class Expert(nn.Module):
+    """One gated feed-forward expert: `down(gating(gate(x), up(x)))`."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, gating: Gating) -> None:
+        super().__init__()
+        self.gate_proj = gate
+        self.up_proj = up
+        self.down_proj = down
+        self.gating = gating
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps tokens [tokens, hidden] to [tokens, hidden]."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        output: Tensor = self.down_proj(self.gating(self.gate_proj(x), self.up_proj(x)))
+        return output
 
 
 class Experts(nn.ModuleList):
@@ -85,7 +123,8 @@ def unfuse_experts(model: nn.Module) -> int:
         if experts is None or not (_is_empty(fused) or _agree(fused, experts)):
             raise UserError(
                 f"the experts of {name} ({type(fused).__name__}) are fused in a layout that is not "
-                "supported. Supported is gate_up_proj [E, 2I, H], down_proj [E, H, I] without bias"
+                "supported. Supported are gate_up_proj and down_proj with two equal halves, in "
+                "rows or in columns, one after the other or alternating, with biases or without."
             )
         model.set_submodule(name, experts)
         count += len(experts)
@@ -93,18 +132,41 @@ def unfuse_experts(model: nn.Module) -> int:
 
 
 def _take_apart(fused: nn.Module) -> Experts | None:
+    """Returns the experts of a fused module as its attributes describe it, or None."""
     gate_up, down = (getattr(fused, part, None) for part in ("gate_up_proj", "down_proj"))
-    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
+    gating = _gating(fused)
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gating is None:
         return None
+    if getattr(fused, "is_transposed", False):
+        gate_up, down = gate_up.mT, down.mT
     rows, hidden = gate_up.shape[1:]
-    act_fn = getattr(fused, "act_fn", None)
-    if rows % 2 or down.shape[1:] != (hidden, rows // 2) or not isinstance(act_fn, nn.Module):
+    if rows % 2 or down.shape[1:] != (hidden, rows // 2):
         return None
-    half = rows // 2
-    return Experts(
-        Expert(gate_up[e, :half], gate_up[e, half:], down[e], act_fn)
-        for e in range(gate_up.shape[0])
-    )
+    halves = _halves(rows, getattr(fused, "is_concatenated", True))
+    biases, offsets = (getattr(fused, f"{part}_proj_bias", None) for part in ("gate_up", "down"))
+
+    def expert(index: int) -> Expert:
+        weight, bias = gate_up[index], None if biases is None else biases[index]
+        gate, up = (_linear(weight[half], None if bias is None else bias[half]) for half in halves)
+        return Expert(
+            gate, up, _linear(down[index], None if offsets is None else offsets[index]), gating
+        )
+
+    return Experts(expert(index) for index in range(gate_up.shape[0]))
+
+
+def _gating(fused: nn.Module) -> nn.Module | None:
+    if {"alpha", "limit"} <= vars(fused).keys():
+        return ClampedSwiGLU(fused.alpha, fused.limit)  # type: ignore[arg-type]
+    act_fn = getattr(fused, "act_fn", None)
+    return Gated(act_fn) if isinstance(act_fn, nn.Module) else None
+
+
+def _halves(rows: int, one_after_the_other: bool) -> tuple[slice, slice]:
+    """The rows of the gate and of the up projection."""
+    if one_after_the_other:
+        return slice(0, rows // 2), slice(rows // 2, rows)
+    return slice(0, rows, 2), slice(1, rows, 2)
 
 
 def _is_empty(module: nn.Module) -> bool:
@@ -133,8 +195,14 @@ def _agree(fused: nn.Module, experts: Experts) -> bool:
     return bool(worst <= tolerance * weight.shape[1] ** 0.5)
 
 
-def _linear(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    # A clone, since a view would keep the whole fused parameter in memory.
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear of a weight [out, in] and a bias [out], which are copied.
+
+    A view would keep the whole fused parameter in memory.
+    """
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is not None:
+            copied = values.detach().clone(memory_format=torch.contiguous_format)
+            setattr(linear, name, nn.Parameter(copied, requires_grad=values.requires_grad))
     return linear

@@ -18,7 +18,10 @@ from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ImageProcessorPil,
+    Glm4vImageProcessorPil,
+    Glm4vMoeConfig,
     GotOcr2ImageProcessorPil,
+    GptOssConfig,
     Idefics3Config,
     Idefics3ImageProcessorPil,
     InternVLConfig,
@@ -228,10 +231,11 @@ def _qwen3_vl_moe() -> TinyFamily:
     return _qwen(Qwen3VLMoeConfig(**parts, **_QWEN_IDS), 8)
 
 
-def _internvl() -> TinyFamily:
+def _internvl(text: PretrainedConfig | None = None) -> TinyFamily:
+    text = text or Qwen2Config(**_TEXT)
     sizes = {"image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": True}
     config = InternVLConfig(
-        vision_config={**_TOWER, **sizes}, text_config=Qwen2Config(**_TEXT), image_token_id=IMAGE
+        vision_config={**_TOWER, **sizes}, text_config=text, image_token_id=IMAGE
     )
     return TinyFamily(
         config,
@@ -243,6 +247,42 @@ def _internvl() -> TinyFamily:
             **{"end_image_token": "</img>", "video_token": "<video>"},
         },
         settings={"image_seq_length": 4},
+    )
+
+
+def _internvl_gpt_oss() -> TinyFamily:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    layers = {
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    return _internvl(GptOssConfig(**{**_TEXT, **experts, **layers}))
+
+
+def _glm4v_moe() -> TinyFamily:
+    text = {
+        **_QWEN_TEXT,
+        **{"moe_intermediate_size": 32, "num_experts_per_tok": 2, "n_routed_experts": 4},
+        **{"n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16},
+    }
+    tower = {
+        **_QWEN_TOWER,
+        **{"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "image_size": 56},
+    }
+    ids = {"image_start_token_id": 302, "image_end_token_id": 303}
+    ids |= {"video_start_token_id": 304, "video_end_token_id": 305}
+    config = Glm4vMoeConfig(
+        text_config=text, vision_config=tower, image_token_id=IMAGE, video_token_id=301, **ids
+    )
+    return TinyFamily(
+        config,
+        Glm4vImageProcessorPil(size={"shortest_edge": 392, "longest_edge": 6272}, patch_size=7),
+        _CHATML.replace("PICTURE", "<|begin_of_image|><|image|><|end_of_image|>"),
+        (
+            *("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"),
+            *("<|begin_of_video|>", "<|end_of_video|>", "<|im_end|>"),
+        ),
     )
 
 
@@ -286,8 +326,9 @@ def _gemma3() -> TinyFamily:
 
 _TINY = (
     *(_llava, _llava_next, _llava_onevision, _qwen2_vl, _qwen2_5_vl, _qwen3_vl, _qwen3_vl_moe),
-    *(_internvl, _smolvlm, _idefics3, _gemma3),
+    *(_internvl, _internvl_gpt_oss, _smolvlm, _idefics3, _gemma3, _glm4v_moe),
 )
+TINY = tuple(make.__name__.removeprefix("_") for make in _TINY)
 
 
 def tiny_family(name: str) -> TinyFamily:

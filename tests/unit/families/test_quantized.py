@@ -32,7 +32,7 @@ from qvlm.quantization import (
     measure_bits,
 )
 from qvlm.quantization.block import Block
-from tests.helpers.families import Loaded, load_tiny, problems, tiny_model
+from tests.helpers.families import TINY, Loaded, load_tiny, problems, tiny_model
 from tests.helpers.origins import make_origin
 
 METHODS: dict[str, Callable[[], Any]] = {
@@ -42,12 +42,15 @@ METHODS: dict[str, Callable[[], Any]] = {
 }
 # What AWQ may rescale in a decoder layer, as docs/families.md says.
 BY_DEFAULT = {"input_layernorm", "post_attention_layernorm", "mlp.up_proj"}
+NORMS = {"input_layernorm", "post_attention_layernorm"}
+UPS = {f"mlp.experts.{expert}.up_proj" for expert in range(4)}
 RESCALED = {
-    "qwen3_vl_moe": {"input_layernorm", "post_attention_layernorm"}
-    | {f"mlp.experts.{expert}.up_proj" for expert in range(4)},
+    "qwen3_vl_moe": NORMS | UPS,
+    "glm4v_moe": NORMS | UPS | {"mlp.shared_experts.up_proj"},
+    "internvl_gpt_oss": NORMS,  # its experts add one to what the up projection gives, and clamp it
     "gemma3": {"mlp.up_proj"},
 }
-CELLS = [(name, method) for name in FAMILIES for method in METHODS if name != "gemma3"]
+CELLS = [(name, method) for name in TINY for method in METHODS if name != "gemma3"]
 CELLS += [("gemma3", "rtn"), ("gemma3", "awq")]  # RoCo is refused: see below
 W4A4 = QuantizationConfig(
     QuantSpec(4, "per_group", 16, ranges="minmax"),
@@ -86,7 +89,7 @@ def logits(loaded: FamilyModel) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TINY)
 def test_a_walk_without_changes_gives_each_block_what_the_model_gives_it(
     name: str, tiny: Loaded
 ) -> None:
@@ -156,7 +159,7 @@ def test_each_linear_is_quantized_once_proven_packed_saved_and_loaded(
     assert not check_bits(measure_packed_bits(again.model, expected, [batch]))
 
 
-@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"gemma3"}))
+@pytest.mark.parametrize("name", sorted({*TINY} - {"gemma3"}))
 def test_a_rotation_leaves_the_model_as_it_is(
     name: str, tiny: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,11 +191,12 @@ def _joined(names: list[str], part: str) -> list[list[str]]:
     return [*([name] for name in names if name not in together), together]
 
 
-def test_experts_taken_apart_give_equal_logits(tiny: Loaded) -> None:
-    loaded = tiny("qwen3_vl_moe")
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "internvl_gpt_oss", "glm4v_moe"])
+def test_experts_taken_apart_give_equal_logits(name: str, tiny: Loaded) -> None:
+    loaded = tiny(name)
     before = logits(loaded)
     walk_over(loaded)
-    layer = loaded.model.get_submodule("model.language_model.layers.0.mlp.experts")
+    layer = loaded.model.get_submodule("model.language_model.layers.1.mlp.experts")
     assert len(list(layer.children())) == 4
     torch.testing.assert_close(logits(loaded), before, rtol=1e-5, atol=1e-5)
 
@@ -211,7 +215,8 @@ def test_a_family_can_be_described_in_python_as_the_page_shows() -> None:
 
 
 def test_the_tiny_models_have_the_difficulties_that_they_are_to_prove() -> None:
-    """Windows, DeepStack, sliding layers, QK norms, biases and merged projections are there."""
+    """Windows, DeepStack, sliding layers, QK norms, biases, merged projections, attention sinks,
+    experts with biases and shared experts are there."""
     qwen = tiny_model("qwen2_5_vl").config.vision_config
     assert qwen.depth > len(qwen.fullatt_block_indexes) > 0
     assert tiny_model("qwen3_vl").config.vision_config.deepstack_visual_indexes
@@ -219,5 +224,12 @@ def test_the_tiny_models_have_the_difficulties_that_they_are_to_prove() -> None:
     assert len({*gemma.config.text_config.layer_types}) == 2
     attention: Any = gemma.get_submodule("model.language_model.layers.0.self_attn")
     assert attention.q_norm.weight.abs().max() > 0
+    oss = tiny_model("internvl_gpt_oss")
+    assert oss.get_parameter("model.language_model.layers.0.self_attn.sinks").abs().max() > 0
+    assert oss.get_parameter("model.language_model.layers.0.mlp.experts.down_proj_bias").any()
+    assert len({*oss.config.text_config.layer_types}) == 2
+    glm = tiny_model("glm4v_moe")
+    assert glm.get_submodule("model.language_model.layers.1.mlp.shared_experts")
+    assert isinstance(glm.get_submodule("model.language_model.layers.0.mlp.up_proj"), nn.Linear)
     merged: Any = tiny_model("qwen2_vl").get_submodule("model.visual.blocks.0.attn.qkv")
     assert merged.bias is not None and merged.out_features == 3 * merged.in_features

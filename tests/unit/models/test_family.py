@@ -15,10 +15,10 @@ from qvlm.data.prompts import CHAT, Prompting
 from qvlm.errors import UserError
 from qvlm.evaluation import likelihood
 from qvlm.evaluation.decoding import decode
-from qvlm.families import FAMILIES
 from qvlm.models import load_model
 from qvlm.models.chat import FamilyModel
 from tests.helpers.families import (
+    TINY,
     Folders,
     Loaded,
     load_tiny,
@@ -59,7 +59,7 @@ def last_logits(loaded: FamilyModel, asked: list[dict[str, Any]]) -> Tensor:
     return logits[:, -1]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_transformers_and_of_each_problem_alone(
     name: str, folder_of: Folders, tiny: Loaded
 ) -> None:
@@ -74,7 +74,7 @@ def test_logits_are_those_of_transformers_and_of_each_problem_alone(
         torch.testing.assert_close(row, last_logits(loaded, [problem])[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TINY)
 def test_a_batch_of_one_is_what_the_processor_itself_makes(name: str, tiny: Loaded) -> None:
     loaded = tiny(name)
     for problem in problems():

@@ -1,12 +1,13 @@
 """Fused experts of transformers' own families, taken apart."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    GptOssConfig,
     PretrainedConfig,
 )
 
@@ -35,6 +36,13 @@ FAMILIES = {
     "qwen3_moe": {"num_experts": 4},
     "olmoe": {"num_experts": 4},
     "phimoe": {"num_local_experts": 4},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "intermediate_size": 24,
+        "head_dim": 8,
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "deepseek_v2": {
         "n_routed_experts": 4,
         "n_shared_experts": 1,
@@ -52,7 +60,7 @@ FAMILIES = {
 
 def language_model(family: str) -> nn.Module:
     torch.manual_seed(0)
-    config: PretrainedConfig = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
+    config: PretrainedConfig = AutoConfig.for_model(family, **COMMON | FAMILIES[family])
     return AutoModel.from_config(config).eval()
 
 
@@ -111,11 +119,11 @@ def test_logits_of_a_llava_stay() -> None:
     assert unfuse_experts(toy_llava("llama")) == 0
 
 
-def test_a_layout_that_is_not_known_is_refused_by_name() -> None:
-    config = GptOssConfig(
-        **{**COMMON, "num_local_experts": 4, "head_dim": 8, "layer_types": ["full_attention"] * 2}
-    )
-    model = AutoModel.from_config(config)
+@pytest.mark.parametrize("attribute", ["is_transposed", "is_concatenated"])
+def test_a_module_that_says_of_itself_what_is_not_so_is_refused_by_name(attribute: str) -> None:
+    model = language_model("gpt_oss")
+    experts: Any = model.get_submodule("layers.0.mlp.experts")
+    setattr(experts, attribute, not getattr(experts, attribute))
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.experts \(GptOssExperts\)"):
         unfuse_experts(model)
 
