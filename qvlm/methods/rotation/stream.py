@@ -126,8 +126,8 @@ def rotate_ends(model: PreTrainedModel, seed: int = 0) -> StreamRotation:
     parts = parts_of(model)
     if parts.unrotatable:
         raise UserError(
-            f"{parts.title} cannot be rotated: {parts.unrotatable}. Choose a method without "
-            "rotation"
+            f"{parts.title}'s residual stream cannot be rotated: {parts.unrotatable}. "
+            "method.stream=false rotates everything else."
         )
     norm = _last_norm(model.get_submodule(parts.decoder.rpartition(".")[0]))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
