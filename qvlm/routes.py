@@ -92,7 +92,10 @@ ROUTES = {
     "table-real": Route(
         "measures a real language model on plain text",
         "qvlm.tables.table_real",
-        ("table_real", "table_real_first", "table_real_methods", "table_real_search"),
+        (
+            *("table_real", "table_real_methods", "table_real_first"),
+            *("table_real_draws", "table_real_ranges", "table_real_search"),
+        ),
     ),
     "eval": Route(
         "runs tasks of lm-eval on a model: task=arc_easy,...",
