@@ -47,7 +47,7 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 table4 \
-	table4-scale peers table5 real table2-real table-real outliers sensitivity gpu claims report ablation verify \
+	table4-scale peers table5 table6 real table2-real table-real outliers sensitivity gpu claims report ablation verify \
 	audit figure2 fit verify-portable test test-endurance test-fast test-narrow lint format miniature \
 	mini_llava mini_moe_llava preview clean
 
@@ -84,6 +84,9 @@ table2: install  ## regenerates Table 2: models x methods x bits; reuses what is
 	$(call route,$@,$(OPTION)$(WHERE))
 
 table5: install  ## regenerates Table 5: entropy against quantization error as proxy
+	$(call route,$@,$(OPTION)$(WHERE))
+
+table6: install  ## regenerates Table 6: granularities of activations against methods
 	$(call route,$@,$(OPTION)$(WHERE))
 
 table3: install  ## makes Table 3 of the paper's checkpoints: VQA, where VQA=FOLDER has the data

@@ -82,6 +82,11 @@ ROUTES = {
         "times packed layers beside those of other libraries", "qvlm.tables.peers.__main__"
     ),
     "table5": Route("makes Table 5: entropy as proxy", "qvlm.tables.table5", ("table5",)),
+    "table6": Route(
+        "makes Table 6: granularities against methods",
+        "qvlm.tables.table6",
+        ("table6", "table6_token"),
+    ),
     "ablation": Route("takes the parts of RoCo apart", "qvlm.tables.ablation", ("ablation",)),
     "claims": Route(
         "says which claims of the paper hold",

@@ -298,6 +298,7 @@ class ScaleConfig:
     table1: str = MISSING
     table2: str = MISSING
     table5: str = MISSING
+    table6: str = MISSING
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Tables: what the records say, with the paper's numbers in rows of their own.
 
-`table1`, `table2`, `table5` and `claims` are pure functions of records. `table4` and `table4_scale`
+`table1`, `table2`, `table5`, `table6` and `claims` are pure functions of records. `table4` and `table4_scale`
 also measure packed models, and `outliers`, `sensitivity` and `peers` need no record. Each is a
 command, `python -m qvlm.tables.NAME`. Open `table2` first.
 

@@ -19,22 +19,13 @@ from qvlm.command import run_command
 from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
 from qvlm.tables.command import add_runs, made_with, records_of, table_parser, write_files
+from qvlm.tables.granularity import FIRST_IN_FLOAT, GRANULARITIES, PER_TOKEN, activations
 from qvlm.tables.labels import FP, bits_order, method_order
 from qvlm.tables.proof import fault
 from qvlm.tables.report import hardware, revision
 
 NAME = "table_real"
 NOT_MEASURED = "not measured"
-# Granularity of the language model's activations -> how the page calls it.
-GRANULARITIES = {
-    "per_tensor": "static, per tensor",
-    "per_channel_group": "static, clusters",
-    "per_channel": "static, per channel",
-    "per_token": "per token",
-    "per_channel_prompt": "per channel of the prompt",
-}
-FIRST_IN_FLOAT = ", first token in float"
-PER_TOKEN = ", per token"  # ends the names of methods that say so themselves
 METHODS = (
     *("RTN", "AWQ", "QLoRA", "Layer-wise", "Q-VLM, CDM only"),
     *("SmoothQuant", "GPTQ", "QuaRot", "RoCo"),
@@ -75,14 +66,6 @@ class Row:
 
 Cells = dict[Row, dict[str, list[Record]]]
 """Records of a model by row and bit widths, one per draw."""
-
-
-def activations(record: Record) -> str:
-    """Says in words how a record quantizes the language model's activations."""
-    quantizer = record.run["influences"]["quantizer"]
-    own = record.method.endswith(PER_TOKEN)
-    words = GRANULARITIES["per_token" if own else quantizer["language"]["granularity"]]
-    return words + (FIRST_IN_FLOAT if quantizer.get("first_token") == "float" else "")
 
 
 def arrange(records: Sequence[Record]) -> tuple[list[Record], Cells, list[str]]:
