@@ -22,6 +22,8 @@ from qvlm.records.strict import MOST_BYTES
 from tests.helpers.configs import load
 from tests.helpers.origins import make_origin, write_json
 
+pytestmark = pytest.mark.slow
+
 WHOLE = asdict(make_origin())
 
 
@@ -79,7 +81,6 @@ def test_a_valid_file_is_read(tmp_path: Path) -> None:
     check_options(config)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["pandas.read_pickle", "torch.load", "joblib.load"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_no_class_of_the_file_is_built(loader: str, nested: bool, tmp_path: Path) -> None:
@@ -117,7 +118,6 @@ def test_no_module_of_the_file_is_imported(tmp_path: Path, monkeypatch: pytest.M
     assert not marker.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     ["options.model.path", "options.model.name", "hash", "method", "options.method.x", "report.a"],

@@ -19,6 +19,8 @@ from tests.helpers.configs import load
 from tests.helpers.language_models import tiny_language_model, tiny_tokenizer
 from tests.helpers.problems import make_dataset, make_model, make_problems
 
+pytestmark = pytest.mark.slow
+
 
 def likeliest(loaded: LoadedModel, problem: dict[str, Any]) -> int:
     """The choice whose answer has the largest log-probability, each in a pass of its own."""

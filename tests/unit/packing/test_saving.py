@@ -20,6 +20,8 @@ from tests.helpers.files import small_files
 from tests.helpers.folders import content
 from tests.helpers.origins import make_origin, write_json
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -224,7 +226,6 @@ from pathlib import Path
 from qvlm.packing.saving import save_folder
 from tests.unit.packing.test_saving import fill
 
-pytestmark = pytest.mark.slow
 folder, rename = Path({str(folder)!r}), Path.rename
 save_folder(folder, fill)
 def once(self, target):

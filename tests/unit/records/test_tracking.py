@@ -22,6 +22,8 @@ from qvlm.records.tracking import Tracker, log_table
 from qvlm.tables.table2 import main
 from tests.helpers.records import make_questions, make_record
 
+pytestmark = pytest.mark.slow
+
 COUNT = 60
 
 
@@ -203,7 +205,6 @@ def test_full_precision_has_no_bits(tmp_path: Path) -> None:
     assert not any(key.endswith(f"accuracy/{empty[0]}") for key in run.summary)
 
 
-@pytest.mark.slow
 def test_the_sweep_ends_with_its_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     record = make_record(tmp_path / "runs", generated=True)
     command = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--tracking"]
@@ -337,7 +338,6 @@ def test_online_without_a_key_becomes_offline(
     assert {file.name: file.read_bytes() for file in record.path.iterdir()} == written
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", ["CMYK", "F", "I", "I;16", "1", "LA", "P", "RGBA", "LAB", "damaged"]
 )

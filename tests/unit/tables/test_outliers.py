@@ -16,6 +16,8 @@ from tests.helpers.language_models import (
     write_texts,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def batch() -> dict[str, torch.Tensor]:
     """Rows that begin with bos."""
