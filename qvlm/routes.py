@@ -63,7 +63,7 @@ ROUTES = {
     "table1": Route("makes Table 1: the parts of Q-VLM", "qvlm.tables.table1", ("table1",)),
     "table2": Route("makes Table 2: models, methods, bits", "qvlm.tables.table2", ("table2",)),
     "table2-real": Route(
-        "adds a real language model with a tower to Table 2", "qvlm.tables.table2", ("table2_real",)
+        "makes Table 2 of a real language model", "qvlm.tables.table2_real", ("table2_real",)
     ),
     "table3": Route(
         "makes Table 3: VQA, for who has the data",

@@ -7,6 +7,7 @@ BASELINE = "RTN"
 LAYERWISE = "Layer-wise"
 QVLM = "Q-VLM"
 OURS = "RoCo"  # with static scales; its other forms add words to the name
+REAL = "smollm2_llava"  # the model whose language model is a real one
 # The parts of Q-VLM, each switched on alone (see `qvlm.methods.qvlm`).
 CDM = f"{QVLM}, CDM only"
 VEO = f"{QVLM}, VEO only"

@@ -19,7 +19,7 @@ from typing import Any
 
 from qvlm.bits import BitWidths
 from qvlm.records.record import Record
-from qvlm.tables.labels import bits_order, is_part_of_qvlm, method_order
+from qvlm.tables.labels import REAL, bits_order, is_part_of_qvlm, method_order
 from qvlm.tables.proof import fault
 from qvlm.validation import shown
 
@@ -64,9 +64,17 @@ def of_whole_method(record: Record) -> bool:
 
 
 def is_ordinary(record: Record) -> bool:
-    """Whether a record has no page of its own, as other executions, claims and other data have."""
+    """Whether a record has no page of its own.
+
+    Other executions, claims, other data and the model with a real language model have.
+    """
+    return is_simulated(record) and not is_of_claims(record) and record.model != REAL
+
+
+def is_simulated(record: Record) -> bool:
+    """Whether a record holds generated answers to problems, in simulated execution."""
     generated = record.kind == "problems" and not is_ranked(record)
-    return generated and execution(record) == "simulated" and not is_of_claims(record)
+    return generated and execution(record) == "simulated"
 
 
 def is_ranked(record: Record) -> bool:

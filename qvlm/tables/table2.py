@@ -47,9 +47,8 @@ COLUMNS = (
     *("changed", "kl", "kl_error", "paper_model", "paper_accuracy", "run"),
 )
 
+TITLE = "# Table 2: accuracy in percent"
 HEAD = """\
-# Table 2: accuracy in percent
-
 NAT, SOC and LAN are the subjects natural, social and language science. TXT questions have a text as
 context, IMG questions an image, NO questions neither. G1-6 and G7-12 are school grades. Avg is over
 all questions. Answers are generated, and an answer that names no choice counts as {unparsable}.
@@ -58,8 +57,9 @@ all questions. Answers are generated, and an answer that names no choice counts 
 Two more measures stand beside accuracy. *Changed* is the share of questions whose answer is not
 that of full precision, right or wrong. *KL* is the divergence of the next token's distribution from
 that of full precision, in nats per token of the expected answer, with the interval of a mean over
-problems. It sees differences that no answer shows, on fewer questions.
+problems. It sees differences that no answer shows, on fewer questions."""
 
+PRINTED = """\
 Rows that begin with *paper* are what the paper prints for the larger model that ours stands for, on
 other questions. Compare the order of the methods and the size of their drops with them, not the
 values."""
@@ -137,10 +137,21 @@ def render(selection: Selection, made_with: str) -> str:
         selection: Records to show.
         made_with: Command that regenerates the page.
     """
+    return page([TITLE, HEAD, PRINTED], selection, made_with)
+
+
+def page(head: Sequence[str], selection: Selection, made_with: str) -> str:
+    """Returns a page that looks like Table 2.
+
+    Args:
+        head: Its title and the paragraphs below it; `{unparsable}` is what such answers count as.
+        selection: Records to show.
+        made_with: Command that regenerates the page.
+    """
     rules = sorted({record.metrics.get("unparsable_rule", "wrong") for record in selection.shown})
     words = {"wrong": "wrong", "random": "a random choice"}
     counted = " or ".join(words.get(rule, rule) for rule in rules) or "wrong"
-    parts = [HEAD.format(unparsable=counted)]
+    parts = [paragraph.format(unparsable=counted) for paragraph in head]
     for model, cells in selection.by_cell().items():
         parts += _model(model, cells)
     parts += left_out(selection)

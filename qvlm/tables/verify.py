@@ -20,7 +20,7 @@ from pathlib import Path
 from qvlm.command import folder, run_command
 from qvlm.errors import RunError
 from qvlm.records.strict import build
-from qvlm.tables import ablation, audit, claims, readme, table1, table2, table5, table6
+from qvlm.tables import ablation, audit, claims, readme, table1, table2, table2_real, table5, table6
 from qvlm.tables.answers import folder_of, read_answers, read_facts
 from qvlm.tables.command import Table, texts_of, write_files
 from qvlm.tables.differences import Difference, differences
@@ -98,7 +98,7 @@ def _sensitivity(results: Path, command: str) -> Mapping[str, str]:
 
 
 PAGES = (
-    *map(_of, (table1.TABLE, table2.TABLE, table5.TABLE, ablation.TABLE)),
+    *map(_of, (table1.TABLE, table2.TABLE, table2_real.TABLE, table5.TABLE, ablation.TABLE)),
     Page("table4", _table4),
     Page(table6.NAME, _table6),
     Page("claims", _claims),
