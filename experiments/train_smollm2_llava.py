@@ -41,13 +41,13 @@ from experiments.validation import accuracy_by_skill
 from qvlm.command import folder, run_command
 from qvlm.data.miniature import generate, stream
 from qvlm.data.prompts import Prompting
-from qvlm.models import Llava, LlavaArchitecture, LoadedModel, load_model
+from qvlm.models import Llava, LoadedModel, load_model
+from qvlm.models.architectures import with_tower
 from qvlm.quantization.targets import decoder_layers, quantizable
 from qvlm.records.environment import hardware
 from qvlm.records.files import write_file, write_folder
 
 RANK, ALPHA = 16, 32
-IMAGE_TOKEN_ID = 16  # one of SmolLM2's special tokens that no text has
 IGNORED = -100
 PROMPTING = Prompting("QCM-LEA", "smollm2")
 PROGRESS, ADAPTER = "progress.pt", "adapter.safetensors"
@@ -97,18 +97,8 @@ def build(language: str | Path, tower: str | Path = "mini_llava", seed: int = 0)
     """
     torch.manual_seed(seed)
     text, vision = load_model(language, "language", PROMPTING), load_model(tower, "tower")
-    source = vision.model.config
-    architecture = LlavaArchitecture(
-        vision_config=source.vision_config,
-        text_config=text.model.config,
-        image_token_index=min(IMAGE_TOKEN_ID, text.model.config.vocab_size - 1),
-        image_seq_length=source.image_seq_length,
-        vision_feature_layer=source.vision_feature_layer,
-        vision_feature_select_strategy=source.vision_feature_select_strategy,
-        projector_type="linear",
-        tie_word_embeddings=bool(text.model.config.tie_word_embeddings),
-        begins_with_bos=text.begins_with_bos,
-    )
+    config = vision.model.config
+    architecture = with_tower(text.model.config, config, text.begins_with_bos)
     model = Llava(architecture)
     model.model.language_model.load_state_dict(text.model.model.state_dict())
     model.model.vision_tower.load_state_dict(vision.model.model.vision_tower.state_dict())

@@ -7,15 +7,17 @@ same classes as a real config.json.
 
 from typing import Any
 
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from qvlm.errors import UserError
 from qvlm.models.checkpoints.families import read_blueprint, read_config
 from qvlm.models.checkpoints.language_model import is_language_model, read_language_model
 from qvlm.models.checkpoints.own import read_architecture
+from qvlm.models.llava import LlavaArchitecture
 from qvlm.models.load import MINIATURES, embedded
 from qvlm.models.networks import Architecture
 
+IMAGE_TOKEN_ID = 16  # one of SmolLM2's special tokens that no text has
 _LLAVA_7B: dict[str, Any] = {
     "architectures": ["LlavaLlamaForCausalLM"],
     "vocab_size": 32000,
@@ -95,15 +97,22 @@ KNOWN: dict[str, dict[str, Any]] = {
     "moe_llava_qwen": _MOE_LLAVA_QWEN,
     "smollm2": _SMOLLM2,
 }
+WITH_TOWERS = {
+    "smollm2_llava": ("smollm2", "mini_llava")
+}  # language model, tower of
 
 
 def architecture(name: str) -> Architecture:
-    """Returns the configuration of an embedded miniature or of a model in `KNOWN`.
+    """Returns the configuration of an embedded miniature or a model in `KNOWN` or `WITH_TOWERS`.
 
     Raises:
         UserError: If there is no such model.
     """
     owner = f"model {name}"
+    if name in WITH_TOWERS:
+        text, source = map(architecture, WITH_TOWERS[name])
+        assert isinstance(text, LlamaConfig) and isinstance(source, LlavaArchitecture)
+        return with_tower(text, source)
     if name in KNOWN and is_language_model(KNOWN[name]):
         return read_language_model(KNOWN[name], owner)
     if name in KNOWN:
@@ -112,8 +121,30 @@ def architecture(name: str) -> Architecture:
     if folder := embedded(name):
         return read_architecture(read_config(folder, owner), owner)
     miniatures = sorted(folder.name for folder in MINIATURES.iterdir() if folder.is_dir())
-    raise UserError(
-        f"model {name!r} is not known. Choose one of: {', '.join([*miniatures, *KNOWN])}."
+    known = ", ".join([*miniatures, *KNOWN, *WITH_TOWERS])
+    raise UserError(f"model {name!r} is not known. Choose one of: {known}.")
+
+
+def with_tower(
+    text: LlamaConfig, source: LlavaArchitecture, begins_with_bos: bool = False
+) -> LlavaArchitecture:
+    """Returns the configuration of a language model with the tower of a LLaVA and one linear.
+
+    Args:
+        text: Configuration of the language model.
+        source: Configuration of the LLaVA whose tower it gets.
+        begins_with_bos: Whether a text begins with the bos token.
+    """
+    return LlavaArchitecture(
+        vision_config=source.vision_config,
+        text_config=text,
+        image_token_index=min(IMAGE_TOKEN_ID, text.vocab_size - 1),
+        image_seq_length=source.image_seq_length,
+        vision_feature_layer=source.vision_feature_layer,
+        vision_feature_select_strategy=source.vision_feature_select_strategy,
+        projector_type="linear",
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+        begins_with_bos=begins_with_bos,
     )
 
 

@@ -46,6 +46,20 @@ def test_it_is_the_architecture_that_fit_and_preflight_know() -> None:
     assert loaded.model.config.tie_word_embeddings
 
 
+def test_the_one_with_a_tower_is_the_architecture_that_fit_and_preflight_know() -> None:
+    folder = FOLDER.parent / "smollm2_llava"
+    if not (folder / "config.json").is_file():
+        pytest.skip("smollm2_llava is not assembled; `make real` does it")
+    loaded = load_model(folder, "smollm2_llava", Prompting("QCM-LEA", "smollm2"))
+    known = architecture("smollm2_llava")
+    for part in ("vision_config", "text_config"):
+        own, expected = getattr(loaded.model.config, part), getattr(known, part)
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+            assert getattr(own, key) == getattr(expected, key)
+    assert not loaded.begins_with_bos
+    assert sum(p.numel() for p in loaded.model.parameters()) > 134e6
+
+
 def test_its_tokenizer_and_its_prompt_are_those_it_was_tuned_with() -> None:
     loaded = load_model(FOLDER, "smollm2", Prompting("CQM-A", "smollm2"))
     ids = loaded.tokenizer("in 1859")["input_ids"]

@@ -8,7 +8,7 @@ import torch
 
 from qvlm.cell import inputs as prepare
 from qvlm.methods import RTN
-from qvlm.models.architectures import KNOWN, architecture
+from qvlm.models.architectures import KNOWN, WITH_TOWERS, architecture
 from qvlm.models.meta import meta_model
 from qvlm.models.networks import image_tokens
 from qvlm.packing import pack_model, packed_layers, weight_bytes
@@ -91,7 +91,7 @@ def test_a_mixture_activates_what_its_authors_say(model: str, billions: float) -
 
 
 def test_every_model_of_the_configuration_is_known() -> None:
-    assert set(footprint.MODELS) == {*KNOWN, *MINIATURES}
+    assert set(footprint.MODELS) == {*KNOWN, *WITH_TOWERS, *MINIATURES}
 
 
 def test_cache_and_activations() -> None:
