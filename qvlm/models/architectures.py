@@ -97,9 +97,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "moe_llava_qwen": _MOE_LLAVA_QWEN,
     "smollm2": _SMOLLM2,
 }
-WITH_TOWERS = {
-    "smollm2_llava": ("smollm2", "mini_llava")
-}  # language model, tower of
+WITH_TOWERS = {"smollm2_llava": ("smollm2", "mini_llava")}  # language model, tower of
 
 
 def architecture(name: str) -> Architecture:
