@@ -19,7 +19,7 @@ from typing import Any
 
 from qvlm.bits import BitWidths
 from qvlm.records.record import Record
-from qvlm.tables.labels import REAL, bits_order, is_part_of_qvlm, method_order
+from qvlm.tables.labels import bits_order, is_part_of_qvlm, method_order
 from qvlm.tables.proof import fault
 from qvlm.validation import shown
 
@@ -64,11 +64,8 @@ def of_whole_method(record: Record) -> bool:
 
 
 def is_ordinary(record: Record) -> bool:
-    """Whether a record has no page of its own.
-
-    Other executions, claims, other data and the model with a real language model have.
-    """
-    return is_simulated(record) and not is_of_claims(record) and record.model != REAL
+    """Whether a record has no page of its own, as other executions, claims and other data have."""
+    return is_simulated(record) and not is_of_claims(record)
 
 
 def is_simulated(record: Record) -> bool:

@@ -19,7 +19,7 @@ from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
 from qvlm.tables import command
 from qvlm.tables.comparison import changed, compare, drop
-from qvlm.tables.labels import FP, PAPER
+from qvlm.tables.labels import FP, PAPER, REAL
 from qvlm.tables.published import (
     average_gaps,
     label,
@@ -278,7 +278,12 @@ def _printed_numbers(records: Sequence[Record]) -> list[str]:
     return ["## The printed numbers", "Shown as the paper prints them:", bullets(sentences)]
 
 
-TABLE = command.Table("table2", "Table 2", of_whole_method, long, render)
+def wanted(record: Record) -> bool:
+    """Whether a record concerns this table; the real language model has a page of its own."""
+    return of_whole_method(record) and record.model != REAL
+
+
+TABLE = command.Table("table2", "Table 2", wanted, long, render)
 
 
 def write(records: Iterable[Record], out: Path, made_with: str) -> tuple[Path, Path]:
@@ -295,7 +300,7 @@ def write(records: Iterable[Record], out: Path, made_with: str) -> tuple[Path, P
     Raises:
         UserError: If the folder cannot be written.
     """
-    return command.write(TABLE, select(records), out, made_with)
+    return command.write(TABLE, select(records, wanted), out, made_with)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

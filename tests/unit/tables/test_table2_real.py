@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from qvlm.records.record import find_records
-from qvlm.tables import table1, table2, table2_real
+from qvlm.report.content import Content
+from qvlm.tables import table2, table2_real
 from qvlm.tables.labels import CDM, REAL
 from qvlm.tables.selection import select
 from tests.helpers.pages import cells
@@ -28,10 +29,15 @@ def test_each_page_has_its_own_models(runs: Path) -> None:
     records = find_records(runs)
     shown = {
         table.name: {(r.model, r.method) for r in select(records, table.wanted).shown}
-        for table in (table1.TABLE, table2.TABLE, table2_real.TABLE)
+        for table in (table2.TABLE, table2_real.TABLE)
     }
     assert shown["table2_real"] == {(REAL, "FP"), (REAL, "QLoRA"), (REAL, CDM)}
-    assert {model for model, _ in shown["table1"] | shown["table2"]} == {"mini_llava"}
+    assert {model for model, _ in shown["table2"]} == {"mini_llava"}
+
+
+def test_the_report_shows_it_beside_the_others(runs: Path) -> None:
+    shown = {record.model for record in Content.of(find_records(runs)).records}
+    assert shown == {REAL, "mini_llava"}
 
 
 def test_the_page_says_what_guessing_gives(runs: Path, tmp_path: Path) -> None:
