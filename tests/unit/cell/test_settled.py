@@ -251,5 +251,7 @@ def test_options_that_agree_with_it_or_are_defaults_are_accepted(tmp_path: Path)
     write_json(tmp_path, WHOLE)
     words = [f"model.packed={tmp_path}", "method=rtn", "bits=w4a4", "model=mini_llava", "seed=5"]
     words += ["evaluation.limit=3", "model.path=mini_llava", "calibration.samples=64"]
-    require_agreement(load(*words), words)
+    require_agreement(load(*words), words)  # raises nothing
     require_agreement(load(words[0], "bits=w8a8"), words[:1])  # as a default would be
+    with pytest.raises(UserError):  # and where it was asked for
+        require_agreement(load(words[0], "bits=w8a8"), [words[0], "bits=w8a8"])
