@@ -40,6 +40,7 @@ import torch
 import yaml
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -287,6 +288,33 @@ def joint_batches(loaded: LoadedModel, seed: int, size: int, first: int) -> Iter
         pool_index += 1
 
 
+class JointBatches(IterableDataset):
+    """The batches of `joint_batches`, made in a process of their own where a GPU would wait.
+
+    Args:
+        loaded: Model whose tokenizer and image processor write the batches.
+        recipe: Recipe that says their size and seed.
+        first: Number of the first batch.
+    """
+
+    def __init__(self, loaded: LoadedModel, recipe: Recipe, first: int) -> None:
+        self.loaded, self.recipe, self.first = loaded, recipe, first
+
+    def __iter__(self) -> Iterator[Batch]:
+        return joint_batches(self.loaded, self.recipe.seed, self.recipe.batch_size, self.first)
+
+    def ahead(self, workers: int) -> Iterator[Batch]:
+        """Yields the batches in order.
+
+        Args:
+            workers: Number of processes that make them ahead, 0 or 1.
+        """
+        context = "fork" if workers else None
+        return iter(
+            DataLoader(self, batch_size=None, num_workers=workers, multiprocessing_context=context)
+        )
+
+
 def loss_and_accuracy(
     model: Llava, batch: Batch, letters: Tensor, letter_weight: float
 ) -> tuple[Tensor, float, float]:
@@ -518,7 +546,7 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, device: str, every: 
 
     lookups.size = len(lookups.words)
     validation = generate("validation", VALIDATION_PROBLEMS, seed=recipe.seed)
-    batches = joint_batches(loaded, recipe.seed, recipe.batch_size, joint_step)
+    batches = JointBatches(loaded, recipe, joint_step).ahead(workers=int(device != "cpu"))
     while joint_step < recipe.joint_steps:
         rng = random.Random(f"mix-{recipe.seed}-{joint_step}")
         factor = joint_factor(joint_step, recipe)

@@ -77,6 +77,19 @@ def test_batches_do_not_depend_on_where_a_run_was_cut() -> None:
         assert torch.equal(one.input_ids, other.input_ids)
 
 
+def test_batches_made_ahead_by_another_process_are_the_same() -> None:
+    loaded, expected = first_batches(3, 3)
+    recipe = training.Recipe(joint_steps=6, batch_size=8)
+    found = training.JointBatches(loaded, recipe, first=3).ahead(workers=1)
+    for batch in expected:
+        made = next(found)
+        assert torch.equal(made.input_ids, batch.input_ids)
+        assert torch.equal(made.labels, batch.labels)
+        assert (made.pixel_values is None) == (batch.pixel_values is None)
+        if batch.pixel_values is not None:
+            assert torch.equal(made.pixel_values, batch.pixel_values)
+
+
 @pytest.mark.parametrize("name", sorted(training.RECIPES))
 def test_a_resumed_run_ends_with_the_same_weights(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
