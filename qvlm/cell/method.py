@@ -16,7 +16,7 @@ from qvlm.packing import read_origin
 from qvlm.quantization import Walk
 from qvlm.validation import plain_parameters
 
-STREAMABLE = "rtn, awq, layerwise, qlora, zeroquant, smoothquant, gptq, quarot"
+STREAMABLE = "rtn, awq, layerwise, qvlm_cdm, qlora, zeroquant, smoothquant, gptq, quarot"
 
 
 def method_class(node: Mapping[str, Any]) -> Any:
@@ -116,7 +116,7 @@ def method_of(config: RunConfig) -> Method:
 def not_streamable(method: str) -> UserError:
     """Makes the error for a method that needs more of the model than one layer at a time."""
     return UserError(
-        f"stream=true is not possible with {method}, which reads layers of the float model before "
-        "it quantizes them. A stream reads each layer once. Choose a method that takes block after "
-        f"block: {STREAMABLE}."
+        f"stream=true is not possible with {method}, which needs more of the model than one layer "
+        "at a time. Choose a method that takes block after block, or surveys the float model "
+        f"first: {STREAMABLE}."
     )

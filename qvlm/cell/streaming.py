@@ -6,9 +6,9 @@ dropped. From there on one decoder layer is read, quantized, run, packed and wri
 next, and only the hidden states of the calibration problems stay in memory beside it. The result
 equals that of packing in memory, to the bit.
 
-A method that needs a layer twice, or several layers at once, cannot be streamed. Q-VLM looks for
-dependencies in the float model before it quantizes, and tunes the vision tower through the
-language model.
+A method that needs the whole model, or several layers at once, cannot be streamed: Q-VLM tunes the
+vision tower through the language model. A method that looks at the float model first can be, as
+Q-VLM does to mine dependencies: the stream is then read twice.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from qvlm.models.meta import materialize
 from qvlm.models.packed import save_encoding
 from qvlm.packing import PartialCheckpoint, read_origin
 from qvlm.quantization import Block, QuantizationConfig, expected_layers
-from qvlm.quantization.block import advance
+from qvlm.quantization.block import Call, advance
 from qvlm.quantization.targets import block_layers, quantizable
 from qvlm.runtime.stages import Stages
 
@@ -63,6 +63,27 @@ class StreamedWalk(ProgressWalk):
         self.stream = stream
         self.finished = stream.done
         self.uncalibrated = list(stream.uncalibrated)
+
+    def survey(self) -> Iterator[Block]:
+        """Yields the float blocks, and keeps no decoder layer but the one at hand.
+
+        Embeddings, tower and projector stay in memory, because `blocks` needs them again.
+        """
+        calls: list[Call] = []
+        for position, name in enumerate(self.names):
+            kind, module = self._layers[name]
+            if self._is_entry(name):
+                calls = self._catch(name)
+            if kind == "language":
+                materialize(module, name, self.tensors, self.device)
+                self.tensors.close()
+            block = self._block({name: module}, kind, calls)
+            yield block
+            block.close()
+            following = self.names[position + 1 :][:1]
+            calls = advance(module, calls) if following and not self._is_entry(following[0]) else []
+            if kind == "language":
+                module.to("meta")
 
     def _visit(self, runs: Sequence[Sequence[str]]) -> Iterator[Block]:
         if any(len(run) > 1 for run in runs):

@@ -8,13 +8,13 @@
    methods share, with the ranges that every method starts from. Pass `input_quantizer` or `weights`
    to differ from it.
 4. Try candidates with `block.replace`, `block.run` and `block.restore`, and compare their outputs
-   with `block.float_outputs()`. `walk.blocks(partition)` joins several layers into one block. A
-   first walk on which nothing is replaced visits the float model.
+   with `block.float_outputs()`. `walk.blocks(partition)` joins several layers into one block.
+   `walk.survey()`, before it, visits the float model.
 5. Replace every linear of a block before you ask for the next one: the walk runs the block as it is
    then, and the proof of bits refuses a model that contains a float layer.
 6. Return a `MethodReport` with the cost of the search and what a reader of the record should know.
-7. Set `one_pass = False` if the method walks more than once or needs the whole model. It is then
-   refused where a model is streamed layer by layer.
+7. Set `one_pass = False` if the method needs more than surveys and one walk: the whole model, or
+   several layers at once. It is then refused where a model is streamed layer by layer.
 8. Equal inputs and an equal seed must result in equal codes. No choice may depend on time or on
    global random state.
 """

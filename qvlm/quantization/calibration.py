@@ -9,8 +9,8 @@ The order is vision layers, projector, decoder layers. At the projector and at t
 layer the walk runs the model up to there once more. That costs another pass of the vision tower and
 leaves feature selection, placement of image features, masks and positions to the model's own code.
 
-A block is valid until the next one is asked for. A walk on which nothing is replaced is a walk over
-the float model, and `blocks` can be called again, so a method may look first and quantize later.
+A block is valid until the next one is asked for. `survey` walks over the float model, and `blocks`
+can be called after it, so a method may look first and quantize later.
 
 A model that a table lists (`qvlm.families`) is watched first, so that each layer gets the arguments
 that the model gives it (see `tracing`). Any other model, of which only one layer may be in memory,
@@ -101,6 +101,14 @@ class Walk:
             partition = [[name] for name in self._layers]
         self._check_partition(partition)
         return self._visit(partition)
+
+    def survey(self) -> Iterator[Block]:
+        """Yields the blocks of the float model in order, for a method that looks first.
+
+        Nothing may be replaced, and `blocks` has not been called before. A stream can be surveyed
+        as often as one likes; each survey reads the decoder layers once.
+        """
+        return self.blocks()
 
     def _visit(self, partition: Sequence[Sequence[str]]) -> Iterator[Block]:
         inputs: list[Call] = []

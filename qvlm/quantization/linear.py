@@ -45,7 +45,7 @@ class QuantLinear(nn.Module):
     Attributes:
         weight: Dequantized weight [out, in], float32 or float64, which is the type that the layer
             computes in; None while the float weight is kept. If the input quantizer folds, it is
-            that of W' (see the module's docstring).
+            that of W' (see the module's docstring). After `keep_in`, of 16 bits.
         float_weight: Float weight [out, in] before quantization, or None.
         layer_name: Full name in the model, for errors and records.
         first_token: Knowledge of first positions, whose input stays in floating point, or None.
@@ -122,10 +122,11 @@ class QuantLinear(nn.Module):
         if not all_finite(x):
             raise RunError(f"the input of {self.layer_name or 'a linear'} is not finite")
         weight, folding = self.quantized_weight(), _folding(self.input_quantizer)
-        read = (hadamard_transform(x) if self.hadamard else x).to(weight.dtype)
+        computing = torch.promote_types(weight.dtype, torch.float32)
+        read = (hadamard_transform(x) if self.hadamard else x).to(computing)
         unit = None if folding is None else folding.scale
         inputs = with_first_in_float(self._quantized_input(read), read, unit, self.first_token)
-        return F.linear(inputs, weight, self.bias).to(x.dtype)
+        return F.linear(inputs.to(weight.dtype), weight, self.bias).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The dequantized weight [out, in]; differentiable while the float weight is kept."""
@@ -147,6 +148,18 @@ class QuantLinear(nn.Module):
         if isinstance(bias, nn.Parameter):
             del self.bias
             self.register_buffer("bias", bias.detach())
+
+    @torch.no_grad()
+    def keep_in(self, dtype: torch.dtype) -> None:
+        """Rounds the dequantized weight to a type of 16 bits, which takes half of the memory.
+
+        The layer then computes in that type and has no codes any more. This is for a layer that is
+        going to be undone, as in a simulation that something else is tuned in.
+        """
+        assert self.weight is not None
+        self.weight = self.weight.to(dtype)
+        if self.bias is not None:
+            self.bias = self.bias.to(dtype)
 
     @torch.no_grad()
     def compute_in_float64(self) -> None:

@@ -20,6 +20,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+HALF = (torch.float16, torch.bfloat16)  # the types of 16 bits
+
 
 def wide(x: Tensor) -> Tensor:
     """Returns `x` in the type to compute in: float64 if it is float64, otherwise float32."""

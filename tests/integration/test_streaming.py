@@ -133,11 +133,12 @@ def assert_same(folder: Path, other: Path) -> None:
         assert (folder / file).read_text() == (other / file).read_text()
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "layerwise", "qlora", "zeroquant"])
+@pytest.mark.parametrize("method", ["rtn", "awq", "layerwise", "qvlm_cdm", "qlora", "zeroquant"])
 @pytest.mark.parametrize("model", ["mini_llava", "mini_moe_llava"])
 def test_a_stream_writes_what_memory_would(model: str, method: str, tmp_path: Path) -> None:
     words = ["method.n_grid=3", "method.max_shrink=0.1"] if method == "awq" else []
-    words += ["method.percentiles=[1.0,0.99]"] if method == "layerwise" else []
+    words += ["method.percentiles=[1.0,0.99]"] if method in ("layerwise", "qvlm_cdm") else []
+    words += ["method.mining_tokens=64"] if method == "qvlm_cdm" else []
     config = streamed(tmp_path / "stream", f"model={model}", f"method={method}", *words)
     write_stream(config)
     write_in_memory(config, tmp_path / "memory")
@@ -245,8 +246,9 @@ def server() -> ForkServerContext:
     [
         ["model=mini_moe_llava", "method=awq", "method.n_grid=3", "method.max_shrink=0.1"],
         ["method=qlora"],
+        ["method=qvlm_cdm", "method.percentiles=[1.0,0.99]", "method.mining_tokens=64"],
     ],
-    ids=["awq", "qlora"],
+    ids=["awq", "qlora", "qvlm_cdm"],
 )
 def test_what_is_killed_goes_on_and_ends_the_same(
     overrides: list[str], server: ForkServerContext, tmp_path: Path
@@ -336,11 +338,14 @@ class Joins:
         return MethodReport()
 
 
-@pytest.mark.parametrize("method", ["qvlm", "qvlm_cdm", "qvlm_veo"])
-def test_what_sees_layers_twice_is_refused_before_anything_runs(
-    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "method", [["qvlm"], ["qvlm_veo"], ["qvlm_cdm", "method.granularity=layer"]], ids="+".join
+)
+def test_what_needs_several_layers_is_refused_before_anything_runs(
+    method: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*FEW, f"method={method}", "stream=true", f"save_packed={tmp_path}/packed"]
+    words = [*FEW, f"method={method[0]}", *method[1:]]
+    words += ["stream=true", f"save_packed={tmp_path}/packed"]
     assert main([*words, f"results_dir={tmp_path}/results"]) == 2
     assert "error: stream=true is not possible with Q-VLM" in capsys.readouterr().err
     assert not (tmp_path / "packed.partial").exists()
@@ -349,7 +354,7 @@ def test_what_sees_layers_twice_is_refused_before_anything_runs(
 @pytest.mark.parametrize("method", [Looks(), Joins()], ids=lambda method: method.name)
 def test_a_strangers_method_is_refused_at_the_first_block(method: Any, tmp_path: Path) -> None:
     config = streamed(tmp_path / "packed")
-    with Stages("test", 2) as stages, pytest.raises(UserError, match="each layer once"):
+    with Stages("test", 2) as stages, pytest.raises(UserError, match="one layer at a time"):
         stream_cell(unidentified(config), method, "cpu", stages)
 
 

@@ -30,7 +30,8 @@ more. Layers that do not read the same tokens (two experts, vision and language)
 For comparison (Table 5) there is a second proxy, the relative quantization error of the two
 activations.
 
-Mining needs one pass over the calibration data, with the samples of one block in memory. Not here:
+Mining needs one pass over the calibration data, with the samples of one block in memory, so that a
+streamed model can be mined (see `Walk.survey`). Not here:
 dependencies across the end of a decoder layer, unless whole decoder layers are the units.
 """
 
@@ -186,7 +187,7 @@ class Chain:
 def mine(
     walk: Walk, dependency: Dependency, granularity: str, max_tokens: int, scale_free: bool = False
 ) -> list[Chain]:
-    """Walks the float model once and measures the dependencies of consecutive layers.
+    """Surveys the float model once and measures the dependencies of consecutive layers.
 
     Args:
         walk: Walk over a float model.
@@ -200,7 +201,7 @@ def mine(
     chains: list[Chain] = []
     previous: Activation | None = None
     kind = ""
-    for block in walk.blocks():
+    for block in walk.survey():
         read = _activations(block, max_tokens, scale_free)
         part = "vision" if block.kind == "vision" else "language"
         if granularity == "linear":

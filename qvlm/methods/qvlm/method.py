@@ -60,12 +60,14 @@ class QVLM:
         veo_layers: Layers whose dependencies L_ent sums: "vision", or "language" for the linears of
             the language model that read every token, as in the released code.
         veo_epochs, veo_batch_size, veo_learning_rate, veo_regression, veo_entropy, veo_error,
-            veo_eta, seed: See `Tuning`.
+            veo_eta, veo_checkpointing, seed: See `Tuning`.
 
     Attributes:
         name: "Q-VLM" for the whole method. The name of a part states which parts it has, so that no
             table mistakes it for the whole.
-        one_pass: Whether the method needs each layer only once, when it quantizes the layer.
+        one_pass: Whether a stream is enough, which holds one layer at a time. Dependencies are
+            mined in a pass of their own over the stream. The tower is tuned through the whole
+            model, and segments of whole layers need several at once.
 
     Raises:
         UserError: If an option has a value that is not accepted; the message names both.
@@ -98,6 +100,7 @@ class QVLM:
         veo_error: float = 1.0,
         veo_eta: float = 1.0,
         veo_layers: str = "vision",
+        veo_checkpointing: bool | None = None,
         seed: int = 0,
     ) -> None:
         check_depth(max_depth)
@@ -114,7 +117,7 @@ class QVLM:
             validation.switch(f"method.{option}", switch)
         validation.whole_number("method.mining_tokens", mining_tokens)
         self.name = with_weights(_name(cdm, veo, proxy, granularity), weights)
-        self.one_pass = not cdm and not veo
+        self.one_pass = not veo and (granularity == "linear" or not cdm)
         self.cdm = cdm
         self.veo = veo
         self.max_depth = max_depth if cdm else 1
@@ -139,6 +142,7 @@ class QVLM:
             veo_entropy,
             veo_error,
             veo_eta,
+            veo_checkpointing,
             seed,
         )
 

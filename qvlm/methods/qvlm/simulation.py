@@ -10,14 +10,16 @@ from qvlm.methods.qvlm.candidates import weights_of
 from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.methods.qvlm.vision_loss import Layers
 from qvlm.quantization import QuantLinear, UniformQuantizer, Walk
-from qvlm.quantization.precision import settled
+from qvlm.quantization.precision import HALF, settled
 from qvlm.quantization.targets import decoder_layers, vision_layers
 
 
 def simulate(walk: Walk, options: SearchOptions) -> dict[str, nn.Linear]:
     """Quantizes the walk's model with the ranges that every method starts from.
 
-    The quantized linears of the vision tower stay trainable.
+    The quantized linears of the vision tower stay trainable, in float32 or float64. In a model of
+    16 bits the others keep their simulated weights in 16 bits, too (bfloat16): nothing trains
+    them, and in float32 those of a 13B alone would take 52 GB.
 
     Args:
         walk: Walk over the model.
@@ -33,6 +35,8 @@ def simulate(walk: Walk, options: SearchOptions) -> dict[str, nn.Linear]:
             keep = block.kind == "vision"
             weights = weights_of(block.spec(name)[0], options)
             layer = block.quantize_linear(name, samples, weights=weights, keep_float=keep)
+            if not keep and floats[block.layer_name(name)].weight.dtype in HALF:
+                layer.keep_in(torch.bfloat16)
             block.replace(name, layer)
     return floats
 

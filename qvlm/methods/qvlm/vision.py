@@ -6,18 +6,26 @@ set to minimize eq. (10), which is in `vision_loss.py`.
 
 Rounding has a straight-through gradient, and grids are constants, in the dependencies too. The
 parameters are those of the tower's layers (weights and biases of linears and norms) that are
-float32 or float64. Tuned parameters are rounded to float32, so that any machine goes on from the
-same tower (see `qvlm.quantization.precision`). The released code contains no training; it tries the
-ratios 1, 0.999 and 0.998 for the tower's ranges.
+float32 or float64: in a model of 16 bits the quantized linears, whose float weights are copies in
+float32. Tuned parameters are rounded to float32, so that any machine goes on from the same tower
+(see `qvlm.quantization.precision`). The released code contains no training; it tries the ratios 1,
+0.999 and 0.998 for the tower's ranges.
+
+Gradients pass through the whole language model. With `Tuning.checkpointing` a layer keeps its input
+alone and is computed again in the backward pass (T. Chen et al., arXiv 1604.06174), so that the
+activations of one layer are in memory at a time. In float16 the loss is scaled, so that gradients
+do not vanish (P. Micikevicius et al., arXiv 1710.03740).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import cos, isfinite, pi
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qvlm.errors import RunError, UserError
@@ -30,8 +38,8 @@ from qvlm.methods.qvlm.vision_loss import (
     jacobian_norms,
     loss_terms,
 )
-from qvlm.quantization.precision import settled
-from qvlm.quantization.targets import vision_layers
+from qvlm.quantization.precision import HALF, settled
+from qvlm.quantization.targets import decoder_layers, vision_layers
 
 
 def with_images(batches: Sequence[Batch]) -> list[Batch]:
@@ -74,10 +82,14 @@ def fine_tune(
     Raises:
         RunError: If the loss is not finite.
     """
-    with _only_tower_trains(model) as parameters:
+    half = next((p.dtype for p in model.parameters() if p.dtype in HALF), None)
+    again = half is not None if tuning.checkpointing is None else tuning.checkpointing
+    scaler = torch.amp.GradScaler(model.device.type, enabled=half == torch.float16)
+    with _only_tower_trains(model) as parameters, computed_again(model, again):
         jacobians = dict.fromkeys(layers, 0.0)
         if tuning.entropy:
-            jacobians = jacobian_norms(model, batches, references, layers)
+            factor = scaler.get_scale() if scaler.is_enabled() else 1.0
+            jacobians = jacobian_norms(model, batches, references, layers, factor)
         steps = schedule([len(batch["input_ids"]) for batch in batches], tuning)
         optimizer = torch.optim.Adam(parameters, lr=tuning.learning_rate)
         history: list[dict[str, float]] = []
@@ -93,12 +105,13 @@ def fine_tune(
                 share = len(batch["input_ids"]) / pairs
                 if not isfinite(terms.total.item()):
                     raise RunError("the loss of the visual encoder optimization is not finite")
-                (terms.total * share).backward()
+                scaler.scale(terms.total * share).backward()
                 for name in history[-1]:
                     history[-1][name] += getattr(terms, name).item() * len(batch["input_ids"])
             for group in optimizer.param_groups:
                 group["lr"] = tuning.learning_rate * 0.5 * (1 + cos(pi * position / len(steps)))
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for parameter in parameters:
@@ -110,6 +123,29 @@ def fine_tune(
         "jacobian_norms": jacobians,
         "losses": [{name: value / count for name, value in sums.items()} for sums in history],
     }
+
+
+@contextmanager
+def computed_again(model: PreTrainedModel, active: bool = True) -> Iterator[None]:
+    """Makes each layer of tower and language model keep its input alone for the backward pass.
+
+    Args:
+        model: Model whose gradients are going to be computed.
+        active: Whether it does anything.
+    """
+    layers = [*vision_layers(model).values(), *decoder_layers(model).values()] if active else []
+    before = [(layer, layer.__dict__.get("forward")) for layer in layers]
+    for layer in layers:
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    try:
+        yield
+    finally:
+        for layer, own in before:
+            del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from qvlm.errors import UserError
 from qvlm.methods.qvlm.dependency import Activation, Joint, conditional_entropy
 from qvlm.quantization import Quantizer
 from qvlm.quantization.hooks import hooked
+from qvlm.quantization.precision import wide
 from qvlm.quantization.sampling import evenly_spaced
 from qvlm.quantization.targets import parts_of, projector
 
@@ -61,6 +62,8 @@ class Tuning:
         entropy: Weight of L_ent, lambda_1.
         error: Weight of L_err, lambda_2.
         eta: Weight of the model's output in L_err.
+        checkpointing: Whether layers are computed again in the backward pass instead of keeping
+            their activations. None stands for models of 16 bits.
         seed: Seed of the order of the batches.
 
     Raises:
@@ -74,6 +77,7 @@ class Tuning:
     entropy: float = 0.1
     error: float = 1.0
     eta: float = 1.0
+    checkpointing: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +85,8 @@ class Tuning:
             validation.whole_number(f"method.veo_{name}", getattr(self, name))
         for name in ("learning_rate", "regression", "entropy", "error", "eta"):
             validation.number(f"method.veo_{name}", getattr(self, name))
+        if self.checkpointing is not None:
+            validation.switch("method.veo_checkpointing", self.checkpointing)
         validation.whole_number("method.seed", self.seed, least=0)
 
 
@@ -185,11 +191,19 @@ def jacobian_norms(
     batches: Sequence[Batch],
     references: Sequence[Reference],
     layers: Layers,
+    factor: float = 1.0,
 ) -> dict[str, float]:
     """Computes J_k of eq. (8): ||d ||Xn_q - Xn_r|| / d X_k|| over all batches.
 
     The norms are scaled to sum to one. J_k is zero for a layer that the output does not depend on,
     and for all layers if the error is zero.
+
+    Args:
+        model: Model with simulated quantization.
+        batches: Batches with images.
+        references: Results of the float model for each batch.
+        layers: Layers whose inputs X_k are.
+        factor: Number that the error is multiplied by, so that gradients in float16 do not vanish.
     """
     squares = dict.fromkeys(layers, 0.0)
     if not layers:
@@ -197,12 +211,13 @@ def jacobian_norms(
     for batch, kept in zip(batches, references, strict=True):
         with _observed(model, layers, track=True) as seen:
             _logits(model, batch)
-        names = list(seen.inputs)
-        gradients = torch.autograd.grad(
-            _distance(seen.final, kept.final) * len(batch["input_ids"]),
-            [seen.inputs[name] for name in names],
-            allow_unused=True,
-        )
+            names = list(seen.inputs)
+            # Inside, because layers may run again, and have to see the same inputs.
+            gradients = torch.autograd.grad(
+                _distance(seen.final, kept.final) * len(batch["input_ids"]) * factor,
+                [seen.inputs[name] for name in names],
+                allow_unused=True,
+            )
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 squares[name] += float(gradient.double().square().sum())
@@ -267,7 +282,7 @@ def _one_projector(model: PreTrainedModel) -> nn.Module:
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return model(**inputs, use_cache=False).logits
+    return wide(model(**inputs, use_cache=False).logits)
 
 
 def _some_tokens(x: Tensor, width: int, quantizer: Quantizer) -> Tensor:
@@ -279,5 +294,6 @@ def _some_tokens(x: Tensor, width: int, quantizer: Quantizer) -> Tensor:
 
 def _distance(value: Tensor, target: Tensor) -> Tensor:
     """The mean over rows of ||value - target|| / ||target||."""
+    value, target = wide(value), wide(target)  # a norm may be too large for float16
     difference = (value - target).flatten(1).norm(dim=1)
     return (difference / target.flatten(1).norm(dim=1).clamp_min(1e-12)).mean()

@@ -16,7 +16,7 @@ from qvlm.methods.qvlm import vision_loss
 from qvlm.methods.qvlm.dependency import JOINTS, Activation, conditional_entropy, element_joint
 from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.methods.qvlm.simulation import freeze, simulate, tower_layers, unwind
-from qvlm.methods.qvlm.vision import fine_tune, schedule, with_images
+from qvlm.methods.qvlm.vision import computed_again, fine_tune, schedule, with_images
 from qvlm.methods.qvlm.vision_loss import Reference, Tuning, jacobian_norms, loss_terms, reference
 from qvlm.quantization import (
     QuantizationConfig,
@@ -466,6 +466,62 @@ def test_batches_make_steps_of_the_size_asked_for() -> None:
         assert all(count >= 4 for count in pairs[:-1])
         assert all(sum(sizes[index] for index in step[:-1]) < 4 for step in own)
     assert len({str(step) for _, step in steps}) > len(steps) / 3  # not one order for all
+
+
+def test_layers_that_are_computed_again_change_no_bit_and_keep_less() -> None:
+    tuned, kept = [], []
+    for checkpointing in (False, True):
+        model, references = simulated()
+        tune(model, references, checkpointing=checkpointing)
+        tuned.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        assert "forward" not in model.get_submodule(f"{TOWER}.0").__dict__
+        kept.append(bytes_kept(model, references[0], checkpointing))
+    for name, tensor in tuned[0].items():
+        assert torch.equal(tensor, tuned[1][name]), name
+    assert kept[1] < kept[0] / 3
+
+
+def bytes_kept(model: nn.Module, kept: Reference, checkpointing: bool) -> int:
+    """Bytes that one backward pass through the model finds in memory, each storage once."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.state_dict().values()}
+    with only_tower(model), computed_again(model, checkpointing):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            tuning = Tuning(entropy=0.0)
+            terms = loss_terms(model, toy_batch(), kept, {}, {}, element_joint, tuning)
+        terms.total.backward()
+    return sum(size for address, size in sizes.items() if address not in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_16_bits_is_tuned_in_copies_of_the_tower(dtype: torch.dtype) -> None:
+    model = build().to(dtype)
+    batches = [
+        {key: value.to(dtype) if value.is_floating_point() else value for key, value in one.items()}
+        for one in toy_batches(2)
+    ]
+    references = [reference(model, batch) for batch in batches]
+    floats = simulate(Walk(model, batches, config()), SearchOptions())
+    decoder = model.get_submodule("model.language_model.layers.0.mlp.down_proj")
+    assert decoder.weight.dtype == torch.bfloat16
+    assert model.get_submodule(f"{TOWER}.0.mlp.fc1").float_weight.dtype == torch.float32
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuning = Tuning(epochs=8, learning_rate=1e-3)
+    found = fine_tune(model, batches, references, tower_layers(model), JOINTS["elements"], tuning)
+    losses = [epoch["total"] for epoch in found["losses"]]
+    assert losses[-1] < losses[0]
+    assert sum(found["jacobian_norms"].values()) == pytest.approx(1)
+    changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed
+    assert all(name.startswith(TOWER) for name in changed)
+    unwind(model, floats)
+    assert {p.dtype for p in model.parameters()} == {dtype}
 
 
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:
