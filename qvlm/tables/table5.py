@@ -15,7 +15,7 @@ Both rows group layers into blocks by a proxy of how much they depend on each ot
 block jointly, without visual encoder optimization. The proxy of *CDM only* is the conditional
 entropy of eq. 4, that of *error proxy* the mean relative quantization error of the two activations.
 Accuracy is in percent on all questions, and an answer that names no choice counts as wrong. Search
-is the wall time of mining and searching. Memory is the peak of the whole process while it quantizes
+is the CPU time of mining and searching. Memory is the peak of the whole process while it quantizes
 in simulation.
 
 Rows that begin with *paper* are what the paper prints for larger models."""
