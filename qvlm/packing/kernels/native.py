@@ -8,7 +8,7 @@ rows only.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -83,10 +83,11 @@ class _Native(Kernel):
         return bf16_operands(magnitude)
 
     def _integer_product(self, layer: PackedLinear, x: Tensor) -> Tensor:
-        scale, zero_point = layer.input_grid(x)
+        kept, bits = _kept(layer), layer.form.input_bits
+        x = x if x.dtype == torch.bfloat16 else x.float()
+        scale, zero_point = kept.grid or library.token_grids(x, layer.form.ratio, bits)
         order = layer.order if layer.form.ordered else None
-        bits = layer.form.input_bits
-        y = library.integer_product(_weight(layer), x, scale, zero_point, bits, order)
+        y = library.integer_product(kept.weight, x, scale, zero_point, bits, order)
         if layer.form.folds or layer.input_sharing() == "group":
             return y
         return y.mul_(scale if layer.shares_input_scale(scale) else scale[0])
@@ -100,18 +101,36 @@ def _rounds(weight: library.Weight, x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and weight.is_paired()
 
 
-# Weights as the library reads them, which a layer of a hundred channels would wait for.
-_WEIGHTS: WeakKeyDictionary[PackedLinear, tuple[tuple[Tensor, ...], library.Weight]]
-_WEIGHTS = WeakKeyDictionary()
+class _Kept(NamedTuple):
+    """What is made of a layer's buffers once: a layer of a hundred channels would wait for it.
+
+    Attributes:
+        buffers: Buffers that it was made of.
+        weight: Weight as the library reads it.
+        grid: Scale and zero point of a static input, or None.
+    """
+
+    buffers: tuple[Tensor | None, ...]
+    weight: library.Weight
+    grid: tuple[Tensor, Tensor] | None
+
+
+_KEPT: WeakKeyDictionary[PackedLinear, _Kept] = WeakKeyDictionary()
+
+
+def _kept(layer: PackedLinear) -> _Kept:
+    """Returns what is kept of a layer, made anew if its buffers are other ones."""
+    buffers = tuple(layer._buffers.values())
+    kept = _KEPT.get(layer)
+    if kept is None or not all(map(operator.is_, kept.buffers, buffers)):
+        grid = layer.input_grid(layer.codes) if layer.form.inputs == "static" else None
+        kept = _KEPT[layer] = _Kept(buffers, _new_weight(layer), grid)
+    return kept
 
 
 def _weight(layer: PackedLinear) -> library.Weight:
-    """Returns a layer's weight as the library reads it, which is kept with the layer's buffers."""
-    buffers = tuple(layer.buffers(recurse=False))
-    kept = _WEIGHTS.get(layer)
-    if kept is None or not all(map(operator.is_, kept[0], buffers)):
-        kept = _WEIGHTS[layer] = (buffers, _new_weight(layer))
-    return kept[1]
+    """Returns a layer's weight as the library reads it."""
+    return _kept(layer).weight
 
 
 def _new_weight(layer: PackedLinear) -> library.Weight:

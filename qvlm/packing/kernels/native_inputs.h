@@ -52,3 +52,32 @@ static void quantize(const Input *in, int64_t row, int from_middle, int16_t *t) 
         memcpy(t + k, &narrow, count == LANES ? sizeof narrow : count * sizeof(int16_t));
     }
 }
+
+/* Writes scale and zero point of each input row, whose range is its smallest and its largest number
+   times `ratio`, as `affine_grid` of Python does, to the bit. */
+void token_grids(const Input *in, float ratio, float *scale, float *zero) {
+    const float levels = (float)((1 << in->bits) - 1), largest = (float)(FLT_MAX * (1 - 1e-6));
+    _Pragma("omp parallel for schedule(static) if (in->rows * in->width > SMALL)")
+    for (int64_t row = 0; row < in->rows; row++) {
+        vf lowest = {0}, highest = {0}; /* every range contains zero */
+        for (int64_t k = 0; k < in->width; k += LANES) {
+            vf x = load_input(in, row, k);
+            lowest = smaller(lowest, x);
+            highest = larger(highest, x);
+        }
+        float lo = 0, hi = 0;
+        for (int64_t i = 0; i < LANES; i++) {
+            if (lowest[i] < lo) lo = lowest[i];
+            if (highest[i] > hi) hi = highest[i];
+        }
+        lo *= ratio;
+        hi *= ratio;
+        float step = hi / levels - lo / levels;
+        if (step < FLT_MIN) step = FLT_MIN;
+        float z = nearest(all_floats(-lo / step))[0];
+        z = z > levels ? levels : z;
+        float longest = z > levels - z ? z : levels - z, most = 1 / longest * largest;
+        scale[row] = step < most ? step : most;
+        zero[row] = z;
+    }
+}

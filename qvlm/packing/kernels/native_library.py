@@ -8,6 +8,7 @@ in registers. In the notation of `base.py`:
   native_rows.h); for many rows it unpacks the weight into tiles (`integer_tiles`). Sums of runs are
   added in float32 for an input in bf16, and in float64 for any other. The output in float64 is then
   rounded once, to what `compute_in_float64` of a simulated layer gives.
+- `token_grids` finds the grid of each row of an input that has scales of tokens.
 - `float_product` multiplies a float input with the dequantized weight, which it makes in registers.
   It serves few rows of inputs whose channels differ in scale, and NormalFloat.
 - `rounded_product` does the same in bf16, for models in bf16 and 4-bit codes, and is several times
@@ -211,6 +212,31 @@ def integer_product(
     return y
 
 
+def token_grids(
+    x: Tensor, ratio: float, bits: int, library: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Computes the grid of each row of an input from the row's own range.
+
+    It is that of `TokenQuantizer`, to the bit.
+
+    Args:
+        x: Finite input in bf16 or float32, [rows, in].
+        ratio: Clipping ratio, above 0 and up to 1.
+        bits: Bit width of the codes, 2 to 8.
+        library: As for `integer_product`.
+
+    Returns:
+        Scale and zero point, both [rows, 1] float32.
+    """
+    rows, width = x.shape
+    x = x.contiguous()
+    scale, zero_point = torch.empty(rows, 1), torch.empty(rows, 1)
+    inputs = _Input(x=_of(x), rows=rows, width=width, half=x.dtype == torch.bfloat16, bits=bits)
+    functions = library_of(library) if library else _library()
+    functions.token_grids(ctypes.addressof(inputs), ratio, _of(scale), _of(zero_point))
+    return scale, zero_point
+
+
 def float_product(weight: Weight, x: Tensor) -> Tensor:
     """Multiplies an input with the dequantized weight, transposed, in float32.
 
@@ -334,6 +360,7 @@ def library_of(name: str) -> ctypes.CDLL:
     arguments = {
         "integer_rows": [_pointer] * 3,
         "integer_tiles": [_pointer] * 3,
+        "token_grids": [_pointer, ctypes.c_float, *[_pointer] * 2],
         "float_rows": [_pointer, _number, *[_pointer] * 2],
         "rounded_rows": [_pointer, _number, *[_pointer] * 2],
         "dequantize": [_pointer, *[_number] * 3, _pointer],

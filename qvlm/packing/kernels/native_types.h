@@ -3,6 +3,7 @@
    A header of an instruction set is included first. It defines LANES, the number of 32-bit lanes of
    its vectors, and the operations that GCC's vector types do not have. */
 
+#include <float.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

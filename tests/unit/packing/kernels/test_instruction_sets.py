@@ -11,6 +11,7 @@ from torch import Tensor
 from qvlm.packing.formats import pack
 from qvlm.packing.kernels import native_build
 from qvlm.packing.kernels import native_library as native
+from qvlm.quantization import TokenQuantizer
 from tests.helpers.native_cases import BITS, integer_case, integer_cases
 
 pytestmark = pytest.mark.instruction_set
@@ -123,6 +124,26 @@ def products(name: str, weight: native.Weight, x: Tensor) -> list[Tensor]:
             native.float_product(weight, x),
         ]
         return [*found, native.rounded_product(weight, x)] if weight.is_paired() else found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_grids_of_tokens_are_those_of_the_quantizer(
+    bits: int, dtype: torch.dtype, instruction_set: str
+) -> None:
+    """To the bit, for rows of any sign and size and for widths that no vector divides."""
+    torch.manual_seed(bits)
+    largest = torch.finfo(torch.float32).max
+    for width in (1, 7, 16, 37, 128):
+        x = torch.randn(12, width) * 10.0 ** torch.arange(-6, 6)[:, None]
+        special = [0.0, 1e-38, 1e-45, largest, -largest, 3.0, -3.0]
+        x = torch.cat([x, x.abs(), -x.abs(), *(torch.full((1, width), v) for v in special)])
+        x = x.to(dtype).nan_to_num(posinf=1e38, neginf=-1e38)
+        for ratio in (1.0, 0.7, 0.3):
+            grid = TokenQuantizer(bits, ratio).for_tokens(x)
+            scale, zero_point = native.token_grids(x, ratio, bits)
+            assert torch.equal(scale, grid.scale)
+            assert torch.equal(zero_point, grid.zero_point)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -110,6 +110,7 @@ def test_sums_are_exact(
     packed = packed_layer(form, codes, **numbers)
     # Any grid of the input, not only one that a range of its values gives.
     monkeypatch.setattr(packed, "input_grid", lambda x: (input_scale, zero_point))
+    monkeypatch.setattr(native, "token_grids", lambda *_: (input_scale, zero_point))
 
     v = codes.double() - zero.double().repeat_interleave(group, 1)[:, :width]
     v *= scale.double().repeat_interleave(group, 1)[:, :width]
