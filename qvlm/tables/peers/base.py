@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -66,7 +66,7 @@ class Peer(ABC):
 
     def versions(self) -> dict[str, str]:
         """Returns the version of each package that this peer needs."""
-        return {package: metadata.version(package) for package in self.packages.values()}
+        return {package: _version(module, package) for module, package in self.packages.items()}
 
     @abstractmethod
     def load(self, model: LlamaForCausalLM, layers: int) -> Loaded:
@@ -76,6 +76,14 @@ class Peer(ABC):
             model: Model in bf16 with one decoder layer, which is left unchanged.
             layers: Number of decoder layers that its own model has, all of them copies of that one.
         """
+
+
+def _version(module: str, package: str) -> str:
+    """The version of a package, or what its module says if it was put there without metadata."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return str(getattr(import_module(module), "__version__", "of an unknown version"))
 
 
 def rounded(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Peers: what is absent is said, and weights are rounded as NumPy rounds them."""
 
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -30,6 +31,19 @@ def test_an_absent_package_is_said() -> None:
         "qvlm-nowhere and qvlm-lost are not installed. Give `pip install qvlm-nowhere qvlm-lost`."
     )
     assert (Absent().obstacle(), Elsewhere().obstacle()) == (one, both)
+
+
+def test_a_package_without_metadata_has_the_version_of_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "qvlm_copied.py").write_text("__version__ = '1.2.3'\n")
+    (tmp_path / "qvlm_nameless.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Copied(Absent):
+        packages: ClassVar = {"qvlm_copied": "copied", "qvlm_nameless": "nameless"}
+
+    assert Copied().versions() == {"copied": "1.2.3", "nameless": "of an unknown version"}
 
 
 def test_what_needs_no_package_has_no_obstacle() -> None:
