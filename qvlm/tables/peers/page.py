@@ -43,7 +43,7 @@ def page(measured: Measured, peers: Sequence[Peer], setting: Setting, command: s
         command: Command that regenerates the page.
     """
     parts = [
-        "# Packed layers beside other libraries'",
+        "# Packed layers beside other libraries",
         bullets(_notes(peers, setting, command)),
         "## Who is first",
         bullets(_verdicts(measured, peers)),
