@@ -331,6 +331,10 @@ class PackedLinear(nn.Module):
     def _label(self) -> str:
         return self.layer_name or "a linear"
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.derived = {}  # another one, by which kernels see that the buffers have new numbers
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.use_layout(None)
         super()._save_to_state_dict(*args, **kwargs)

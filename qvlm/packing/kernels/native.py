@@ -105,12 +105,13 @@ class _Kept(NamedTuple):
     """What is made of a layer's buffers once: a layer of a hundred channels would wait for it.
 
     Attributes:
-        buffers: Buffers that it was made of.
+        sources: What it was made of: the buffers, and `derived`, which is a new one once buffers
+            are filled with other numbers.
         weight: Weight as the library reads it.
         grid: Scale and zero point of a static input, or None.
     """
 
-    buffers: tuple[Tensor | None, ...]
+    sources: tuple[object, ...]
     weight: library.Weight
     grid: tuple[Tensor, Tensor] | None
 
@@ -120,11 +121,11 @@ _KEPT: WeakKeyDictionary[PackedLinear, _Kept] = WeakKeyDictionary()
 
 def _kept(layer: PackedLinear) -> _Kept:
     """Returns what is kept of a layer, made anew if its buffers are other ones."""
-    buffers = tuple(layer._buffers.values())
+    sources = (layer.derived, *layer._buffers.values())
     kept = _KEPT.get(layer)
-    if kept is None or not all(map(operator.is_, kept.buffers, buffers)):
+    if kept is None or not all(map(operator.is_, kept.sources, sources)):
         grid = layer.input_grid(layer.codes) if layer.form.inputs == "static" else None
-        kept = _KEPT[layer] = _Kept(buffers, _new_weight(layer), grid)
+        kept = _KEPT[layer] = _Kept(sources, _new_weight(layer), grid)
     return kept
 
 

@@ -220,6 +220,21 @@ def test_clusters_are_stored_one_after_the_other() -> None:
     assert not apart.form.ordered and not apart.has_integer_product()
 
 
+@pytest.mark.parametrize("inputs", ["per_tensor", "per_channel", "per_channel_group"])
+def test_a_layer_that_has_run_takes_other_numbers(inputs: str) -> None:
+    """What kernels keep of a layer is made anew once its buffers are filled with others."""
+    layer, x = quantized((48, 64), inputs=inputs)
+    other, _ = quantized((48, 64), inputs=inputs, seed=1)
+    for kernel in ("native", "int_mm", "reference"):
+        if kernel not in PackedLinear.from_quantized(layer).serving():
+            continue
+        packed, expected = (PackedLinear.from_quantized(each, kernel) for each in (layer, other))
+        before = packed(x)
+        packed.load_state_dict(expected.state_dict())
+        assert torch.equal(packed(x), expected(x)), kernel
+        assert not torch.equal(packed(x), before), kernel
+
+
 def test_casting_the_module_changes_nothing() -> None:
     layer, x = quantized((48, 64), (4, 4), inputs="per_channel_group")
     packed = PackedLinear.from_quantized(layer, "reference")
