@@ -12,6 +12,7 @@ Work of uneven size goes through a `WorkQueue`. All communication uses main memo
 too: a rank that waits for hours of calibration neither occupies a GPU nor times out.
 """
 
+import atexit
 import copyreg
 import hashlib
 import io
@@ -42,12 +43,14 @@ TIMEOUT = timedelta(days=30)  # ranks wait for as long as rank 0 calibrates and 
 
 
 def init() -> bool:
-    """Joins the process group that the launcher started.
+    """Joins the process group that the launcher started, and leaves it when this process ends.
 
     Returns:
         Whether this process is rank 0.
     """
     state = PartialState(cpu=True, timeout=TIMEOUT)
+    # A thread of gloo that releases a tensor after Python has ended would abort the process.
+    atexit.register(state.destroy_process_group)
     if torch.cuda.is_available():
         torch.cuda.set_device(state.local_process_index % torch.cuda.device_count())
     return bool(state.is_main_process)

@@ -1,5 +1,6 @@
 """The script that `test_workers` launches on two ranks: rank 0 asks, rank 1 works."""
 
+import atexit
 import hashlib
 import sys
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from qvlm.errors import RunError, UserError
 from qvlm.runtime import workers
@@ -86,7 +87,14 @@ def main() -> None:
     assert workers.run_on_all_ranks(look, model) == [here, there]
 
 
+def has_left() -> None:
+    """Says that this process has left its group, which it must before Python ends."""
+    if not distributed.is_initialized():
+        print("left", flush=True)
+
+
 if __name__ == "__main__":
+    atexit.register(has_left)  # before what `init` registers, so it is called after it
     if not workers.init():
         sys.exit(workers.worker_loop())
     main()
