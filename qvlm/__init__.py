@@ -5,8 +5,12 @@ They are imported when they are first used, because they import PyTorch.
 
 `import qvlm` is also enough for transformers' `AutoModelForImageTextToText` and `AutoProcessor` to
 open packed checkpoints (`qvlm.registration`).
+
+Importing it sets the environment variable THP_MEM_ALLOC_ENABLE, an option of PyTorch on Linux,
+unless it is set.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,5 +28,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("qvlm.api"), name)
 
+
+# With this, PyTorch asks for huge pages of memory from its first tensor on. A token of an answer
+# reads all weights, and reads them faster from few pages.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 register_lazily()

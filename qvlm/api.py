@@ -39,6 +39,7 @@ from qvlm.evaluation import Evaluation
 from qvlm.evaluation import evaluate as evaluate_model
 from qvlm.evaluation.text import evaluate_text
 from qvlm.methods.base import MethodReport
+from qvlm.models.cache import growing_cache
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model
 from qvlm.packing import Origin, measure_packed_bits, pack_model, packed_layers, read_origin
@@ -103,7 +104,10 @@ class Model:
         network: Any = self.loaded.model
         with torch.inference_mode():
             tokens = network.generate(
-                **batch, do_sample=False, max_new_tokens=inputs.answer_length(self.config)
+                **batch,
+                past_key_values=growing_cache(network),
+                do_sample=False,
+                max_new_tokens=inputs.answer_length(self.config),
             )
         return self.loaded.decode(tokens[:, batch["input_ids"].shape[1] :])[0]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from qvlm.errors import RunError
+from qvlm.models.cache import growing_cache
 
 # Share of the rows that must have finished before they leave, because selecting rows of the cache
 # and starting anew costs about as much as a few tokens.
@@ -71,7 +72,7 @@ def decode(
     """
     rows = list(range(len(inputs["input_ids"])))
     parts: list[tuple[list[int], Tensor]] = []
-    left, batch, cache = limit, dict(inputs), None
+    left, batch, cache = limit, dict(inputs), growing_cache(model)
     stop = _SomeFinished(inputs["input_ids"].shape[1], eos, ended)
     pad = options(rows)["pad_token_id"]
     while rows:

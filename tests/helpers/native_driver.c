@@ -45,7 +45,7 @@ int main(int count, char **names) {
         else
             w.scale = scale;
         int64_t outputs = c.rows * c.out, size = c.half ? 4 : 8;
-        void *y = malloc(outputs * 8);
+        void *y = malloc(outputs * 8 + 48 * 4);
         if (!c.normal_float) {
             if (integer_rows(&w, &in, y)) return 5;
             write_array(to, y, outputs * size);
@@ -58,6 +58,15 @@ int main(int count, char **names) {
         } else if (c.bits == 4 && c.group % 64 == 0 && c.width % 64 == 0) {
             if (rounded_rows(&w, c.rows, in.x, y)) return 5;
             write_array(to, y, outputs * 4);
+        }
+        /* Three heads that share keys, which are the values too: positions of 16 channels. */
+        const int64_t positions = c.rows * c.width / 16;
+        Attention a = {.query = in.x, .key = in.x, .value = in.x, .output = y, .half = c.half,
+                       .batch = 1, .key_heads = 1, .keys = positions, .width = 16, .shared = 3,
+                       .key_step = {0, 0, 16}, .value_step = {0, 0, 16}, .scale = 0.01f};
+        if (positions >= 3) {
+            if (attend(&a)) return 5;
+            write_array(to, y, 48 * (c.half ? 2 : 4));
         }
         void *dequantized = malloc(c.out * c.width * 4);
         dequantize(&w, 0, c.out, c.half, dequantized);

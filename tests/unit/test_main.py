@@ -258,3 +258,16 @@ def test_a_reader_that_leaves_is_no_traceback(words: list[str]) -> None:
     assert process.stderr is not None
     assert process.stderr.read() == b""
     assert process.wait() in (0, 1)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_importing_the_package_asks_for_huge_pages(given: str | None, expected: str) -> None:
+    option = "THP_MEM_ALLOC_ENABLE"
+    environment = {name: value for name, value in os.environ.items() if name != option}
+    if given is not None:
+        environment[option] = given
+    said = f"import qvlm, os, sys; print(os.environ['{option}'], 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", said], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == f"{expected} False\n"

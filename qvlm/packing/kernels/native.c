@@ -34,6 +34,8 @@
 
 #include "native_floats.h"
 
+#include "native_attention.h"
+
 /* Transforms each of `rows` blocks of `size` numbers, a power of two, in place: the Walsh-Hadamard
    transform in natural order, not scaled. A number passes log2(size) additions or subtractions,
    whose order is that of its definition, so every machine gives the same bits. */

@@ -15,6 +15,7 @@ in registers. In the notation of `base.py`:
   faster.
 - `dequantize` writes the dequantized weight to memory, for products by other means.
 - `hadamard` transforms rows of numbers.
+- `attend` computes the attention of one query of each head to all keys (native_attention.h).
 
 Every instruction set gives the same bits. Without a compiler, or on another CPU, `obstacle` gives
 the reason, and other kernels serve. Left out: NormalFloat in blocks that cross rows.
@@ -32,6 +33,8 @@ from qvlm.packing.kernels import native_build
 
 # Rows up to which the weight is read once per ROWS rows (see native.c) and not unpacked into tiles.
 FEW_ROWS = 8
+# Channels of a head that `attend` takes at most.
+MAX_HEAD = 512
 # Channels that `rounded_rows` multiplies at once.
 PAIRED = 64
 # Bit width of codes whose values are looked up in bf16.
@@ -311,6 +314,70 @@ def hadamard(x: Tensor, size: int) -> Tensor:
     return y.mul_(size**-0.5)
 
 
+class _Attention(ctypes.Structure):
+    """`Attention` of native.c: the same fields in the same order."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("query", "key", "value", "mask", "output")),
+        *((name, _number) for name in ("half", "batch", "key_heads", "keys", "width", "shared")),
+        *((name, _number * 3) for name in ("key_step", "value_step")),
+        ("scale", ctypes.c_float),
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    library: str | None = None,
+) -> Tensor:
+    """Computes the attention of one query of each head: softmax(scale q k^T) v.
+
+    Scores, softmax and sums are in float32, and the output is rounded once. A query that may attend
+    to nothing gets zeros.
+
+    Args:
+        query: Queries, [batch, heads, width], where `width` is a multiple of 16 up to `MAX_HEAD`.
+        key, value: Keys and values of the type of `query`, bf16 or float32, of shape [batch, key
+            heads, keys, width]. Only the channels of a head must be neighbors in memory. Key head i
+            serves the heads / key heads queries from i * heads / key heads on.
+        mask: Whether a sequence attends to a key, [batch, keys] bool; None for every key.
+        scale: Factor of the scores.
+        library: As for `integer_product`.
+
+    Returns:
+        Output of the type of `query`, [batch, heads, width].
+
+    Raises:
+        RunError: If there is not enough memory.
+    """
+    batch, heads, width = query.shape
+    query, y = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
+    mask = None if mask is None else mask.contiguous()
+    inputs = _Attention(
+        query=_of(query),
+        key=_of(key),
+        value=_of(value),
+        mask=_of(mask),
+        output=_of(y),
+        half=query.dtype == torch.bfloat16,
+        batch=batch,
+        key_heads=key.shape[1],
+        keys=key.shape[2],
+        width=width,
+        shared=heads // key.shape[1],
+        key_step=key.stride()[:3],
+        value_step=value.stride()[:3],
+        scale=scale,
+    )
+    functions = library_of(library) if library else _library()
+    if functions.attend(ctypes.addressof(inputs)):
+        raise RunError("There is not enough memory for attention.")
+    return y
+
+
 @cache
 def obstacle() -> str | None:
     """Returns why `native.c` cannot run on this machine, or None.
@@ -364,10 +431,11 @@ def library_of(name: str) -> ctypes.CDLL:
         "float_rows": [_pointer, _number, *[_pointer] * 2],
         "rounded_rows": [_pointer, _number, *[_pointer] * 2],
         "dequantize": [_pointer, *[_number] * 3, _pointer],
+        "attend": [_pointer],
         "hadamard_floats": [_pointer, *[_number] * 2],
         "hadamard_doubles": [_pointer, *[_number] * 2],
     }
-    can_fail = ("integer_rows", "integer_tiles", "rounded_rows")
+    can_fail = ("attend", "integer_rows", "integer_tiles", "rounded_rows")
     for function_name, types in arguments.items():
         function = getattr(library, function_name, None)
         if function is None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from qvlm.models.cache import growing_cache
 from qvlm.models.llava import prepared_for_decoding
 from qvlm.quantization.targets import quantizable
 from qvlm.tables.peers.base import Loaded, Peer, Step
@@ -36,7 +37,7 @@ class ModulePeer(Peer):
             return [module(inputs[_width(module)]) for module in linears.values()]
 
         def begin() -> Step:
-            cache = DynamicCache()
+            cache = growing_cache(placed)
 
             @torch.no_grad()
             def step(x: Tensor) -> Tensor:

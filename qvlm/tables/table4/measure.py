@@ -10,9 +10,9 @@ import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from qvlm.data.scienceqa import load_scienceqa
+from qvlm.models.cache import growing_cache
 from qvlm.models.loaded import LoadedModel
 from qvlm.packing import kernels_used, weight_bytes
 from qvlm.runtime.processes import in_fresh_process
@@ -112,7 +112,7 @@ def ask(loaded: LoadedModel, problem: Mapping[str, Any], longest: int) -> Repeat
         features = model.model.get_image_features(batch["pixel_values"]).pooler_output
         embedded[ids == model.config.image_token_id] = torch.cat(tuple(features))
     seen = now()
-    cache = DynamicCache()
+    cache = growing_cache(model)
     step: Callable[..., Any] = partial(model.__call__, past_key_values=cache, logits_to_keep=1)
     token: Tensor = step(inputs_embeds=embedded).logits.argmax(2)
     read = now()

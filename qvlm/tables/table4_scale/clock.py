@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from qvlm.models.cache import growing_cache
 from qvlm.models.llava import Llava
 from qvlm.planning.footprint import ANSWER_TOKENS
 from qvlm.quantization.hooks import hooked
@@ -126,7 +126,7 @@ def ask(clock: Clock, prompt: int, tokens: int, image: bool = True) -> QuestionT
     if image:
         seen, vision = clock("vision_tower", features)
         embedded[0, : len(seen)] = seen
-    cache = DynamicCache()
+    cache = growing_cache(model)
     read = partial(model.__call__, inputs_embeds=embedded, past_key_values=cache, logits_to_keep=1)
     _, prefill = clock("language_model", read)
 

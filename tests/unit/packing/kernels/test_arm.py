@@ -93,4 +93,8 @@ def expected_of(case: IntegerCase, levels: Tensor | None) -> Iterator[tuple[str,
         yield "float_rows", native.float_product(weight, case.x)
     elif weight.is_paired():
         yield "rounded_rows", native.rounded_product(weight, case.x)
+    positions = case.x.numel() // 16
+    if positions >= 3:
+        keys = case.x.flatten()[: 16 * positions].view(1, 1, positions, 16)
+        yield "attend", native.attend(keys[:, 0, :3], keys, keys, None, 0.01)
     yield "dequantize", native.dequantize(weight, slice(0, weight.out), case.x.dtype)

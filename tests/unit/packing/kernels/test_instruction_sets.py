@@ -7,6 +7,7 @@ Those for ARM run in an emulator, in `test_arm.py`.
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from qvlm.packing.formats import pack
 from qvlm.packing.kernels import native_build
@@ -144,6 +145,47 @@ def test_grids_of_tokens_are_those_of_the_quantizer(
             scale, zero_point = native.token_grids(x, ratio, bits)
             assert torch.equal(scale, grid.scale)
             assert torch.equal(zero_point, grid.zero_point)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 80, 128, 512])
+def test_attention_is_the_same_on_all(width: int, dtype: torch.dtype) -> None:
+    """Sums have one order. Keys are part of a longer cache, and every head has a query."""
+    for batch, key_heads, shared, keys in ((1, 5, 1, 600), (2, 3, 5, 37), (3, 1, 4, 1)):
+        torch.manual_seed(keys)
+        query = torch.randn(batch, key_heads * shared, width).to(dtype)
+        key, value = torch.randn(2, batch, key_heads, keys + 9, width).to(dtype)[:, :, :, :keys]
+        mask = torch.rand(batch, keys) < 0.7
+        mask[:, -1] = True
+        exact = scaled_dot_product_attention(
+            query[:, :, None].double(),
+            key.double(),
+            value.double(),
+            mask[:, None, None],
+            enable_gqa=True,
+        )[:, :, 0]
+        outputs = [native.attend(query, key, value, mask, width**-0.5, name) for name in SETS]
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+        near = 1e-6 if dtype == torch.float32 else 2.0**-8
+        assert torch.allclose(outputs[0].double(), exact, rtol=near, atol=near)
+
+
+def test_attention_leaves_out_keys_and_hides_nothing(instruction_set: str) -> None:
+    query, key, value = torch.randn(1, 2, 32), *torch.randn(2, 1, 2, 20, 32)
+    mask = torch.arange(20)[None] >= 7
+    found = native.attend(query, key, value, mask, 1.0)
+    assert torch.equal(
+        found,
+        native.attend(
+            query, 100 * key * ~mask[..., None] + key * mask[..., None], value, mask, 1.0
+        ),
+    )
+    assert torch.equal(native.attend(query, key, value, mask & False, 1.0), torch.zeros(1, 2, 32))
+    alone = torch.arange(20)[None] == 3
+    assert torch.equal(native.attend(query, key, value, alone, 1.0), value[:, :, 3])
+    key[0, 1, 9] = torch.nan
+    broken = native.attend(query, key, value, None, 1.0)
+    assert broken[0, 0].isfinite().all() and broken[0, 1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
