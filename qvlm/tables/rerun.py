@@ -3,12 +3,13 @@
 import random
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qvlm.cell.identity import Cell
 from qvlm.cell.pipeline import run_cell
-from qvlm.config.compose import typed
+from qvlm.config.compose import compose, typed
 from qvlm.config.schema import RunConfig
 from qvlm.errors import RunError, UserError
 from qvlm.records.record import Record
@@ -62,6 +63,7 @@ def configuration(committed: Record, results: str) -> RunConfig:
     """
     options: dict[str, Any] = {
         **committed.config,
+        "scale": asdict(compose([]).scale),  # of no cell: what sweeps run, and pages were added
         "results_dir": results,
         "tracking": {"mode": "off", "dir": results},
     }

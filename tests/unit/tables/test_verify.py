@@ -1,9 +1,13 @@
 """A page is checked against its committed answers, and one changed digit is found and named."""
 
+import gzip
+import json
 import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,7 +15,7 @@ from qvlm.config.schema import influences
 from qvlm.errors import RunError
 from qvlm.records.record import Record
 from qvlm.tables import claims, table1, table2, table5
-from qvlm.tables.answers import FACTS, folder_of, read_answers, write_answers
+from qvlm.tables.answers import FACTS, SUFFIX, folder_of, read_answers, write_answers
 from qvlm.tables.command import keep_answers, write_files
 from qvlm.tables.differences import Difference, differences
 from qvlm.tables.labels import CDM, ERROR_PROXY, VEO
@@ -27,6 +31,7 @@ pytestmark = pytest.mark.slow
 ACCURACY = {"RTN": 60.0, "AWQ": 55.0, "QLoRA": 62.0, "Layer-wise": 64.0, "Q-VLM": 70.0}
 ACCURACY |= {CDM: 66.0, VEO: 65.0, ERROR_PROXY: 63.0}
 (TABLE2,) = (page for page in PAGES if page.name == "table2")
+PARTS = ("scale", "model", "data", "quantizer", "calibration", "evaluation", "tracking", "method")
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module for module in (table1, table2, table5, claims)
 }
@@ -234,6 +239,20 @@ def test_only_methods_of_this_package_are_run_anew(runs: Path) -> None:
     record: Record = make_record(runs, "RTN", generated=True)
     with pytest.raises(RunError, match=r"methods\.RTN is not a method of this package"):
         configuration(record, "results")
+
+
+def test_every_committed_cell_can_be_run_anew() -> None:
+    """Options that are younger than a cell have their defaults. One cell of each set of options."""
+    answers = Path(__file__).parents[3] / "results" / "answers"
+    configs = {}
+    for path in sorted(answers.glob(f"*/*{SUFFIX}")):
+        config = json.loads(gzip.decompress(path.read_bytes()))["config"]
+        if "path" in config["model"]:  # otherwise its checkpoint is in a folder of one machine
+            configs.setdefault(str({part: [*(config.get(part) or [])] for part in PARTS}), config)
+    assert len(configs) > 5
+    for config in configs.values():
+        record: Any = SimpleNamespace(name="committed", config=config)
+        assert configuration(record, "elsewhere").model.name == config["model"]["name"]
 
 
 def test_the_configuration_of_a_cell_is_kept(runs: Path, tmp_path: Path) -> None:
