@@ -1,5 +1,6 @@
 """The page of peers and its CSV."""
 
+import os
 import statistics
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ from qvlm.tables.peers.measure import (
 )
 from qvlm.tables.peers.ranking import faster, verdict
 
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # which importing qvlm sets
 FULL_LAYERS = 40  # decoder layers of LLaVA-13B
 MIB = 2**20
 TITLES = {
@@ -113,6 +115,9 @@ def _notes(peers: Sequence[Peer], setting: Setting, command: str) -> list[str]:
         f"{FULL_LAYERS} of LLaVA-13B. llama.cpp has no single products, and ONNX Runtime no whole "
         "model here.",
         "Weights are the bytes of a decoder layer's linears as they are stored, scales included.",
+        f"{HUGE_PAGES}={os.environ.get(HUGE_PAGES)}: whether PyTorch asks for huge pages of memory, "
+        "for our tensors, bf16's and those of other peers that are modules. llama.cpp and ONNX "
+        "Runtime have memory of their own.",
         *dict.fromkeys(sentence for sentence in said if sentence),
     ]
 
