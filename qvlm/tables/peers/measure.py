@@ -71,52 +71,36 @@ class _Turn:
 
 
 def measure(peers: Sequence[Peer], setting: Setting) -> Measured:
-    """Times peers that have no obstacle."""
-    model = random_model(setting.config)
-    loaded = {
-        peer: peer.load(model, setting.layers)
-        for peer in tqdm(peers, desc="quantizing", disable=None)
-    }
-    hidden, wide = setting.config.hidden_size, setting.config.intermediate_size
-    layer, whole = {}, {}
-    for peer, own in loaded.items():
-        by_width = [
-            {width: torch.randn(rows, width, dtype=peer.dtype) for width in (hidden, wide)}
-            for rows in (setting.prompt, 1)
-        ]
-        if own.layer is not None:
-            layer[peer.name] = _Turn(own.layer, *by_width)
-        if own.model is not None:
-            whole[peer.name] = _Turn(own.model, *(each[hidden] for each in by_width))
-    times = _in_turn(layer, LAYER, 1, setting.repeats)
-    times |= _in_turn(whole, MODEL, setting.layers, setting.repeats)
-    return Measured(times, {peer.name: own.weight_bytes for peer, own in loaded.items()})
+    """Times peers that have no obstacle.
 
-
-def _in_turn(
-    turns: Mapping[str, _Turn], part: str, layers: int, repeats: int
-) -> dict[tuple[str, str], Times]:
-    """Times one part of peers.
-
-    Args:
-        turns: What to time, by name of the peer.
-        part: `LAYER` or `MODEL`.
-        layers: Number of decoder layers of that part.
-        repeats: Number of timed repeats.
-
-    Returns:
-        Seconds per decoder layer of each repeat, by part, phase and peer.
+    Every repeat loads each peer anew: where in memory weights lie makes the same product up to 1.4
+    times as slow, and stays as it is for as long as they lie there.
     """
-    found: dict[tuple[str, str], Times] = {
-        (part, phase): {name: [] for name in turns} for phase in (PREFILL, DECODING)
+    model = random_model(setting.config)
+    hidden, wide = setting.config.hidden_size, setting.config.intermediate_size
+    times: dict[tuple[str, str], Times] = {
+        (part, phase): {} for part in (LAYER, MODEL) for phase in (PREFILL, DECODING)
     }
-    for repeat in tqdm(range(repeats + 1), desc=part, disable=None):
-        for name, turn in turns.items():
-            seconds = turn.seconds()
-            if repeat:  # the first one warms up
-                for times, each in zip(found.values(), seconds, strict=True):
-                    times[name].append(each / layers)
-    return found
+    weight_bytes = {}
+    for repeat in tqdm(range(setting.repeats + 1), desc="repeats", disable=None):
+        for peer in peers:
+            own = peer.load(model, setting.layers)
+            weight_bytes[peer.name] = own.weight_bytes
+            prompt, token = (
+                {width: torch.randn(rows, width, dtype=peer.dtype) for width in (hidden, wide)}
+                for rows in (setting.prompt, 1)
+            )
+            turns = []
+            if own.layer is not None:
+                turns.append((LAYER, 1, _Turn(own.layer, prompt, token)))
+            if own.model is not None:
+                turn = _Turn(own.model, prompt[hidden], token[hidden])
+                turns.append((MODEL, setting.layers, turn))
+            for part, layers, turn in turns:
+                for phase, seconds in zip((PREFILL, DECODING), turn.seconds(), strict=True):
+                    if repeat:  # the first one warms up
+                        times[part, phase].setdefault(peer.name, []).append(seconds / layers)
+    return Measured(times, weight_bytes)
 
 
 def _seconds(step: Step, x: Any) -> float:

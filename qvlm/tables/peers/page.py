@@ -108,16 +108,16 @@ def _notes(peers: Sequence[Peer], setting: Setting, command: str) -> list[str]:
         f"Shapes of LLaVA-13B: {shapes}. Weights are random, and the same for all.",
         f"Prefill has {setting.prompt} rows. Decoding has one, after a prefill, and its time is "
         f"the median of {TOKENS} calls.",
-        f"Peers took turns in each of {setting.repeats} repeats of one run. Ratios are those of "
-        "each repeat: median (lowest to highest). Above 1 is faster than what the column names.",
+        f"Peers took turns in each of {setting.repeats} repeats of one run, which load them anew: "
+        "where weights lie in memory changes a time as well. Ratios are those of each repeat: "
+        "median (lowest to highest). Above 1 is faster than what the column names.",
         f"Products are the seven of one decoder layer. Whole decoder layers are a model of "
         f"{setting.layers}, with attention and norms, and a column extrapolates to the "
         f"{FULL_LAYERS} of LLaVA-13B. llama.cpp has no single products, and ONNX Runtime no whole "
         "model here.",
         "Weights are the bytes of a decoder layer's linears as they are stored, scales included.",
-        f"{HUGE_PAGES}={os.environ.get(HUGE_PAGES)}: whether PyTorch asks for huge pages of memory, "
-        "for our tensors, bf16's and those of other peers that are modules. llama.cpp and ONNX "
-        "Runtime have memory of their own.",
+        f"PyTorch {'asks' if os.environ.get(HUGE_PAGES) == '1' else 'does not ask'} for huge pages "
+        f"of memory ({HUGE_PAGES}). llama.cpp and ONNX Runtime have memory of their own.",
         *dict.fromkeys(sentence for sentence in said if sentence),
     ]
 

@@ -18,7 +18,7 @@ def faster(other: Sequence[float], own: Sequence[float]) -> list[float]:
 
 
 def verdict(times: Times, ours: str) -> str:
-    """Returns one or two sentences on who is first.
+    """Returns a sentence on who is first, or on whom the repeats do not tell apart.
 
     We are compared with the fastest of the others, and a peer that is first with us.
 
@@ -32,5 +32,9 @@ def verdict(times: Times, ours: str) -> str:
     winner = first(times)
     second = first(others) if winner == ours else ours
     ratios = faster(times[second], times[winner])
-    sentence = f"**{winner}** is first, {median_and_range(ratios)} times as fast as {second}."
-    return sentence if min(ratios) > 1 else f"{sentence} The repeats do not agree on that."
+    if min(ratios) > 1:
+        return f"**{winner}** is first, {median_and_range(ratios)} times as fast as {second}."
+    return (
+        f"{winner} and {second} are not told apart: the former is {median_and_range(ratios)} times "
+        "as fast as the latter."
+    )
