@@ -50,7 +50,8 @@ class GrowingLayer(DynamicLayer):
         filled, room = self._rooms.get(name, (None, new))
         length = held.shape[-2] if held.numel() else 0
         total = length + new.shape[-2]
-        if held is not filled or total > room.shape[-2]:
+        mixed = room.is_inference() and not torch.is_inference_mode_enabled()  # no write in place
+        if held is not filled or total > room.shape[-2] or mixed:
             room = new.new_empty(*new.shape[:-2], total + ROOM, new.shape[-1])
             room[..., :length, :] = held if length else new[..., :0, :]
         room[..., length:total, :] = new

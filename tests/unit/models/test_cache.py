@@ -61,6 +61,14 @@ def test_it_grows_in_place(model: LlamaForCausalLM) -> None:
     assert keys.shape == (1, 2, ROOM + 6, 4)
 
 
+def test_what_was_begun_in_inference_mode_goes_on_outside() -> None:
+    layer, new = GrowingLayer(), torch.randn(1, 1, 2, 4)
+    with torch.inference_mode():
+        layer.update(new, new)
+    keys, _ = layer.update(new, new)
+    assert torch.equal(keys, torch.cat([new, new], 2))
+
+
 def test_gradients_pass_through_it() -> None:
     layer, new = GrowingLayer(), torch.randn(1, 1, 2, 4, requires_grad=True)
     layer.update(new, new)
