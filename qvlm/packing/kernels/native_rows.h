@@ -112,8 +112,8 @@ INLINE void multiply_run(const Weight *w, const Unpacker *by, int64_t n, const S
     }
 }
 
-/* Requests the `bytes` codes that lie two rows behind these. Codes are read row by row or in several
-   rows at a time, which the hardware does not follow, but requested in the order of memory. */
+/* Requests codes that later calls read. The hardware's prefetcher does not follow several rows at a
+   time, so codes are requested here in the order of memory. */
 INLINE void request(const uint8_t *from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
