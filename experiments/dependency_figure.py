@@ -47,8 +47,9 @@ DEPTH = 3
 PROXIES = {"entropy": entropy(element_joint), "quantization_error": quantization_error}
 LABELS = {
     "entropy": "activation entropy, nats",
-    "quantization_error": "relative quantization error",
+    "quantization_error": "relative quantization error, %",
 }
+FACTORS = {"entropy": 1, "quantization_error": 100}  # from the CSV to the units of the labels
 
 
 def configuration(overrides: list[str]) -> RunConfig:
@@ -145,7 +146,7 @@ def draw(frame: pd.DataFrame, title: str, path: Path) -> None:
                 own = frame[frame["layer"] == layer]
                 correlation = own[proxy].corr(own["ded"])
                 word = "none" if math.isnan(correlation) else f"{round(correlation, 2) + 0:.2f}"
-                panel.plot(own[proxy], own["ded"], linestyle="none", alpha=0.7)
+                panel.plot(FACTORS[proxy] * own[proxy], own["ded"], linestyle="none", alpha=0.7)
                 panel.set_title(f"decoder layer {layer}: r = {word}, n = {len(own)}")
                 panel.set_xlabel(LABELS[proxy])
                 for axis in (panel.xaxis, panel.yaxis):
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=options_of("model"), default="mini_llava")
     parser.add_argument("--bits", choices=options_of("bits"), default="w4a4")
-    parser.add_argument("--samples", type=int, default=40, help="problems of the training split")
+    parser.add_argument("--samples", type=int, default=200, help="problems of the training split")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the files")
     return run_command(parser, work, arguments)
 
