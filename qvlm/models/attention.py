@@ -46,7 +46,7 @@ def attend(
     Returns:
         Output [batch, queries, heads, width], and the attention weights if they were computed.
     """
-    if not _is_served(module, query, key, value, attention_mask, options):
+    if not _is_served(query, key, value, attention_mask, options):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     mask = None if attention_mask is None else attention_mask[:, 0, 0]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
@@ -55,7 +55,6 @@ def attend(
 
 
 def _is_served(
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -63,7 +63,7 @@ def configuration(committed: Record, results: str) -> RunConfig:
     """
     options: dict[str, Any] = {
         **committed.config,
-        "scale": asdict(compose([]).scale),  # of no cell: what sweeps run, and pages were added
+        "scale": asdict(compose([]).scale),  # of tables, not of cells; it grows with them
         "results_dir": results,
         "tracking": {"mode": "off", "dir": results},
     }
