@@ -2,6 +2,7 @@
 
 import atexit
 import hashlib
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -87,10 +88,15 @@ def main() -> None:
     assert workers.run_on_all_ranks(look, model) == [here, there]
 
 
+def say(words: str) -> None:
+    """A line in one piece: `print` may write its end apart, and both processes share the pipe."""
+    os.write(sys.stdout.fileno(), f"{words}\n".encode())
+
+
 def has_left() -> None:
     """Says that this process has left its group, which it must before Python ends."""
     if not distributed.is_initialized():
-        print("left", flush=True)
+        say("left")
 
 
 if __name__ == "__main__":
@@ -99,4 +105,4 @@ if __name__ == "__main__":
         sys.exit(workers.worker_loop())
     main()
     workers.shutdown()
-    print("it holds")
+    say("it holds")
