@@ -31,7 +31,7 @@ from qvlm.models.meta import materialize
 from qvlm.models.packed import save_encoding
 from qvlm.packing import PartialCheckpoint, read_origin
 from qvlm.quantization import Block, QuantizationConfig, expected_layers
-from qvlm.quantization.block import Call, advance
+from qvlm.quantization.calls import Call, advance
 from qvlm.quantization.targets import block_layers, quantizable
 from qvlm.runtime.stages import Stages
 

@@ -19,6 +19,7 @@ from qvlm.packing.formats import pack, unpack
 
 BYTES, PACKED = LAYOUTS = "int-quantized", "pack-quantized"
 _WORD = 4  # bytes
+_TOKENS = "quantizer.vision.granularity=per_token"
 _UNSORTED = "quantizer=per_token or quantizer=per_tensor"
 # What reaches an expert is [tokens, in], and the library takes the first two dimensions for tokens.
 _ROUTED = "the library takes one range for all tokens of an expert"
@@ -40,6 +41,7 @@ def require_expressible(name: str, form: Form) -> None:
         (form.weight != "uniform", "its weight is NormalFloat", "another method"),
         (form.hadamard, "its input passes a Hadamard transform", "a method without one"),
         (form.ordered, "its channels are sorted into clusters", _UNSORTED),
+        (form.inputs == "position", "each position of its input has a static scale", _TOKENS),
         (static and form.input_shape, "each channel of its input has a static scale", _UNSORTED),
         (not static and form.ratio != 1, "its ranges are shrunk", "quantizer.ranges=minmax"),
         (not static and "experts" in name.split("."), _ROUTED, "quantizer=per_tensor"),

@@ -16,6 +16,7 @@ from qvlm.packing.absmax import PackedAbsmax
 from qvlm.packing.formats import pack, packed_width
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
+from qvlm.quantization.position_quantizer import PositionQuantizer
 from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer
 
 
@@ -31,8 +32,9 @@ class Form:
         group_size: Number of neighboring weights that share a scale, or an absmax: `in_features`
             where a row or the whole weight shares it.
         scale_shape: Shape of a uniform weight's scales, [out or 1, groups]; () for NormalFloat.
-        inputs: "token" for dynamic scales per token, "static" for calibrated ones.
-        input_shape: Shape of the static input scales, () or [in].
+        inputs: "token" for dynamic scales per token, "static" for calibrated ones of channels, and
+            "position" for calibrated ones of the positions of a sequence.
+        input_shape: Shape of the calibrated input scales: () or [in], or [positions].
         folds: Whether the input scales are folded into the weight.
         ratio: Factor that shrinks dynamic ranges.
         constants: Of a NormalFloat weight, the number of absmax codes (0 if absmax values are kept
@@ -74,8 +76,11 @@ class Form:
         _require("group_size", group > 0)
         for name in ("weight_bits", "input_bits"):
             _require(name, 2 <= getattr(self, name) <= 8)
-        _require("inputs", self.inputs in ("token", "static"))
-        _require("input_shape", self.input_shape in ((), (width,)))
+        _require("inputs", self.inputs in ("token", "static", "position"))
+        if self.inputs == "position":
+            _require("input_shape", len(self.input_shape) == 1 and self.input_shape[0] > 0)
+        else:
+            _require("input_shape", self.input_shape in ((), (width,)))
         _require("ratio", isfinite(self.ratio) and self.ratio > 0)
         _require("constant_block_size", self.constant_block_size > 0)
         if self.weight == "uniform":
@@ -110,7 +115,7 @@ def buffers(form: Form) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         found["mean"] = ((1,), float_bits)
         if form.constants[0]:
             found["constant_codes"] = ((form.constants[0],), torch.uint8)
-    if form.inputs == "static":
+    if form.inputs != "token":
         found["input_scale"] = (tuple(form.input_shape), float_bits)
         found["input_zero_point"] = (tuple(form.input_shape), torch.uint8)
     if form.ordered:
@@ -204,17 +209,20 @@ def _input_scales(
         return {"inputs": "token", "input_bits": quantizer.bits, "ratio": quantizer.ratio}, {}
     if not isinstance(quantizer, UniformQuantizer) or quantizer.group_size is not None:
         raise UserError(
-            f"The input of {name} cannot be packed. Choose a quantizer per tensor, token, channel "
-            "or cluster of channels."
+            f"The input of {name} cannot be packed. Choose a quantizer per tensor, token, "
+            "position, channel or cluster of channels."
         )
     scale, zero_point = quantizer.scale, quantizer.zero_point
+    positions = isinstance(quantizer, PositionQuantizer)
+    if positions:
+        scale, zero_point = scale[:, 0], zero_point[:, 0]
     fields = {
-        "inputs": "static",
+        "inputs": "position" if positions else "static",
         "input_bits": quantizer.bits,
         "input_shape": tuple(scale.shape),
         "folds": quantizer.folds,
     }
-    if order is not None and scale.ndim:
+    if order is not None and scale.ndim and not positions:
         scale, zero_point = scale[order], zero_point[order]
     return fields, {
         "input_scale": as_bits(scale),

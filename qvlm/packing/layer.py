@@ -29,9 +29,8 @@ from qvlm.packing.kernels import AUTO, Kernel, fits_dtype, kernel_named
 from qvlm.packing.kernels.reference import float_weight
 from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear
-from qvlm.quantization.quantizer import (
-    affine_grid,
-)
+from qvlm.quantization.position_quantizer import require_positions
+from qvlm.quantization.quantizer import affine_grid
 
 # Number of rows, type of the input and number of threads.
 Asked = tuple[int, torch.dtype, int]
@@ -155,12 +154,15 @@ class PackedLinear(nn.Module):
         """Maps [..., in] to [..., out] in the dtype of `x`, without a gradient.
 
         Raises:
+            UserError: If `x` has another number of positions than there are ranges for.
             RunError: If `x` holds NaN or infinity. While a CUDA graph is captured, nothing can be
                 raised. The kernel `triton` makes the outputs of such a row NaN.
         """
         if torch.is_grad_enabled():  # entering `no_grad` takes a small layer a tenth of its time
             with torch.no_grad():
                 return self.forward(x)
+        if self.form.inputs == "position":
+            require_positions(x, self.form.input_shape[0])
         rows = x.reshape(-1, self.in_features)
         if not _is_captured(x) and not _is_finite(rows):
             raise RunError(f"The input of {self._label()} is not finite.")
@@ -254,12 +256,16 @@ class PackedLinear(nn.Module):
     def input_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns scale and zero point of an input [rows, in], with channels as they are stored.
 
-        Both are float32 of one shape: [], [in], or [rows, 1] for dynamic scales, which do not
-        depend on the order of the channels of `x`.
+        Both are float32 of one shape: [], [in], or [rows, 1] for scales of tokens, made in the call
+        or stored by position, which do not depend on the order of the channels of `x`.
         """
         form = self.form
-        if form.inputs == "static":
-            return self.input_scale.view(torch.float32), self.input_zero_point.float()
+        if form.inputs != "token":
+            scale, zero_point = self.input_scale.view(torch.float32), self.input_zero_point.float()
+            if form.inputs == "static":
+                return scale, zero_point
+            position = torch.arange(len(x), device=x.device) % len(scale)
+            return scale[position, None], zero_point[position, None]
         x = x.float()
         lo, hi = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         return affine_grid(lo * form.ratio, hi * form.ratio, form.input_bits)
@@ -300,7 +306,7 @@ class PackedLinear(nn.Module):
 
     def shares_input_scale(self, scale: Tensor) -> bool:
         """Whether all channels of a token share `scale`, which `stored_steps` returned."""
-        return scale.numel() == 1 or self.form.inputs == "token"
+        return scale.numel() == 1 or self.form.inputs != "static"
 
     def use_layout(self, kernel: Kernel | None) -> None:
         """Brings `codes` into the layout of a kernel, or for None into that of checkpoints."""

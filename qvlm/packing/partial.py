@@ -34,7 +34,7 @@ from qvlm.packing.saving import (
     writing,
 )
 from qvlm.packing.simulated import simulated
-from qvlm.quantization.block import Call
+from qvlm.quantization.calls import Call
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.precision import wide
 from qvlm.records.files import write_file

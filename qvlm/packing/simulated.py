@@ -5,6 +5,7 @@ import torch
 from qvlm.packing.layer import PackedLinear
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
+from qvlm.quantization.position_quantizer import PositionQuantizer
 from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuantizer
 
 
@@ -37,6 +38,9 @@ def _of_input(layer: PackedLinear) -> Quantizer:
     form = layer.form
     if form.inputs == "token":
         return TokenQuantizer(form.input_bits, form.ratio)
+    if form.inputs == "position":
+        scale, zero_point = layer.input_scale.view(torch.float32), layer.input_zero_point.float()
+        return PositionQuantizer(form.input_bits, scale[:, None], zero_point[:, None])
     scale = layer.in_own_order(layer.input_scale.view(torch.float32))
     zero_point = layer.in_own_order(layer.input_zero_point.float())
     return UniformQuantizer(form.input_bits, scale, zero_point, folds=form.folds)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qvlm.errors import UserError
 from qvlm.packing.form import Form
 from qvlm.packing.layer import PackedLinear
 from qvlm.quantization.linear import QuantLinear, folded_weight
@@ -41,15 +42,17 @@ def packed_form(
         UserError: If the group size does not divide the number of inputs.
     """
     out, width = linear.weight.shape
-    token = inputs.granularity == "per_token"
+    token, position = (inputs.granularity == name for name in ("per_token", "per_position"))
+    # How many positions there are is known after calibration; their scales are few.
+    shape = () if token or inputs.granularity == "per_tensor" else (1,) if position else (width,)
     common: dict[str, Any] = {
         "in_features": width,
         "out_features": out,
         "bias": linear.bias is not None,
         "weight_bits": weight.bits,
-        "inputs": "token" if token else "static",
+        "inputs": "token" if token else "position" if position else "static",
         "input_bits": inputs.bits,
-        "input_shape": () if token or inputs.granularity == "per_tensor" else (width,),
+        "input_shape": shape,
         "folds": inputs.granularity == "per_channel",
     }
     if normal_float:
@@ -104,8 +107,14 @@ def quantize_uncalibrated(
         weight, inputs, normal_float: As for `packed_form`.
 
     Raises:
-        UserError: If the group size does not divide the number of inputs.
+        UserError: If the group size does not divide the number of inputs, or ranges are those of
+            positions, whose number only calibration knows.
     """
+    if inputs.granularity == "per_position":
+        raise UserError(
+            "granularity=per_position needs calibration, which there is none of here. Choose one "
+            "of: per_tensor, per_token"
+        )
     samples = torch.randn(_SAMPLES, linear.in_features, device=linear.weight.device)
     input_quantizer = activation_quantizer(samples, replace(inputs, ranges="minmax"))
     folded = folded_weight(linear.weight, input_quantizer)

@@ -126,13 +126,18 @@ def _input_codes(layer: PackedLinear, x: Tensor) -> int:
 
     An empty input has zero codes.
     """
-    x = x.reshape(-1, layer.in_features)[:_MAX_ROWS]
+    most = _MAX_ROWS
+    if layer.form.inputs == "position":  # whole sequences
+        most = max(1, most // layer.form.input_shape[0]) * layer.form.input_shape[0]
+    x = x.reshape(-1, layer.in_features)[:most]
     if not len(x):
         return 0
     steps, _, zero_point = layer.input_steps(x)
     codes = (steps + zero_point).long()
-    if layer.form.inputs == "token":
+    if layer.form.inputs != "static":
         scale = torch.arange(len(x), device=x.device)[:, None]
+        if layer.form.inputs == "position":
+            scale = scale % layer.form.input_shape[0]
     else:
         scale = layer.input_steps(x[:1])[1].unique(return_inverse=True)[1]
     return _most_codes(scale.expand(codes.shape), codes, layer.form.input_bits)

@@ -10,6 +10,7 @@ from qvlm.quantization.block import Block
 from qvlm.quantization.calibration import Walk, batch_by_length
 from qvlm.quantization.experts import unfuse_experts
 from qvlm.quantization.linear import QuantLinear, compute_in_float64, folded_weight
+from qvlm.quantization.position_quantizer import PositionQuantizer
 from qvlm.quantization.quantizer import Quantizer, TokenQuantizer, UniformQuantizer
 from qvlm.quantization.ranges import (
     activation_quantizer,
@@ -25,6 +26,7 @@ from qvlm.quantization.verification import LayerBits, check_bits, expected_layer
 __all__ = [
     "Block",
     "LayerBits",
+    "PositionQuantizer",
     "QuantLinear",
     "QuantSpec",
     "QuantizationConfig",

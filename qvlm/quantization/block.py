@@ -6,13 +6,15 @@ The defaults that all methods share (`input_quantizer`, `quantize_linear`) are h
 method only states where it differs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qvlm.errors import RunError
+from qvlm.errors import RunError, UserError
+from qvlm.quantization.calls import Call, Chain, run_calls
 from qvlm.quantization.first_token import FirstToken
 from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.hooks import hooked
@@ -23,9 +25,6 @@ from qvlm.quantization.ranges import RangeEstimator, activation_quantizer, weigh
 from qvlm.quantization.sampling import evenly_spaced
 from qvlm.quantization.spec import QuantizationConfig, QuantSpec
 from qvlm.quantization.targets import quantizable
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of one call of a block, that of one calibration batch."""
 
 MAX_TOKENS = 4096
 
@@ -65,6 +64,7 @@ class Block:
         self._uncalibrated = uncalibrated
         self._first_token = first_token if kind == "language" else None
         self._float_outputs: list[Tensor] | None = None
+        self._positions = self._number_of_positions()
 
     def run(self, module: nn.Module | None = None, calls: list[Call] | None = None) -> list[Tensor]:
         """Runs the block as it is now.
@@ -120,8 +120,7 @@ class Block:
                 if (first := self.first_positions(args[0])) is not None:
                     tokens = tokens[~first]
                 # Indexing copies, so that the tokens that are not kept can be freed.
-                count = len(tokens) if share is None else share
-                kept = tokens[evenly_spaced(len(tokens), count, tokens.device)]
+                kept = tokens[self.kept_tokens(tokens, len(tokens) if share is None else share)]
                 seen[name].append(settled(kept).to(kept.dtype))
 
             return hook
@@ -135,6 +134,23 @@ class Block:
             else self.linears[name].weight.new_empty(0, self.linears[name].in_features)
             for name, parts in seen.items()
         }
+
+    def kept_tokens(self, tokens: Tensor, count: int) -> Tensor:
+        """Chooses the tokens of one call to calibrate on: evenly spaced ones.
+
+        Where ranges are those of positions, they are the tokens of evenly spaced sequences.
+
+        Args:
+            tokens: Input of a linear, [tokens, features].
+            count: Approximate number of tokens to keep.
+
+        Returns:
+            Ascending indices of tokens.
+        """
+        length = self._positions or 1
+        sequences = evenly_spaced(len(tokens) // length, -(-count // length), tokens.device)
+        inner = torch.arange(length, device=tokens.device)
+        return (sequences[:, None] * length + inner).flatten()
 
     def first_positions(self, x: Tensor) -> Tensor | None:
         """Says which tokens of a linear's input stay in floating point while the block runs.
@@ -159,7 +175,8 @@ class Block:
         """The specs of a linear's weight and of its input, with numbers as group sizes."""
         width = self.linears[name].in_features
         specs = self._quantization.weights(self.kind), self._quantization.activation(self.kind)
-        return specs[0].for_width(width), specs[1].for_layer(name, width)
+        inputs = replace(specs[1].for_layer(name, width), positions=self._positions)
+        return specs[0].for_width(width), inputs
 
     def input_quantizer(
         self, name: str, samples: Tensor, estimator: RangeEstimator | None = None
@@ -239,6 +256,19 @@ class Block:
         """Frees activations and float linears; the walk calls it when it moves on."""
         self.inputs, self._float_outputs, self.linears = [], None, {}
 
+    def _number_of_positions(self) -> int | None:
+        """Number of tokens of every sequence, if ranges are those of positions."""
+        if self._quantization.activation(self.kind).granularity != "per_position":
+            return None
+        hidden = [args[0] if args else kwargs["hidden_states"] for args, kwargs in self.inputs]
+        lengths = {x.shape[1] if x.ndim == 3 else None for x in hidden}
+        if len(lengths) > 1 or None in lengths:
+            raise UserError(
+                f"quantizer.vision.granularity=per_position is not possible for {self.name}, which "
+                "does not read as many tokens of every image. Choose one of: per_tensor, per_token"
+            )
+        return lengths.pop() if lengths else None
+
     def _in_execution_order(self) -> dict[str, nn.Linear]:
         linears = quantizable(self.module)
         reached: dict[str, None] = {}
@@ -256,40 +286,3 @@ class Block:
                     break
         unreached = [name for name in linears if name not in reached]
         return {name: linears[name] for name in [*reached, *unreached]}
-
-
-class Chain(nn.ModuleList):
-    """Consecutive layers as one block; all of them get the same further arguments."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Maps hidden states [batch, tokens, features] through one layer after the other."""
-        for layer in self:
-            hidden_states = _hidden(layer(hidden_states, *args, **kwargs))
-        return hidden_states
-
-
-@torch.no_grad()
-def run_calls(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """Runs a module on each call and returns its hidden states [batch, tokens, features]."""
-    return [_hidden(module(*args, **kwargs)) for args, kwargs in calls]
-
-
-def advance(module: nn.Module, calls: list[Call]) -> list[Call]:
-    """Computes the next layer's calls: the same with this layer's outputs as hidden states.
-
-    Empties `calls` on the way, so that old and new activations are not in memory all at once.
-    """
-    following: list[Call] = []
-    while calls:
-        args, kwargs = calls.pop(0)
-        output = run_calls(module, [(args, kwargs)])[0]
-        if args:
-            following.append(((output, *args[1:]), kwargs))
-        else:
-            following.append(((), {**kwargs, "hidden_states": output}))
-    return following
-
-
-def _hidden(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The hidden states of a layer that returns them alone or first in a tuple."""
-    return outputs[0] if isinstance(outputs, tuple) else outputs

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from qvlm import validation
 from qvlm.errors import RunError, UserError
-from qvlm.quantization.block import Block, Call, advance
+from qvlm.quantization.block import Block
+from qvlm.quantization.calls import Call, advance
 from qvlm.quantization.experts import unfuse_experts
 from qvlm.quantization.first_token import FirstToken
 from qvlm.quantization.hooks import hooked

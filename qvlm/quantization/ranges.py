@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qvlm import validation
 from qvlm.errors import UserError
+from qvlm.quantization.position_quantizer import PositionQuantizer, require_positions
 from qvlm.quantization.precision import settled
 from qvlm.quantization.prompt_quantizer import PromptQuantizer
 from qvlm.quantization.quantizer import (
@@ -142,12 +143,13 @@ def activation_quantizer(
     width, both summed over the tokens.
 
     Args:
-        samples: What the linear read during calibration, [tokens, features].
+        samples: What the linear read during calibration, [tokens, features]; with ranges per
+            position, all tokens of a sequence after those of another.
         spec: Spec of the activation.
         estimator: Range estimator. By default, the one that `spec.ranges` names.
 
     Raises:
-        UserError: If the granularity is not one of activations.
+        UserError: If the granularity is not one of activations, or sequences are not whole.
     """
     validation.one_of("activation granularity", spec.granularity, ACTIVATION_GRANULARITIES)
     estimator = estimator or _named_estimator(spec)
@@ -165,6 +167,11 @@ def activation_quantizer(
         case "per_channel":
             lo, hi = estimator(samples.T.contiguous(), spec)
             return UniformQuantizer.from_range(lo, hi, spec.bits, folds=True)
+        case "per_position":
+            positions = spec.positions or len(samples)
+            require_positions(samples, positions)
+            groups = samples.unflatten(0, (-1, positions)).transpose(0, 1).flatten(1)
+            return PositionQuantizer.from_ends(*estimator(groups, spec), spec.bits)
         case _:
             clusters = cluster_channels(*minmax(samples.T, spec), spec.group)
             lo, hi = torch.empty(2, len(clusters), device=samples.device)

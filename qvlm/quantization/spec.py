@@ -12,7 +12,7 @@ from qvlm.errors import UserError
 
 ACTIVATION_GRANULARITIES = (
     *("per_tensor", "per_token", "per_channel", "per_channel_group"),
-    "per_channel_prompt",
+    *("per_channel_prompt", "per_position"),
 )
 FIRST_TOKEN = ("quantized", "float")
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
@@ -28,10 +28,10 @@ class QuantSpec:
         bits: Number of bits, 2 to 8.
         granularity: Elements that share a scale. For activations [tokens, features]: `per_tensor`,
             `per_token` (dynamic), `per_channel` (a feature), `per_channel_group` (clusters of
-            `group_size` features, sorted by range), or `per_channel_prompt` (dynamic: see
-            `prompt_quantizer`). For weights [out, in]: `per_tensor`,
-            `per_channel` (an output row) or `per_group` (`group_size` neighbors along the input, or
-            along its clusters: see `ranges.grouping_order`).
+            `group_size` features, sorted by range), `per_channel_prompt` (dynamic: see
+            `prompt_quantizer`), or `per_position` (static: see `position_quantizer`). For weights
+            [out, in]: `per_tensor`, `per_channel` (an output row) or `per_group` (`group_size`
+            neighbors along the input, or along its clusters: see `ranges.grouping_order`).
         group_size: Number of elements of a group, or of channels of a cluster. None is the largest
             divisor of a layer's input up to `LARGEST_GROUP`; see `for_width`.
         p: Exponent of the error |x - x_hat|^p that the `lp` estimator minimizes, 0.1 to 10. Beyond
@@ -39,6 +39,8 @@ class QuantSpec:
         ranges: Range estimator, "lp" (`ranges.mse`) or "minmax".
         static_width: Only with `per_channel_prompt`, the number of features of the inputs that have
             static scales per channel, unless they are inputs of o_proj. None is none.
+        positions: Only with `per_position`, the number of tokens of every sequence. None is not
+            known yet; a block of a walk knows it.
 
     Raises:
         UserError: If a field has a value that is not accepted; the message names both.
@@ -50,6 +52,7 @@ class QuantSpec:
     p: float = 2
     ranges: str = "lp"
     static_width: int | None = None
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         known = dict.fromkeys(ACTIVATION_GRANULARITIES + WEIGHT_GRANULARITIES)
@@ -137,6 +140,12 @@ class QuantizationConfig:
             raise UserError(
                 "first_token=float is not possible with granularity=per_channel_prompt, whose "
                 "ranges contain every token. Give first_token=quantized."
+            )
+        if self.language.granularity == "per_position":
+            raise UserError(
+                "granularity=per_position is for the vision tower, which reads as many tokens of "
+                "every image. Give quantizer.language.granularity one of: "
+                + ", ".join(name for name in ACTIVATION_GRANULARITIES if name != "per_position")
             )
 
     def weights(self, kind: str) -> QuantSpec:

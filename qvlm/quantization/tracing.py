@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.errors import UserError
-from qvlm.quantization.block import Call
+from qvlm.quantization.calls import Call
 from qvlm.quantization.hooks import hooked
 
 

@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from qvlm.quantization.experts import fused_experts
 from qvlm.quantization.hooks import hooked
+from qvlm.quantization.position_quantizer import PositionQuantizer
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 from qvlm.quantization.sampling import evenly_spaced
 from qvlm.quantization.spec import QuantizationConfig
@@ -252,5 +253,7 @@ def _has(model: nn.Module, name: str) -> bool:
 def _probe(module: nn.Module, features: int) -> Tensor:
     """Random tokens [tokens, features] in the dtype and on the device of a layer's weight."""
     tensor = next(iter([*module.parameters(), *module.buffers()]))
-    tokens = torch.randn(_PROBE_TOKENS, features, generator=torch.Generator().manual_seed(0))
+    inputs = _quantizer(module, "input")
+    count = len(inputs.scale) if isinstance(inputs, PositionQuantizer) else _PROBE_TOKENS
+    tokens = torch.randn(count, features, generator=torch.Generator().manual_seed(0))
     return tokens.to(tensor)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from qvlm.methods.awq.rescaling import Rescaling
 from qvlm.methods.objective import mean_squared_error
-from qvlm.quantization.block import Block, Call
+from qvlm.quantization.block import Block
+from qvlm.quantization.calls import Call
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.linear import folded_weight
 from qvlm.quantization.precision import settled, wide

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm.quantization.block import Block, run_calls
+from qvlm.quantization.block import Block
+from qvlm.quantization.calls import run_calls
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.precision import settled
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
-from qvlm.quantization.sampling import evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def collect(
                 weight = _weights_of(name, len(tokens), around, of_call)
             if (first := block.first_positions(args[0])) is not None:
                 tokens, weight = tokens[~first], None if weight is None else weight[~first]
-            rows = evenly_spaced(len(tokens), share, tokens.device)
+            rows = block.kept_tokens(tokens, share)
             weight = None if weight is None else weight[rows]
             kept[name].append((settled(tokens[rows]).to(tokens.dtype), weight))
 

@@ -18,7 +18,7 @@ from qvlm.methods.objective import output_error
 from qvlm.methods.qvlm.candidates import candidates
 from qvlm.methods.qvlm.search_options import SearchOptions
 from qvlm.quantization import Block, QuantLinear
-from qvlm.quantization.block import Call
+from qvlm.quantization.calls import Call
 from qvlm.quantization.hooks import hooked
 
 Setting = tuple[int | None, ...]

@@ -21,7 +21,7 @@ from qvlm.methods.rotation.stream import (
     rotate_reader,
     rotate_writer,
 )
-from qvlm.quantization.block import Call, run_calls
+from qvlm.quantization.calls import Call, run_calls
 from qvlm.quantization.hadamard import hadamard_transform
 
 # Linears that write to the residual stream, by the names that transformers uses.

@@ -74,7 +74,7 @@ class _Native(Kernel):
         """
         if not layer.has_integer_product():
             return working_bytes(layer, rows, copies=1)
-        step = 5 if layer.form.inputs == "token" else 1
+        step = 1 if layer.form.inputs == "static" else 5
         return 8 * rows * layer.out_features + step * rows * layer.in_features
 
     def extra_error(self, layer: PackedLinear, x: Tensor, magnitude: Tensor) -> Tensor | float:
@@ -85,7 +85,12 @@ class _Native(Kernel):
     def _integer_product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         kept, bits = _kept(layer), layer.form.input_bits
         x = x if x.dtype == torch.bfloat16 else x.float()
-        scale, zero_point = kept.grid or library.token_grids(x, layer.form.ratio, bits)
+        if kept.grid is not None:
+            scale, zero_point = kept.grid
+        elif layer.form.inputs == "token":
+            scale, zero_point = library.token_grids(x, layer.form.ratio, bits)
+        else:
+            scale, zero_point = layer.input_grid(x)
         order = layer.order if layer.form.ordered else None
         y = library.integer_product(kept.weight, x, scale, zero_point, bits, order)
         if layer.form.folds or layer.input_sharing() == "group":

@@ -156,6 +156,8 @@ def input_grid(layer: PackedLinear, x: Tensor) -> Grid:
 
     if layer.form.inputs == "token":
         return triton_inputs.token_grid(x.contiguous(), layer.form.input_bits, layer.form.ratio)
+    if layer.form.inputs == "position":
+        return layer.input_grid(x)
     return layer.input_scale.view(torch.float32), layer.input_zero_point
 
 

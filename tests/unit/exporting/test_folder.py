@@ -119,6 +119,10 @@ def edit_form(folder: Path, **changes: Any) -> None:
         ({"ordered": True}, "its channels are sorted into clusters. Choose quantizer=per_token"),
         ({"ratio": 0.9}, "its ranges are shrunk. Choose quantizer.ranges=minmax."),
         ({"inputs": "static", "input_shape": [32]}, "each channel of its input has a static scale"),
+        (
+            {"inputs": "position", "input_shape": [5]},
+            "each position of its input has a static scale. Choose quantizer.vision",
+        ),
         ({"group_size": 24, "scale_shape": [64, 2]}, "24 does not divide 32 inputs"),
         ({"bias": True}, "the architecture has no place for it or for the bias"),
         (

@@ -77,7 +77,7 @@ def test_a_layer_in_float64_multiplies_codes_times_scales_without_rounding(
 ) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 8).double()
-    inputs = activation_quantizer(samples, QuantSpec(4, granularity, 16))
+    inputs = activation_quantizer(samples, QuantSpec(4, granularity, 16, positions=20))
     weights = weight_quantizer(folded_weight(linear.weight, inputs), QuantSpec(4, "per_group", 16))
     layer = QuantLinear.from_linear(linear, weights, inputs)
     x = samples[:20]
