@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 from qvlm.command import run_command
-from qvlm.tables.claims.page import concerned, page
+from qvlm.tables.claims.analysis import concerned
+from qvlm.tables.claims.page import page
 from qvlm.tables.command import (
     add_runs,
     keep_answers,

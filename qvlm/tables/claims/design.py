@@ -23,6 +23,7 @@ METHODS = {
     "w4a4": (
         *("rtn", "awq", "qlora", "layerwise"),
         *("qvlm_cdm", "qvlm_cdm_error", "qvlm_veo", "qvlm"),
+        *("roco", "roco_token"),
     ),
 }
 UNCALIBRATED = {"w4a4": ("zeroquant",)}

@@ -11,9 +11,10 @@ from qvlm.errors import UserError
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.records.record import Record
 from qvlm.tables import claims
+from qvlm.tables.claims.analysis import COMPARISONS, verdict
+from qvlm.tables.claims.catalog import OWN
 from qvlm.tables.claims.components import Estimate
 from qvlm.tables.claims.design import MODELS, Assumptions, Design, least_detectable
-from qvlm.tables.claims.page import verdict
 from qvlm.tables.claims.plan import TRAINED, plan
 from qvlm.tables.labels import QVLM
 from tests.helpers.pages import cells
@@ -117,6 +118,24 @@ def test_the_page_compares_methods_over_trainings_and_draws(make: Make) -> None:
     assert "cover questions, draws and trainings" in text
     assert "mini_moe_llava: not measured." in text
     assert " 3 x 4 |" in text
+
+
+def test_our_own_claims_are_a_family_of_their_own(make: Make) -> None:
+    shares = {"RoCo": 0.8, "RoCo, per token": 0.9, "AWQ": 0.7, QVLM: 0.8}
+    records = [
+        make("mini_llava", name, draw, share) for name, share in shares.items() for draw in range(4)
+    ]
+    text = claims.page(records, "make claims")
+    assert row(table_of(text), "RoCo beats AWQ")["verdict"] == "holds"
+    assert row(table_of(text), "RoCo, per token, beats static")["verdict"] == "holds"
+    assert row(table_of(text), "RoCo beats QLoRA")["verdict"] == "not measured"
+    assert row(table_of(text), "Q-VLM beats AWQ")["verdict"] == "holds"
+    # Its draws are its own: it is calibrated, unlike other methods with ranges per token.
+    alone = [r for r in records if r.method != "RoCo, per token" or r.config["calibration"]["seed"]]
+    page = claims.page(alone, "make claims")
+    assert row(table_of(page), "RoCo, per token, beats static")["verdict"] == "not measured"
+    own = COMPARISONS[OWN[0]]
+    assert own == len(OWN) * len(MODELS) != COMPARISONS[claims.CLAIMS[0]]
 
 
 def test_missing_trainings_and_draws_are_said(make: Make) -> None:
@@ -239,7 +258,7 @@ def test_the_announcement_comes_before_anything_runs(tmp_path: Path) -> None:
             finished(tmp_path, f"{model}-seed{seed}")
     made = plan([f"trainings={tmp_path}", "estimate=true"])
     assert made.estimate
-    assert "20000 questions x 5 calibration draws x 3 trainings of 2 models: 342 cells" in (
+    assert "20000 questions x 5 calibration draws x 3 trainings of 2 models: 402 cells" in (
         made.announcement
     )
     assert "are missing" not in made.announcement
