@@ -26,6 +26,7 @@ from qvlm.packing.absmax import dequantize_absmax
 from qvlm.packing.form import Form, buffers, pack_numbers
 from qvlm.packing.formats import pack, unpack
 from qvlm.packing.kernels import AUTO, Kernel, fits_dtype, kernel_named
+from qvlm.packing.kernels.native import walsh_hadamard_on
 from qvlm.packing.kernels.reference import float_weight
 from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear
@@ -208,7 +209,9 @@ class PackedLinear(nn.Module):
 
     def transformed(self, x: Tensor) -> Tensor:
         """Returns what the kernels read of an input [rows, in]: its transform, or itself."""
-        return hadamard_transform(x) if self.form.hadamard else x
+        if not self.form.hadamard:
+            return x
+        return hadamard_transform(x, passes=walsh_hadamard_on(x.device))
 
     def weight_scales(self) -> tuple[Tensor, Tensor]:
         """Returns scale and zero point of a uniform weight, both [out, groups] float32."""

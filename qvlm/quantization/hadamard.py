@@ -15,11 +15,12 @@ The transform is computed in float64 for float64 inputs and in float32 for all o
 differences of a pass have one order, so a width that is a power of two gives equal bits on every
 machine.
 
-Left out: a transform of blocks of the channels, and a native kernel.
+Left out: a transform of blocks of the channels. Packed layers have the passes in C.
 """
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,12 +29,15 @@ from torch import Tensor
 LARGEST_FACTOR = 512
 
 
-def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
+def hadamard_transform(
+    x: Tensor, inverse: bool = False, passes: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Multiplies vectors with the orthonormal Hadamard matrix H of their width.
 
     Args:
         x: Vectors [..., width] in any floating-point type.
         inverse: Whether to multiply with the transpose of H, which undoes it.
+        passes: Function that computes `walsh_hadamard` to the bit, for a kernel's; None is it.
 
     Returns:
         Vectors [..., width], float64 for a float64 input and float32 otherwise.
@@ -42,16 +46,25 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
     small, fast = factors(width)
     x = x if x.dtype == torch.float64 else x.float()
     x = x.reshape(*x.shape[:-1], small, fast)
-    half = 1
-    while half < fast:
-        pairs = x.unflatten(-1, (-1, 2, half))
-        first, second = pairs.unbind(-2)
-        x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
-        half *= 2
+    x = (passes or walsh_hadamard)(x)
     if small > 1:
         matrix = _placed(small, x.dtype, x.device)
         x = (matrix.T if inverse else matrix) @ x
     return x.flatten(-2) * (1 / math.sqrt(fast))
+
+
+def walsh_hadamard(x: Tensor) -> Tensor:
+    """Multiplies vectors [..., width] with the Walsh-Hadamard matrix: entries of +1 and -1.
+
+    The matrix is in natural order. `width` is a power of two, whose passes take neighbors first.
+    """
+    half, width = 1, x.shape[-1]
+    while half < width:
+        pairs = x.unflatten(-1, (-1, 2, half))
+        first, second = pairs.unbind(-2)
+        x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+        half *= 2
+    return x
 
 
 @functools.cache

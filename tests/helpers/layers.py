@@ -12,6 +12,7 @@ from qvlm.quantization.calibration import Walk
 from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.normal_float import NormalFloatQuantizer
+from qvlm.quantization.position_quantizer import PositionQuantizer
 from qvlm.quantization.ranges import activation_quantizer, weight_quantizer
 from qvlm.quantization.spec import ACTIVATION_GRANULARITIES, QuantizationConfig, QuantSpec
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
@@ -19,6 +20,7 @@ from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 # Granularities of inputs that can be packed: all but ranges of a prompt, which no kernel makes.
 INPUTS = tuple(name for name in ACTIVATION_GRANULARITIES if name != "per_channel_prompt")
 WEIGHTS = ("per_tensor", "per_channel", "per_group", "normal_float")
+POSITIONS = 4  # of a sequence, where each position has a range
 
 
 def quantized(
@@ -41,7 +43,7 @@ def quantized(
     linear = nn.Linear(shape[1], shape[0], bias=bias)
     samples = torch.randn(64, shape[1]) * torch.rand(shape[1]).add(0.1) + 0.2
     input_quantizer = activation_quantizer(
-        samples, QuantSpec(bits[1], inputs, group_size, ranges="minmax")
+        samples, QuantSpec(bits[1], inputs, group_size, ranges="minmax", positions=POSITIONS)
     )
     folded = folded_weight(linear.weight, input_quantizer)
     if weight == "normal_float":
@@ -52,6 +54,12 @@ def quantized(
     return QuantLinear.from_linear(
         linear, weights, input_quantizer, layer_name="some.layer"
     ), samples
+
+
+def some_input(layer: QuantLinear, rows: int) -> Tensor:
+    """Random rows [rows, in], or as many sequences where each position has a range."""
+    sequences = isinstance(layer.input_quantizer, PositionQuantizer)
+    return torch.randn(rows * POSITIONS if sequences else rows, layer.in_features)
 
 
 def in_float64(layer: QuantLinear) -> QuantLinear:

@@ -8,6 +8,7 @@ rows only.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -57,10 +58,12 @@ class _Native(Kernel):
         layer.use_layout(None)
         if layer.has_integer_product():
             return self._integer_product(layer, x)
-        steps, scale, _ = layer.stored_steps(x)
-        weight = _weight(layer)
-        multiply = library.rounded_product if _rounds(weight, x) else library.float_product
-        return multiply(weight, steps * scale)
+        kept, form = _kept(layer), layer.form
+        scale, zero_point = kept.grid or _grid(layer, x)
+        order = layer.order if form.ordered else None
+        x_hat = library.quantized_input(x, scale, zero_point, form.input_bits, order, form.folds)
+        multiply = library.rounded_product if _rounds(kept.weight, x) else library.float_product
+        return multiply(kept.weight, x_hat)
 
     def float_weight(self, layer: PackedLinear, rows: slice, dtype: torch.dtype) -> Tensor:
         """Dequantizes rows of the weight, with channels as they are stored; see `reference`."""
@@ -84,13 +87,9 @@ class _Native(Kernel):
 
     def _integer_product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         kept, bits = _kept(layer), layer.form.input_bits
-        x = x if x.dtype == torch.bfloat16 else x.float()
-        if kept.grid is not None:
-            scale, zero_point = kept.grid
-        elif layer.form.inputs == "token":
-            scale, zero_point = library.token_grids(x, layer.form.ratio, bits)
-        else:
-            scale, zero_point = layer.input_grid(x)
+        if layer.form.inputs == "token":
+            return library.token_product(kept.weight, x, layer.form.ratio, bits)
+        scale, zero_point = kept.grid or _grid(layer, x)
         order = layer.order if layer.form.ordered else None
         y = library.integer_product(kept.weight, x, scale, zero_point, bits, order)
         if layer.form.folds or layer.input_sharing() == "group":
@@ -99,6 +98,19 @@ class _Native(Kernel):
 
 
 NATIVE = _Native()
+
+
+def walsh_hadamard_on(device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """Returns the passes of a Hadamard transform in C for a device, or None if there are none."""
+    there = device.type == "cpu" and library.obstacle() is None
+    return library.walsh_hadamard if there else None
+
+
+def _grid(layer: PackedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the grid of an input whose rows have scales of their own."""
+    if layer.form.inputs == "token":
+        return library.token_grids(x, layer.form.ratio, layer.form.input_bits)
+    return layer.input_grid(x)
 
 
 def _rounds(weight: library.Weight, x: Tensor) -> bool:

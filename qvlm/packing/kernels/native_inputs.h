@@ -53,6 +53,33 @@ static void quantize(const Input *in, int64_t row, int from_middle, int16_t *t) 
     }
 }
 
+/* Writes the quantized input to y [rows, width]: steps times scales, or steps alone if `in_steps`.
+   Returns 0, or 1 if there is not enough memory. */
+int quantized_input(const Input *in, int64_t in_steps, float *y) {
+    const float one = 1;
+    const int64_t by_row = in_steps ? 0 : in->by_row, by_channel = in_steps ? 0 : in->by_channel;
+    int failed = 0;
+    _Pragma("omp parallel if (in->rows * in->width > SMALL)")
+    {
+        int16_t *t = malloc(in->width * sizeof(int16_t));
+        if (!t) {
+            _Pragma("omp atomic write")
+            failed = 1;
+        }
+        _Pragma("omp barrier")
+        _Pragma("omp for schedule(static)")
+        for (int64_t row = 0; row < in->rows; row++) {
+            if (failed) continue;
+            const float *scale = (in_steps ? &one : in->scale) + row * by_row;
+            float *to = y + row * in->width;
+            quantize(in, row, 0, t);
+            for (int64_t k = 0; k < in->width; k++) to[k] = (float)t[k] * scale[k * by_channel];
+        }
+        free(t);
+    }
+    return failed;
+}
+
 /* Writes scale and zero point of each input row, whose range is its smallest and its largest number
    times `ratio`, as `affine_grid` of Python does, to the bit. */
 void token_grids(const Input *in, float ratio, float *scale, float *zero) {

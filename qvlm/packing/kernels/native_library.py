@@ -8,13 +8,15 @@ in registers. In the notation of `base.py`:
   native_rows.h); for many rows it unpacks the weight into tiles (`integer_tiles`). Sums of runs are
   added in float32 for an input in bf16, and in float64 for any other. The output in float64 is then
   rounded once, to what `compute_in_float64` of a simulated layer gives.
-- `token_grids` finds the grid of each row of an input that has scales of tokens.
+- `token_grids` finds the grid of each row of an input that has scales of tokens, and
+  `token_product` finds it and multiplies.
+- `quantized_input` quantizes and dequantizes an input for products of floating-point numbers.
 - `float_product` multiplies a float input with the dequantized weight, which it makes in registers.
   It serves few rows of inputs whose channels differ in scale, and NormalFloat.
 - `rounded_product` does the same in bf16, for models in bf16 and 4-bit codes, and is several times
   faster.
 - `dequantize` writes the dequantized weight to memory, for products by other means.
-- `hadamard` transforms rows of numbers.
+- `walsh_hadamard` transforms rows of numbers.
 - `attend` computes the attention of one query of each head to all keys (native_attention.h).
 
 Every instruction set gives the same bits. Without a compiler, or on another CPU, `obstacle` gives
@@ -39,6 +41,8 @@ MAX_HEAD = 512
 PAIRED = 64
 # Bit width of codes whose values are looked up in bf16.
 LOOKED_UP = 4
+
+_NO_MEMORY = "There is not enough memory for a packed product."
 
 _pointer = ctypes.c_void_p
 _number = ctypes.c_int64
@@ -188,30 +192,77 @@ def integer_product(
     Raises:
         RunError: If there is not enough memory.
     """
-    rows, width = x.shape
-    half = x.dtype == torch.bfloat16
-    y = torch.empty(rows, weight.out, dtype=torch.float32 if half else torch.float64)
-    if not rows:
-        return y
-    x = (x if half else x.float()).contiguous()
-    scale, zero_point = scale.contiguous(), zero_point.contiguous()
-    by_row = scale.ndim == 2 and scale.shape == (rows, 1)
-    inputs = _Input(
-        x=_of(x),
-        rows=rows,
-        width=width,
-        half=half,
-        order=_of(order),
-        scale=_of(scale),
-        zero=_of(zero_point),
-        by_row=by_row,
-        by_channel=not by_row and scale.numel() > 1,
-        bits=input_bits,
-    )
+    inputs, held = _with_grid(x, scale, zero_point, input_bits, order)
+    y = _sums(weight, held[0])
     functions = library_of(library) if library else _library()
-    product = functions.integer_rows if rows <= FEW_ROWS else functions.integer_tiles
-    if product(_at(weight), ctypes.addressof(inputs), _of(y)):
-        raise RunError("There is not enough memory for a packed product.")
+    product = functions.integer_rows if len(x) <= FEW_ROWS else functions.integer_tiles
+    if len(x) and product(_at(weight), ctypes.addressof(inputs), _of(y)):
+        raise RunError(_NO_MEMORY)
+    return y
+
+
+def token_product(
+    weight: Weight,
+    x: Tensor,
+    ratio: float,
+    input_bits: int,
+    library: str | None = None,
+) -> Tensor:
+    """Computes the product with an input that has a scale per token.
+
+    It is `integer_product` with the grids of `token_grids`, times the scale of each row, in one
+    call: a small layer would wait for three.
+
+    Args:
+        weight: Uniform weight.
+        x: Finite input, [rows, in].
+        ratio, input_bits: As for `token_grids`.
+        library: As for `integer_product`.
+
+    Returns:
+        Output without a bias, [rows, out], of the type that `integer_product` returns.
+
+    Raises:
+        RunError: If there is not enough memory.
+    """
+    inputs, held = _input(x, input_bits)
+    y = _sums(weight, held)
+    functions = library_of(library) if library else _library()
+    few = len(x) <= FEW_ROWS
+    if len(x) and functions.token_product(
+        _at(weight), ctypes.addressof(inputs), ratio, few, _of(y)
+    ):
+        raise RunError(_NO_MEMORY)
+    return y
+
+
+def quantized_input(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    order: Tensor | None = None,
+    in_steps: bool = False,
+    library: str | None = None,
+) -> Tensor:
+    """Quantizes and dequantizes an input, as `UniformQuantizer` does it, to the bit.
+
+    Args:
+        x, scale, zero_point, order, library: As for `integer_product`.
+        bits: Bit width of the codes, 2 to 8.
+        in_steps: Whether to return q - z, in units of the scale.
+
+    Returns:
+        Quantized input with the weight's channels, [rows, in] float32.
+
+    Raises:
+        RunError: If there is not enough memory.
+    """
+    inputs, held = _with_grid(x, scale, zero_point, bits, order)
+    y = torch.empty(held[0].shape)
+    functions = library_of(library) if library else _library()
+    if functions.quantized_input(ctypes.addressof(inputs), in_steps, _of(y)):
+        raise RunError(_NO_MEMORY)
     return y
 
 
@@ -231,13 +282,38 @@ def token_grids(
     Returns:
         Scale and zero point, both [rows, 1] float32.
     """
-    rows, width = x.shape
-    x = x.contiguous()
-    scale, zero_point = torch.empty(rows, 1), torch.empty(rows, 1)
-    inputs = _Input(x=_of(x), rows=rows, width=width, half=x.dtype == torch.bfloat16, bits=bits)
+    scale, zero_point = torch.empty(len(x), 1), torch.empty(len(x), 1)
+    inputs, held = _input(x, bits)
     functions = library_of(library) if library else _library()
     functions.token_grids(ctypes.addressof(inputs), ratio, _of(scale), _of(zero_point))
+    del held  # was read until here
     return scale, zero_point
+
+
+def _input(x: Tensor, bits: int) -> tuple[_Input, Tensor]:
+    """Returns an input as the library reads it, and the tensor whose memory that is."""
+    half = x.dtype == torch.bfloat16
+    held = (x if half else x.float()).contiguous()
+    rows, width = held.shape
+    return _Input(x=_of(held), rows=rows, width=width, half=half, bits=bits), held
+
+
+def _with_grid(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, order: Tensor | None
+) -> tuple[_Input, list[Tensor]]:
+    """Returns an input with its grid as the library reads it, and the tensors that it reads."""
+    inputs, held = _input(x, bits)
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    inputs.scale, inputs.zero, inputs.order = _of(scale), _of(zero_point), _of(order)
+    inputs.by_row = scale.ndim == 2 and scale.shape == (len(x), 1)
+    inputs.by_channel = not inputs.by_row and scale.numel() > 1
+    return inputs, [held, scale, zero_point]
+
+
+def _sums(weight: Weight, x: Tensor) -> Tensor:
+    """Returns memory for the sums of an input that `_input` has prepared, [rows, out]."""
+    dtype = torch.float32 if x.dtype == torch.bfloat16 else torch.float64
+    return torch.empty(len(x), weight.out, dtype=dtype)
 
 
 def float_product(weight: Weight, x: Tensor) -> Tensor:
@@ -272,7 +348,7 @@ def rounded_product(weight: Weight, x: Tensor) -> Tensor:
     """
     x, y = x.to(torch.bfloat16).contiguous(), torch.empty(len(x), weight.out)
     if _library().rounded_rows(_at(weight), len(x), _of(x), _of(y)):
-        raise RunError("There is not enough memory for a packed product.")
+        raise RunError(_NO_MEMORY)
     return y
 
 
@@ -293,25 +369,19 @@ def dequantize(weight: Weight, rows: slice, dtype: torch.dtype = torch.float32) 
     return y
 
 
-def hadamard(x: Tensor, size: int) -> Tensor:
-    """Applies the Walsh-Hadamard transform to blocks of neighboring numbers.
-
-    The transform is that of Sylvester's matrix H_size in natural order, times 1 / sqrt(size), so it
-    is orthogonal and its own inverse. Sums are taken in the type of `x` and in an order that does
-    not depend on the machine; the factor is multiplied last.
+def walsh_hadamard(x: Tensor, library: str | None = None) -> Tensor:
+    """Computes `qvlm.quantization.hadamard.walsh_hadamard` of vectors, to the bit.
 
     Args:
-        x: Numbers in float32 or float64 on the CPU, [..., n]. `size` divides n.
-        size: Length of a block, a power of two.
-
-    Returns:
-        Transformed copy of `x`.
+        x: Vectors [..., width] in float32 or float64 on the CPU, of a width that is a power of two.
+        library: As for `integer_product`.
     """
-    y = x.contiguous().clone()
-    function = _library().hadamard_doubles if x.dtype == torch.float64 else None
-    function = function or _library().hadamard_floats
-    function(_of(y), y.numel() // size, size)
-    return y.mul_(size**-0.5)
+    y = x.clone(memory_format=torch.contiguous_format)
+    functions = library_of(library) if library else _library()
+    double = x.dtype == torch.float64
+    function = functions.hadamard_doubles if double else functions.hadamard_floats
+    function(_of(y), y.numel() // max(1, x.shape[-1]), x.shape[-1])
+    return y
 
 
 class _Attention(ctypes.Structure):
@@ -428,6 +498,8 @@ def library_of(name: str) -> ctypes.CDLL:
         "integer_rows": [_pointer] * 3,
         "integer_tiles": [_pointer] * 3,
         "token_grids": [_pointer, ctypes.c_float, *[_pointer] * 2],
+        "token_product": [*[_pointer] * 2, ctypes.c_float, _number, _pointer],
+        "quantized_input": [_pointer, _number, _pointer],
         "float_rows": [_pointer, _number, *[_pointer] * 2],
         "rounded_rows": [_pointer, _number, *[_pointer] * 2],
         "dequantize": [_pointer, *[_number] * 3, _pointer],
@@ -435,7 +507,10 @@ def library_of(name: str) -> ctypes.CDLL:
         "hadamard_floats": [_pointer, *[_number] * 2],
         "hadamard_doubles": [_pointer, *[_number] * 2],
     }
-    can_fail = ("attend", "integer_rows", "integer_tiles", "rounded_rows")
+    can_fail = (
+        *("attend", "integer_rows", "integer_tiles", "quantized_input", "rounded_rows"),
+        "token_product",
+    )
     for function_name, types in arguments.items():
         function = getattr(library, function_name, None)
         if function is None:

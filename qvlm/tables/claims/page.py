@@ -20,9 +20,9 @@ points. The column *paper* is what the paper prints for a larger model. Both met
 generated questions of the split `{SPLIT}`, on which nothing was ever tuned, after each training of
 the model and each draw of the calibration problems.
 
-The intervals cover questions, draws and trainings together, and all {len(CLAIMS) * len(MODELS)}
-of them hold together at 95 % (Bonferroni). *Visible* is the least difference that the design finds with a power
-of 80 %, as worked out before it ran from the assumptions below.
+The intervals cover questions, draws and trainings together, and all {len(CLAIMS) * len(MODELS)} of
+them hold together at 95 % (Bonferroni). *Visible* is the least difference that the design finds
+with a power of 80 %, as worked out before it ran from the assumptions below.
 
 - **holds**: the interval is above zero.
 - **refuted**: the interval is below zero, or wholly below half of the paper's difference.

@@ -19,7 +19,7 @@ from qvlm.packing.simulated import simulated
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import TokenQuantizer
 from qvlm.quantization.spec import ACTIVATION_GRANULARITIES
-from tests.helpers.layers import INPUTS, WEIGHTS, check, in_float64, quantized
+from tests.helpers.layers import INPUTS, WEIGHTS, check, in_float64, quantized, some_input
 
 pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
@@ -40,7 +40,7 @@ def test_packed_computes_what_is_simulated(data: st.DataObject) -> None:
         data.draw(st.integers(0, 1000)),
         data.draw(st.booleans()),
     )
-    check(layer, torch.randn(data.draw(st.sampled_from([1, 2, 5, 33])), width))
+    check(layer, some_input(layer, data.draw(st.sampled_from([1, 2, 5, 33]))))
 
 
 @settings(deadline=None, max_examples=60)
@@ -58,7 +58,7 @@ def test_in_a_model_in_float64_every_kernel_sums_in_float64(data: st.DataObject)
         ordered=data.draw(st.booleans()),
     )
     packed = PackedLinear.from_quantized(layer)
-    x = torch.randn(data.draw(st.sampled_from([1, 3, 33])), width, dtype=torch.float64)
+    x = some_input(layer, data.draw(st.sampled_from([1, 3, 33]))).double()
     exact = in_float64(layer)
     expected = exact(x)
     assert exact.weight is not None
@@ -86,7 +86,7 @@ def test_models_in_bf16_round_within_bounds(data: st.DataObject) -> None:
         ordered=data.draw(st.booleans()),
     )
     packed = PackedLinear.from_quantized(layer)
-    x = torch.randn(data.draw(st.sampled_from([1, 3, 8, 31])), width).bfloat16()
+    x = some_input(layer, data.draw(st.sampled_from([1, 3, 8, 31]))).bfloat16()
     expected = layer(x.float()).double()
     for kernel in packed.serving():
         # Before the output is rounded to the model's type.
@@ -250,8 +250,12 @@ def test_float64_rounds_the_output_only(weight: str, inputs: str) -> None:
     exact = in_float64(layer)
     assert torch.equal(exact.weight_codes(), layer.weight_codes())
     grid = layer.input_quantizer.for_tokens(x)
-    steps = grid.quantize(x).double() - grid.zero_point
-    x_hat = steps if layer.input_quantizer.folds else steps * grid.scale
+    scale, zero_point = (
+        part.repeat(len(x) // len(part), 1) if inputs == "per_position" else part
+        for part in (grid.scale, grid.zero_point)
+    )
+    steps = grid.quantize(x).double() - zero_point
+    x_hat = steps if layer.input_quantizer.folds else steps * scale
     weights = layer.weight_quantizer
     if isinstance(weights, NormalFloatQuantizer):
         constants = weights.dequantized_absmax.repeat_interleave(32).view(48, 96)

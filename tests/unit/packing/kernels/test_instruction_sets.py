@@ -12,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from qvlm.packing.formats import pack
 from qvlm.packing.kernels import native_build
 from qvlm.packing.kernels import native_library as native
-from qvlm.quantization import TokenQuantizer
+from qvlm.quantization import TokenQuantizer, UniformQuantizer
+from qvlm.quantization.hadamard import walsh_hadamard
 from tests.helpers.native_cases import BITS, integer_case, integer_cases
 
 pytestmark = pytest.mark.instruction_set
@@ -192,11 +193,47 @@ def test_attention_leaves_out_keys_and_hides_nothing(instruction_set: str) -> No
 def test_the_hadamard_transform_is_its_definition(dtype: torch.dtype, instruction_set: str) -> None:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     for size in (1, 2, 4, 8, 16, 32, 64, 128):
-        x = torch.randint(-8, 9, (3, 5, 256)).to(dtype)
-        blocks = x.double().view(3, 5, -1, size)
-        factor = torch.tensor(size**-0.5, dtype=dtype)
-        expected = (blocks @ matrix).to(dtype).mul(factor).view_as(x)
-        found = native.hadamard(x, size)
-        assert torch.equal(found, expected)
-        assert torch.allclose(native.hadamard(found, size), x, atol=1e-5)
+        x = torch.randint(-8, 9, (3, 5, size)).to(dtype)
+        assert torch.equal(native.walsh_hadamard(x), (x.double() @ matrix).to(dtype))
+        x = torch.randn(7, 3, size, dtype=dtype).transpose(0, 1)
+        assert torch.equal(native.walsh_hadamard(x), walsh_hadamard(x))
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    assert native.walsh_hadamard(torch.empty(0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 70])
+def test_a_product_of_tokens_is_its_three_steps(
+    rows: int, dtype: torch.dtype, instruction_set: str
+) -> None:
+    torch.manual_seed(rows)
+    for bits, out, width, group in ((4, 33, 128, 32), (8, 16, 96, 96), (5, 7, 40, 40)):
+        codes = pack(torch.randint(0, 2**bits, (out, width), dtype=torch.uint8), bits)
+        scale, zero = torch.rand(out, width // group), torch.randint(0, 2**bits, (out, 1))
+        zero = zero.expand(scale.shape).to(torch.uint8).contiguous()
+        weight = native.Weight(codes, width, bits, group).uniform(scale, zero)
+        x = torch.randn(rows, width).to(dtype)
+        grid = native.token_grids(x, 0.9, bits)
+        expected = native.integer_product(weight, x, *grid, bits).mul_(grid[0])
+        assert torch.equal(native.token_product(weight, x, 0.9, bits), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_inputs_are_quantized_as_the_quantizer_does(
+    bits: int, dtype: torch.dtype, instruction_set: str
+) -> None:
+    torch.manual_seed(bits)
+    for rows, width in ((1, 7), (5, 37), (300, 128)):
+        x, order = torch.randn(rows, width).to(dtype), torch.randperm(width)
+        stored = x[:, order]
+        for shape in ((), (width,)):  # one range, or one for each channel
+            own = UniformQuantizer.from_range(-torch.rand(shape), 2 * torch.rand(shape), bits)
+            given = x, own.scale, own.zero_point, bits, order.int()
+            assert torch.equal(native.quantized_input(*given), own(stored))
+            assert torch.equal(native.quantized_input(*given, in_steps=True), own.centered(stored))
+        own = TokenQuantizer(bits).for_tokens(x)
+        assert torch.equal(native.quantized_input(x, own.scale, own.zero_point, bits), own(x))
+    assert (
+        native.quantized_input(torch.empty(0, 4), torch.ones(()), torch.zeros(()), 4).numel() == 0
+    )
