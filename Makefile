@@ -48,7 +48,7 @@ route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring sca
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 table4 \
 	table4-scale peers table5 table6 real table2-real table-real outliers sensitivity gpu claims \
-	report ablation verify audit figure2 fit verify-portable test test-endurance test-fast test-narrow lint format miniature \
+	report ablation calibration verify audit figure2 fit verify-portable test test-endurance test-fast test-narrow lint format miniature \
 	mini_llava mini_moe_llava preview clean
 
 help:  ## lists these targets
@@ -87,6 +87,9 @@ table5: install  ## regenerates Table 5: entropy against quantization error as p
 	$(call route,$@,$(OPTION)$(WHERE))
 
 table6: install  ## regenerates Table 6: granularities of activations against methods
+	$(call route,$@,$(OPTION)$(WHERE))
+
+calibration: install  ## compares calibration on image-text pairs and on all problems
 	$(call route,$@,$(OPTION)$(WHERE))
 
 table3: install  ## makes Table 3 of the paper's checkpoints: VQA, where VQA=FOLDER has the data

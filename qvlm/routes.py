@@ -87,6 +87,11 @@ ROUTES = {
         "qvlm.tables.table6",
         ("table6", "table6_token"),
     ),
+    "calibration": Route(
+        "compares calibration on image-text pairs and on all problems",
+        "qvlm.tables.calibration",
+        ("calibration",),
+    ),
     "ablation": Route("takes the parts of RoCo apart", "qvlm.tables.ablation", ("ablation",)),
     "claims": Route(
         "says which claims of the paper hold",

@@ -194,3 +194,33 @@ def write_files(texts: Mapping[Path, str]) -> None:
     folder = next(iter(texts)).parent
     with files.explained(f"--out: {folder}", UserError, "choose a folder that can be written"):
         files.write_files(texts)
+
+
+def run_pure(
+    name: str,
+    about: str,
+    texts: Callable[[Sequence[Record], str], Mapping[str, str]],
+    concerned: Callable[[Sequence[Record]], Sequence[Record]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Runs the command of a page that is a pure function of the records, and returns its exit code.
+
+    Args:
+        name: Name of the page and of its command.
+        about: What the command does, in a sentence.
+        texts: Function from the records of a folder and the command that makes the page anew to the
+            texts of its files, by name; NAME.md is printed.
+        concerned: Chooses the records whose answers are kept beside the page.
+        arguments: Words of the command line.
+    """
+    parser = table_parser(name, about)
+    add_runs(parser)
+
+    def work(options: argparse.Namespace) -> None:
+        records = records_of(options.runs, name)
+        made = texts(records, made_with(parser, options, "runs", "out"))
+        write_files({options.out / file: text for file, text in made.items()})
+        keep_answers(options.out, name, concerned(records))
+        print(made[f"{name}.md"], end="")
+
+    return run_command(parser, work, arguments)

@@ -81,20 +81,38 @@ def compare_pairs(
         The comparisons, and a sentence for each comparison that is not possible.
     """
     methods = {record.method: record for record in records}
-    asked, impossible = {}, []
-    for first, second in pairs:
-        if first not in methods or second not in methods:
-            continue
-        answers = paired(methods[first], methods[second])
+    return compare_records(
+        [
+            (first, methods[first], second, methods[second])
+            for first, second in pairs
+            if first in methods and second in methods
+        ]
+    )
+
+
+def compare_records(
+    pairs: Sequence[tuple[str, Record, str, Record]],
+) -> tuple[list[Comparison], list[str]]:
+    """Makes a family of comparisons.
+
+    Args:
+        pairs: Two records with their names, for each comparison.
+
+    Returns:
+        The comparisons, and a sentence for each comparison that is not possible.
+    """
+    asked, impossible = [], []
+    for first, one, second, other in pairs:
+        answers = paired(one, other)
         if answers is None:
             impossible.append(f"{first} and {second} were not asked the same questions")
         else:
-            asked[first, second] = answers
-    tests = [mcnemar(*answers) for answers in asked.values()]
+            asked.append(((first, second), answers))
+    tests = [mcnemar(*answers) for _, answers in asked]
     adjusted = holm([test.p_value for test in tests])
     made = [
         Comparison(*names, paired_difference(*answers, len(asked)), test, p_holm)
-        for (names, answers), test, p_holm in zip(asked.items(), tests, adjusted, strict=True)
+        for (names, answers), test, p_holm in zip(asked, tests, adjusted, strict=True)
     ]
     return made, impossible
 

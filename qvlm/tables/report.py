@@ -70,8 +70,8 @@ def paired_tests(made: Sequence[Comparison], impossible: Sequence[str]) -> str:
                 paired_interval(c.difference),
                 str(c.test.only_a),
                 str(c.test.only_b),
-                _p_value(c.test.p_value),
-                _p_value(c.p_holm),
+                p_value(c.test.p_value),
+                p_value(c.p_holm),
                 c.verdict,
             ]
             for c in made
@@ -82,7 +82,8 @@ def paired_tests(made: Sequence[Comparison], impossible: Sequence[str]) -> str:
     return "\n\n".join(parts) or "There are no two methods to compare."
 
 
-def _p_value(value: float) -> str:
+def p_value(value: float) -> str:
+    """Returns a p-value."""
     return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"
 
 

@@ -5,27 +5,18 @@ of its scales makes the difference shows only if both vary, so this table crosse
 function of the records: per granularity, the records are chosen as for any other table.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 
-from qvlm.command import run_command
 from qvlm.markdown import table
 from qvlm.records.record import Record
-from qvlm.tables.command import (
-    add_runs,
-    keep_answers,
-    made_with,
-    records_of,
-    table_parser,
-    write_files,
-)
+from qvlm.tables.command import run_pure
 from qvlm.tables.comparison import compare_pairs, drop
+from qvlm.tables.crossed import Crossed, crossed_by
 from qvlm.tables.granularity import GRANULARITIES, activations
-from qvlm.tables.labels import BASELINE, FP, QVLM, bits_order, method_order
+from qvlm.tables.labels import BASELINE, FP, QVLM
 from qvlm.tables.published import label, published, rows
 from qvlm.tables.report import (
     interval,
@@ -36,7 +27,6 @@ from qvlm.tables.report import (
     paired_tests,
     signed,
 )
-from qvlm.tables.selection import LeftOut, Selection, of_whole_method, select
 
 NAME = "table6"
 TOKEN = "ZeroQuant-V2, per token"  # the paper's ZeroQuant-V2
@@ -57,51 +47,9 @@ Rows that begin with *paper* are what the paper prints for larger models, whose 
 channel by its text."""
 
 
-@dataclass(frozen=True)
-class Crossed:
-    """The records of a folder, chosen per granularity.
-
-    Attributes:
-        shown: Quantized records, by model and in the order of the page.
-        full: The record in full precision of each model that has one.
-        selection: All of them as one selection, for what pages say of records.
-    """
-
-    shown: dict[str, list[Record]]
-    full: dict[str, Record]
-    selection: Selection
-
-
 def cross(records: Sequence[Record]) -> Crossed:
     """Chooses the records of each granularity as for a table of its own."""
-    ordinary = [record for record in records if of_whole_method(record)]
-    full = [record for record in ordinary if record.bit_widths.is_full_precision]
-    quantized = [record for record in ordinary if not record.bit_widths.is_full_precision]
-    chosen: dict[str, Record] = {}
-    refused: dict[str, LeftOut] = {}
-    aside: dict[str, LeftOut] = {}
-    for words in GRANULARITIES.values():
-        own = [record for record in quantized if activations(record) == words]
-        found = select([*full, *own]) if own else Selection()
-        chosen |= {record.name: record for record in found.shown}
-        refused |= {entry.record.name: entry for entry in found.refused}
-        aside |= {entry.record.name: entry for entry in found.set_aside}
-    shown_in_order = sorted(chosen.values(), key=_order)
-    joined = Selection(shown_in_order, [*refused.values()], [*aside.values()])
-    shown: dict[str, list[Record]] = {}
-    references = {}
-    for record in shown_in_order:
-        if record.bit_widths.is_full_precision:
-            references[record.model] = record
-        else:
-            shown.setdefault(record.model, []).append(record)
-    return Crossed(shown, references, joined)
-
-
-def _order(record: Record) -> tuple[object, ...]:
-    coarse = [*GRANULARITIES.values()]
-    at = -1 if record.bit_widths.is_full_precision else coarse.index(activations(record))
-    return record.model, bits_order(record.bit_widths), method_order(record.method), at, record.name
+    return crossed_by(records, activations, [*GRANULARITIES.values()])
 
 
 def long(crossed: Crossed) -> pd.DataFrame:
@@ -185,17 +133,8 @@ def texts_of(records: Sequence[Record], command: str) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = table_parser(NAME, "Makes Table 6 from recorded runs.")
-    add_runs(parser)
-
-    def work(options: argparse.Namespace) -> None:
-        records = records_of(options.runs, NAME)
-        texts = texts_of(records, made_with(parser, options, "runs", "out"))
-        write_files({options.out / name: text for name, text in texts.items()})
-        keep_answers(options.out, NAME, cross(records).selection.all())
-        print(texts[f"{NAME}.md"], end="")
-
-    return run_command(parser, work, arguments)
+    about = "Makes Table 6 from recorded runs."
+    return run_pure(NAME, about, texts_of, lambda found: cross(found).selection.all(), arguments)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,20 @@ from pathlib import Path
 
 from qvlm.command import folder, run_command
 from qvlm.errors import RunError
+from qvlm.records.record import Record
 from qvlm.records.strict import build
-from qvlm.tables import ablation, audit, claims, readme, table1, table2, table2_real, table5, table6
+from qvlm.tables import (
+    ablation,
+    audit,
+    calibration,
+    claims,
+    readme,
+    table1,
+    table2,
+    table2_real,
+    table5,
+    table6,
+)
 from qvlm.tables.answers import folder_of, read_answers, read_facts
 from qvlm.tables.command import Table, texts_of, write_files
 from qvlm.tables.differences import Difference, differences
@@ -59,10 +71,6 @@ def _of(table: Table) -> Page:
     return Page(table.name, render)
 
 
-def _claims(results: Path, command: str) -> Mapping[str, str]:
-    return {"claims.md": claims.page(read_answers(folder_of(results, "claims")), command)}
-
-
 def _table4(results: Path, command: str) -> Mapping[str, str]:
     place = folder_of(results, "table4")
     records = {record.name: record for record in read_answers(place)}
@@ -73,8 +81,13 @@ def _table4(results: Path, command: str) -> Mapping[str, str]:
         raise RunError(f"{place}: {error} is not what a page wrote; make the page anew") from error
 
 
-def _table6(results: Path, command: str) -> Mapping[str, str]:
-    return table6.texts_of(read_answers(folder_of(results, table6.NAME)), command)
+def _by(name: str, texts: Callable[[Sequence[Record], str], Mapping[str, str]]) -> Page:
+    """A page that is a function of the answers of its folder."""
+
+    def render(results: Path, command: str) -> Mapping[str, str]:
+        return texts(read_answers(folder_of(results, name)), command)
+
+    return Page(name, render)
 
 
 def _audit(results: Path, command: str) -> Mapping[str, str]:
@@ -100,8 +113,9 @@ def _sensitivity(results: Path, command: str) -> Mapping[str, str]:
 PAGES = (
     *map(_of, (table1.TABLE, table2.TABLE, table2_real.TABLE, table5.TABLE, ablation.TABLE)),
     Page("table4", _table4),
-    Page(table6.NAME, _table6),
-    Page("claims", _claims),
+    _by(table6.NAME, table6.texts_of),
+    _by(calibration.NAME, calibration.texts_of),
+    _by("claims", claims.texts_of),
     Page("audit", _audit, answered=False),
     Page("sensitivity", _sensitivity, answered=False),
     Page("../README", _readme, answered=False),

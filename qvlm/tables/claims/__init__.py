@@ -8,7 +8,17 @@ together, and `page.py` makes the page.
 
 from qvlm.tables.claims.analysis import Analysis, analyze, concerned, verdict
 from qvlm.tables.claims.catalog import CLAIMS, Claim
-from qvlm.tables.claims.command import main
+from qvlm.tables.claims.command import main, texts_of
 from qvlm.tables.claims.page import page
 
-__all__ = ["CLAIMS", "Analysis", "Claim", "analyze", "concerned", "main", "page", "verdict"]
+__all__ = [
+    "CLAIMS",
+    "Analysis",
+    "Claim",
+    "analyze",
+    "concerned",
+    "main",
+    "page",
+    "texts_of",
+    "verdict",
+]
