@@ -30,4 +30,4 @@ def test_pairs_clip_what_questions_without_an_image_need(
 
 def test_a_model_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert clipping.main(["--models", "nothing"]) == 2
-    assert "model=nothing" in capsys.readouterr().err
+    assert "nothing" in capsys.readouterr().err
