@@ -83,7 +83,7 @@ def differences(answers: Answers, claim: Claim, model: str) -> NDArray[np.float6
     """Returns the differences behind a claim, [trainings, draws, questions] in points.
 
     They are those of the trainings and draws that are complete: of the first draws as many as give
-    the most cells with the most trainings. A method without calibration has the answers of its only
+    the most cells, and of equal ones those with more trainings. A method without calibration has the answers of its only
     record in every draw.
 
     Returns:
@@ -105,7 +105,7 @@ def differences(answers: Answers, claim: Claim, model: str) -> NDArray[np.float6
     best: list[list[NDArray[np.float64]]] = []
     for draws in {len(own) for own in pairs.values()} - {0}:
         whole = [own[:draws] for own in pairs.values() if len(own) >= draws]
-        if (len(whole), draws) > (len(best), len(best[0]) if best else 0):
+        if (len(whole) * draws, len(whole)) > (sum(map(len, best)), len(best)):
             best = whole
     return np.array(best) if best else None
 

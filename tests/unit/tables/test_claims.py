@@ -156,6 +156,14 @@ def test_what_is_not_complete_in_every_training_is_not_analyzed(make: Make) -> N
     assert " 2 x 2 |" in claims.page(records, "make claims")
 
 
+@pytest.mark.parametrize(("draws", "shape"), [(1, "1 x 3"), (2, "2 x 2"), (3, "2 x 3")])
+def test_the_most_cells_are_analyzed(make: Make, draws: int, shape: str) -> None:
+    """A training that has only begun does not take the other's draws out of the analysis."""
+    records = [make("mini_llava", m, draw, 0.8) for m in (QVLM, "AWQ") for draw in range(3)]
+    records += [make("mini_llava-seed1", m, d, 0.8) for m in (QVLM, "AWQ") for d in range(draws)]
+    assert f" {shape} |" in claims.page(records, "make claims")
+
+
 def test_a_method_without_calibration_answers_alike_in_every_draw(make: Make) -> None:
     records = [make("mini_llava", QVLM, draw, 0.8) for draw in range(3)]
     records.append(make("mini_llava", "ZeroQuant-V2, per token", 0, 0.5))
