@@ -13,10 +13,10 @@ from qvlm.evaluation.metrics import CLASSES
 from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
 from qvlm.tables.command import run_pure
-from qvlm.tables.comparison import Comparison, compare_records
+from qvlm.tables.comparison import Comparison, compare_records, drop
 from qvlm.tables.crossed import Crossed, crossed_by
 from qvlm.tables.granularity import GRANULARITIES, activations
-from qvlm.tables.labels import FP
+from qvlm.tables.labels import FP, method_order
 from qvlm.tables.report import (
     interval,
     left_out,
@@ -31,7 +31,7 @@ NAME = "calibration"
 # Value of `calibration.images` -> how the page calls it.
 SETS = {"only": "image-text pairs", "any": "all problems"}
 COLUMNS = (
-    *("model", "bits", "method", "calibration", "n", "accuracy", "ci_low", "ci_high"),
+    *("model", "bits", "method", "calibration", "draw", "n", "accuracy", "ci_low", "ci_high"),
     *(*(f"accuracy_{name}" for name in CLASSES), "run"),
 )
 HEAD = """\
@@ -42,13 +42,17 @@ paper's and the default, and a sample of *all problems*, of which half have no i
 the language model have static scales per channel. Accuracy is in percent on all questions, and an
 answer that names no choice counts as wrong.
 
-*difference* is what a sample of all problems brings, in points, on the same questions. One draw of
-each kind was taken, so an interval covers questions and no other draws."""
+*difference* is what a sample of all problems brings, in points, on the same questions. The tables
+are of one draw of the problems, so an interval covers questions and no other draws. What other
+draws there are stand at the end."""
 CLASS_NOTE = "The difference by class of question, in points:"
+DRAWS_NOTE = (
+    "Accuracy after calibration on other draws of the problems. Intervals are of each alone."
+)
 
 
 def cross(records: Sequence[Record]) -> Crossed:
-    """Chooses the records of each kind of calibration problems as for a table of its own."""
+    """Chooses the records of each kind and draw of problems as for a table of its own."""
     static = [
         record
         for record in records
@@ -58,13 +62,21 @@ def cross(records: Sequence[Record]) -> Crossed:
             and activations(record) == GRANULARITIES["per_channel"]
         )
     ]
-    return crossed_by(static, kind, [*SETS.values()])
+    quantized = [record for record in static if not record.bit_widths.is_full_precision]
+    draws = sorted({draw(record) for record in quantized})
+    settings = [f"{words}, draw {at}" for at in draws for words in SETS.values()]
+    return crossed_by(static, lambda record: f"{kind(record)}, draw {draw(record)}", settings)
 
 
 def kind(record: Record) -> str:
     """Says in words which problems a quantized record was calibrated on."""
     images = str(record.run["influences"]["calibration"]["images"])
     return SETS.get(images, images)
+
+
+def draw(record: Record) -> int:
+    """Returns the number of the draw of a quantized record's calibration problems."""
+    return int(record.run["influences"]["calibration"]["seed"])
 
 
 def page(crossed: Crossed, command: str) -> str:
@@ -75,26 +87,45 @@ def page(crossed: Crossed, command: str) -> str:
         command: Command that regenerates the page.
     """
     parts = [HEAD]
+    others = []
     for model, records in crossed.shown.items():
         full = crossed.full.get(model)
         for bits in dict.fromkeys(record.bits for record in records):
-            pairs = _pairs([record for record in records if record.bits == bits])
-            if pairs:
-                parts += [f"## {model}, {bits}", *_tables(pairs, full)]
+            by_draw = _pairs([record for record in records if record.bits == bits])
+            for place, (at, pairs) in enumerate(by_draw.items()):
+                if place == 0:
+                    parts += [f"## {model}, {bits}", *_tables(pairs, full)]
+                else:
+                    others += [_other_draw(at, *pair) for pair in pairs]
+    if others:
+        header = ["model", "bits", "method", "draw", *SETS.values(), "difference", "95 % interval"]
+        parts += ["## Other draws", DRAWS_NOTE, table(header, others, left=3)]
     parts += left_out(crossed.selection)
     parts += made_by(crossed.selection.shown, command)
     return "\n\n".join(parts) + "\n"
 
 
-def _pairs(records: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """The records of each method that has both kinds: with an image, and of all kinds."""
-    found = {(record.method, kind(record)): record for record in records}
+def _pairs(records: Sequence[Record]) -> dict[int, list[tuple[Record, Record]]]:
+    """The records of each method that has both kinds, image-text pairs first, by draw."""
+    found = {(draw(record), record.method, kind(record)): record for record in records}
     pairs, every = SETS.values()
-    return [
-        (found[method, pairs], found[method, every])
-        for method in dict.fromkeys(record.method for record in records)
-        if (method, pairs) in found and (method, every) in found
-    ]
+    by_draw: dict[int, list[tuple[Record, Record]]] = {}
+    cells = {key[:2] for key in found}
+    for at, method in sorted(cells, key=lambda cell: (cell[0], method_order(cell[1]))):
+        own, other = (found.get((at, method, words)) for words in (pairs, every))
+        if own is not None and other is not None:
+            by_draw.setdefault(at, []).append((own, other))
+    return by_draw
+
+
+def _other_draw(at: int, own: Record, every: Record) -> list[str]:
+    """The row of a method after another draw."""
+    shown = [number(row.metrics["classes"]["Avg"]["accuracy"]) for row in (own, every)]
+    difference = drop(every, own)
+    found = ["", "not the same questions"]
+    if difference is not None:
+        found = [signed(difference.difference), paired_interval(difference)]
+    return [own.model, own.bits, own.method, str(at), *shown, *found]
 
 
 def _tables(pairs: Sequence[tuple[Record, Record]], full: Record | None) -> list[str]:
@@ -145,6 +176,7 @@ def long(crossed: Crossed) -> pd.DataFrame:
                 "model": record.model,
                 **dict(method=record.method, bits=record.bits),
                 "calibration": "" if whole else kind(record),
+                "draw": None if whole else draw(record),
                 **{key: classes["Avg"][key] for key in ("n", "accuracy", "ci_low", "ci_high")},
                 **{f"accuracy_{name}": classes[name]["accuracy"] for name in CLASSES},
                 "run": record.name,

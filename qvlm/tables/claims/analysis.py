@@ -83,8 +83,8 @@ def differences(answers: Answers, claim: Claim, model: str) -> NDArray[np.float6
     """Returns the differences behind a claim, [trainings, draws, questions] in points.
 
     They are those of the trainings and draws that are complete: of the first draws as many as give
-    the most cells, and of equal ones those with more trainings. A method without calibration has the answers of its only
-    record in every draw.
+    the most cells, and of equal ones those with more trainings. A method without calibration has
+    the answers of its only record in every draw.
 
     Returns:
         The differences, or None if there is no pair of records.

@@ -16,13 +16,14 @@ PAIRS, EVERY = "image-text pairs", "all problems"
 
 
 def planted(runs: Path, method: str, images: str, accuracy: float, **more: Any) -> None:
-    granularity = more.pop("granularity", "per_channel")
+    granularity, draw = more.pop("granularity", "per_channel"), more.pop("draw", 0)
+    short = method.lower().replace(", ", "-").replace(" ", "")
     make_record(
         *(runs, method, more.pop("bits", "W4A4")),
         accuracy=accuracy,
-        name=f"mini_llava-{method.lower().replace(', ', '-').replace(' ', '')}-{images}",
+        name=f"mini_llava-{short}-{images}{draw or ''}",
         quantizer={"language": {"granularity": granularity}, "first_token": "quantized"},
-        calibration={"images": images, "samples": 64, "seed": 0},
+        calibration={"images": images, "samples": 64, "seed": draw},
         generated=True,
         **more,
     )
@@ -71,6 +72,20 @@ def test_differences_by_class_stand_below(runs: Path) -> None:
             for kind in ("any", "only")
         )
         assert float(shown) == pytest.approx(one - other, abs=0.01)
+
+
+def test_other_draws_stand_at_the_end(runs: Path) -> None:
+    main = texts_of(find_records(runs), "x")[f"{NAME}.md"].partition("## Refused")[0]
+    planted(runs, "RTN", "only", 80, draw=1)
+    planted(runs, "RTN", "any", 70, draw=1)
+    planted(runs, "AWQ", "any", 70, draw=1)
+    text = texts_of(find_records(runs), "x")[f"{NAME}.md"]
+    assert text.startswith(main)
+    below = text.partition("## Other draws")[2].partition("## Refused")[0]
+    (row,) = (cells(line) for line in below.splitlines() if line.startswith("| mini_llava"))
+    assert row[:4] == ["mini_llava", "W4A4", "RTN", "1"]
+    assert float(row[6]) == pytest.approx(float(row[5]) - float(row[4]), abs=0.01)
+    assert "## Records not shown" not in text
 
 
 def test_other_granularities_are_not_the_subject(runs: Path) -> None:
