@@ -86,6 +86,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "results").glob("*.md")), ids=lambda p: p.name)
+def test_the_site_has_every_page_of_results(page: Path) -> None:
+    assert f": results/{page.name}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_the_readme_lists_every_page(page: Path) -> None:
     assert f"](docs/{page.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
