@@ -1,5 +1,11 @@
 """What all tests share: the fixtures of cells that run in seconds, and of tiny checkpoints."""
 
+import os
+
+# As `make test` does, before PyTorch is imported: tests compare to the bit sums of float32, whose
+# order depends on the number of threads. Those that are about threads set it themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from hypothesis import settings
 
 from tests.helpers.cells import cell, checkpoint, tracked

@@ -176,7 +176,9 @@ class _Run:
                 self._open.callback(wandb.teardown)  # its service process would outlive its runs
                 mode: Any = self._tracking.mode
                 # Without a mode W&B posts telemetry; unless it is silent it asks for an API key.
-                wandb.setup(wandb.Settings(silent=True, mode=mode))
+                silent = wandb.Settings(silent=True, mode=mode)
+                wandb.setup(silent)
+                wandb.termsetup(silent, None)  # which `setup` leaves out if W&B was set up before
                 self._run = _open(self._tracking, self._about)
             work(self._run)
         except Exception as error:  # the exceptions of W&B have no common base class

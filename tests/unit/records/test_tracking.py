@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import wandb
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record as Entry
 
@@ -112,6 +113,18 @@ def track(record: Record, problems: Any, tracking: TrackingConfig, group: str) -
     command = record.run["command"]
     with Tracker(tracking, group, record.name, tags, command, record.config) as tracker:
         tracker.finish(record, problems)
+
+
+def test_nothing_is_printed_where_wandb_was_set_up_before(
+    tmp_path: Path, bare: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wandb.setup(wandb.Settings(mode="offline"))
+    record = make_record(tmp_path / "runs", "AWQ", n=COUNT)
+    tracking = TrackingConfig(dir=str(tmp_path / "wandb"), examples=8)
+    capfd.readouterr()
+    track(record, make_questions(record), tracking, "table2")
+    assert capfd.readouterr() == ("", "")
+    assert len(runs_in(tmp_path / "wandb")) == 1
 
 
 def test_a_cell_is_read_back_from_disk(
