@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -297,3 +298,21 @@ def test_british_spelling_is_noticed(word: str) -> None:
 )
 def test_american_words_are_left_alone(word: str) -> None:
     assert not BRITISH.search(f"a {word} b")
+
+
+def test_nothing_lies_about_at_the_top() -> None:
+    """What is tracked beside the folders is what a newcomer is meant to find there."""
+    asked = ["git", "ls-files", "--cached", "--", ":(top,glob)*"]
+    tracked = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("this is not a clone")
+    files = {".gitignore", "LICENSE", "CITATION.cff", "Makefile", "constraints.txt", "mkdocs.yml"}
+    files |= {
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "pyproject.toml",
+        "run.py",
+        "setup.py",
+    }
+    assert {*tracked.stdout.split()} == files
