@@ -3,8 +3,8 @@
 A vision tower reads as many tokens of every image: the class token and one per patch. So a scale of
 a token can be calibrated for its position and stored, where a scale per token has to be made while
 the model runs. The released code (arXiv 2410.08119, revision 191bdc9) keeps 257 of them for CLIP's
-tower, of minimum and maximum. Tokens of one position in other images need not be alike, which
-scales made in the call do not depend on.
+tower, of minimum and maximum. They rely on tokens of one position being alike in all images, as
+scales that are made in the call do not.
 """
 
 import torch

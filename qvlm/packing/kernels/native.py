@@ -87,10 +87,10 @@ class _Native(Kernel):
 
     def _integer_product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         kept, bits = _kept(layer), layer.form.input_bits
-        if layer.form.inputs == "token":
-            return library.token_product(kept.weight, x, layer.form.ratio, bits)
-        scale, zero_point = kept.grid or _grid(layer, x)
         order = layer.order if layer.form.ordered else None
+        if layer.form.inputs == "token" and not layer.form.folds:
+            return library.token_product(kept.weight, x, layer.form.ratio, bits, order)
+        scale, zero_point = kept.grid or _grid(layer, x)
         y = library.integer_product(kept.weight, x, scale, zero_point, bits, order)
         if layer.form.folds or layer.input_sharing() == "group":
             return y

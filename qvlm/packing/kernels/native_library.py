@@ -206,6 +206,7 @@ def token_product(
     x: Tensor,
     ratio: float,
     input_bits: int,
+    order: Tensor | None = None,
     library: str | None = None,
 ) -> Tensor:
     """Computes the product with an input that has a scale per token.
@@ -217,7 +218,7 @@ def token_product(
         weight: Uniform weight.
         x: Finite input, [rows, in].
         ratio, input_bits: As for `token_grids`.
-        library: As for `integer_product`.
+        order, library: As for `integer_product`.
 
     Returns:
         Output without a bias, [rows, out], of the type that `integer_product` returns.
@@ -226,6 +227,7 @@ def token_product(
         RunError: If there is not enough memory.
     """
     inputs, held = _input(x, input_bits)
+    inputs.order = _of(order)
     y = _sums(weight, held)
     functions = library_of(library) if library else _library()
     few = len(x) <= FEW_ROWS

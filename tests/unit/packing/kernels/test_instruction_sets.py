@@ -216,6 +216,10 @@ def test_a_product_of_tokens_is_its_three_steps(
         grid = native.token_grids(x, 0.9, bits)
         expected = native.integer_product(weight, x, *grid, bits).mul_(grid[0])
         assert torch.equal(native.token_product(weight, x, 0.9, bits), expected)
+        order = torch.randperm(width)
+        shuffled = torch.empty_like(x).index_copy_(1, order, x)
+        found = native.token_product(weight, shuffled, 0.9, bits, order.int())
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
