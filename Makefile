@@ -36,6 +36,8 @@ DOCS := build/docs-venv
 # Any other scale than the default is an option, and has results of its own (conf/scale).
 OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
 DESIGN := $(if $(QUESTIONS), questions=$(QUESTIONS))$(if $(DRAWS), draws=$(DRAWS))$(if $(ESTIMATE), estimate=$(ESTIMATE))
+# ADD=true keeps the cells of a committed page and runs the others only.
+MORE := $(if $(ADD), add=$(ADD))
 WHERE := $(if $(filter-out auto,$(LAUNCHER)), launcher=$(LAUNCHER))
 
 # Has a CPU with AVX-512 compute as one with AVX2 only; another CPU ignores it.
@@ -43,7 +45,7 @@ NARROW := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
 NARROW += QVLM_WITHOUT=avx512,avxvnni,avx512vl
 
 # `python -m qvlm NAME` runs what is missing and makes the page, here and where there is no make.
-route = $(BIN)/python -m qvlm $(1)$(2) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
+route = $(BIN)/python -m qvlm $(1)$(2)$(MORE) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 table4 \

@@ -20,6 +20,7 @@ from qvlm.errors import UserError
 from qvlm.routes import ROUTES, Route
 
 COMMAND = "--command="  # the command that a page names, if it is not the route
+ADD = "add=true"  # keep what is committed beside the page, and run the other cells only
 DEMO: tuple[str, list[str]] = ("demo", [])  # what no words stand for
 
 
@@ -72,7 +73,8 @@ def _begun(line: str) -> list[str]:
 
 def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
     """Runs what is missing of a page, makes it of what is recorded, and then the report."""
-    overrides = given = [word for word in words if not word.startswith("-")]
+    given = [word for word in words if not word.startswith("-")]
+    overrides = [word for word in given if word != ADD]
     options = [word for word in words if word.startswith("-")]
     if others := [option for option in options if not option.startswith(COMMAND)]:
         if {*others} <= {"-h", "--help"}:
@@ -80,6 +82,12 @@ def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
             return 0
         print(
             f"error: {others[0]} is not an option of {name}. Give overrides such as scale=paper.",
+            file=sys.stderr,
+        )
+        return 2
+    if ADD in given and not route.adds:
+        print(
+            f"error: {ADD} is not possible for {name}, whose page also holds times. Leave it out.",
             file=sys.stderr,
         )
         return 2
@@ -94,12 +102,16 @@ def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
         if plan.estimate:
             return 0
         sweeps, overrides = plan.sweeps, plan.others
-    for sweep in sweeps:
-        if code := cli.main(["-m", *sweep, *overrides]):
-            return code
     results = _results_folder([f"experiment={route.experiments[0]}", *overrides])
+    committed = results / "answers" / name.replace("-", "_")
+    adding = ADD in given and committed.is_dir()
+    known = [f"committed={committed}"] if adding else []
+    for sweep in sweeps:
+        if code := cli.main(["-m", *sweep, *overrides, *known]):
+            return code
     said = options or [COMMAND + " ".join([program(), name, *given])]
-    if code := _page(route)([f"--runs={results / 'runs'}", f"--out={results}", *said]):
+    kept = ["--add"] if adding else []
+    if code := _page(route)([f"--runs={results / 'runs'}", f"--out={results}", *kept, *said]):
         return code
     return _page(ROUTES["report"])([f"--results={results}", *said])
 
@@ -111,7 +123,8 @@ def _help(name: str, route: Route) -> str:
     return (
         f"usage: {program()} {name} [OVERRIDE ...]\n\n{does}\n\nRuns the cells of {experiments} "
         "that are not recorded, and makes\nthe page and the report of all records. Overrides are "
-        "those of a run, such as scale=paper."
+        f"those of a run, such as scale=paper. {ADD} keeps the cells of the committed page, and\n"
+        "runs the others only."
     )
 
 

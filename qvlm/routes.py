@@ -21,6 +21,7 @@ class Route:
         experiments: Names of the experiments whose cells the page needs. They run first.
         design: Module whose `plan(words)` says which cells the page needs, where the experiments'
             own options do not.
+        adds: Whether the page is kept with its answers, so that `add=true` adds to it.
         overrides: Words of the command line that the command stands for, instead of a module.
         closing: Text that is printed after such a run.
         keys: Short names of options, for a command that is a run. The first has to be given, and
@@ -31,6 +32,7 @@ class Route:
     module: str = ""
     experiments: tuple[str, ...] = ()
     design: str = ""
+    adds: bool = True
     overrides: tuple[str, ...] = ()
     closing: str = ""
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -69,11 +71,13 @@ ROUTES = {
         "makes Table 3: VQA, for who has the data",
         "qvlm.tables.table3",
         ("table3", "table3_sqa"),
+        adds=False,
     ),
     "table4": Route(
         "measures packed models: seconds, memory, accuracy",
         "qvlm.tables.table4.__main__",
         ("table4", "table4_exact"),
+        adds=False,
     ),
     "table4-scale": Route(
         "measures the paper's architectures at full size", "qvlm.tables.table4_scale.__main__"

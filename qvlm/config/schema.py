@@ -327,6 +327,8 @@ class RunConfig:
             memory, such as "20GiB". A device that is not listed may use most of what it has free.
         threads: Number of PyTorch's CPU threads. Null leaves the number to PyTorch.
         force: Whether to compute a cell that is recorded already.
+        committed: Folder of committed answers, such as results/answers/claims. A sweep leaves out
+            the cells whose answers it holds, in whichever version of the code.
         preflight: Whether to print what cells will read, need and take, and stop.
         group: Name of the sweep in Weights & Biases. A sweep that is left with the default is named
             after its options.
@@ -355,6 +357,7 @@ class RunConfig:
     max_memory: list[str] = field(default_factory=list)
     threads: int | None = None
     force: bool = False
+    committed: str | None = None
     preflight: bool = False
     group: str = "cells"
     method_name: str = MISSING

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
@@ -71,9 +72,21 @@ def plan(
             "save_packed is not one folder for several cells. Give each cell a folder of its own."
         )
     cells = [(overrides, Cell.of(config)) for config, overrides in configs]
+    cells = [planned for planned in cells if not _is_committed(planned[1])]
+    if left_out := len(configs) - len(cells):
+        print(f"{left_out} of {len(configs)} cells are left out: their answers are committed")
     for first in (True, False):
         if batch := [planned for planned in cells if planned[1].config.full_precision is first]:
             yield batch
+
+
+def _is_committed(cell: "Cell") -> bool:
+    """Whether the answers of a cell are among those of its option `committed`."""
+    from qvlm.records.record import cell_of
+    from qvlm.tables.answers import cells_in
+
+    folder = cell.config.committed
+    return folder is not None and cell_of(cell.identity) in cells_in(Path(folder))
 
 
 def sweep_name(combinations: Sequence[Sequence[str]]) -> str:

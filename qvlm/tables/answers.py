@@ -12,6 +12,9 @@ functions as of the records that a run wrote (`qvlm.tables.verify`).
 Problems of other sources cannot be generated, so cells that answered those are not written. The
 texts of answers and the details of a method's report are left out, as are paths and commands, which
 belong to the machine.
+
+A cell on the plain text of the package has no answers. Its file holds the sums over each document
+of what was measured per token, and the perplexity and the rest follow from these.
 """
 
 import gzip
@@ -28,11 +31,13 @@ import pandas as pd
 from qvlm.data import miniature
 from qvlm.data.prompts import LETTERS
 from qvlm.data.scienceqa import MINIATURE_SIZES
+from qvlm.data.text import NAME as TEXTS
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.evaluation.task import guess
+from qvlm.evaluation.text import summarize
 from qvlm.records.files import explained, write_folder
-from qvlm.records.record import Record, plain
+from qvlm.records.record import Record, cell_of, plain
 
 SUFFIX = ".json.gz"
 FACTS = "facts.json"  # what a page shows that no record holds, such as measured times
@@ -93,6 +98,8 @@ def obstacle(record: Record) -> str | None:
         record: Record of any cell.
     """
     data = record.config["data"]
+    if record.kind == "text":
+        return None if data.get("source") == TEXTS else "its texts are not those of the package"
     if data.get("source") != "miniature":
         return "its problems are not generated"
     asked = questions(data["split"], data["seed"])
@@ -137,7 +144,8 @@ def read_answers(folder: Path) -> list[Record]:
     """Returns the records of a page's answers, sorted by name.
 
     Their predictions are rebuilt from the generated problems and have no texts, and the classes in
-    their metrics are computed from these predictions.
+    their metrics are computed from these predictions, as the measures of plain text are from the
+    sums over its documents.
 
     Raises:
         RunError: If a file is damaged, or the problems are no longer those that were answered.
@@ -154,12 +162,17 @@ def read_one(path: Path) -> Record:
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
         config, run, metrics = (dict(content[part]) for part in ("config", "run", "metrics"))
-        predictions = _predictions(config, metrics, content["answers"], content["cut"])
         columns = content["layers"]
         layers = [
             dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
         ]
-        same = content["questions"] == _checksum(predictions)
+        if on_text := "documents" in content:
+            predictions = pd.DataFrame(content["documents"])
+            metrics.setdefault("text", summarize(predictions))
+            same = True
+        else:
+            predictions = _predictions(config, metrics, content["answers"], content["cut"])
+            same = content["questions"] == _checksum(predictions)
     except (
         OSError,
         EOFError,
@@ -174,9 +187,25 @@ def read_one(path: Path) -> Record:
         raise RunError(
             f"{path}: the generated problems are not those that were answered; make the page anew"
         )
-    metrics.setdefault("classes", class_metrics(predictions))
+    if not on_text:
+        metrics.setdefault("classes", class_metrics(predictions))
     place = path.with_name(path.name.removesuffix(SUFFIX))
     return Record(place, config, run, metrics, predictions, layers)
+
+
+@lru_cache(maxsize=4)
+def cells_in(folder: Path) -> frozenset[str]:
+    """Returns the cells whose answers a folder holds, as `cell_of` names them.
+
+    Raises:
+        UserError: If there is no such folder.
+        RunError: If a file is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"committed: {folder} is not a folder. Give one such as results/answers/claims."
+        )
+    return frozenset(cell_of(record.run) for record in read_answers(folder))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -212,17 +241,23 @@ def _compact(record: Record) -> dict[str, Any]:
     for key in ("save_packed", "tracking"):
         parts["config"].pop(key, None)
     parts["run"]["report"].pop("details", None)
-    letters, cut = _letters(record.predictions)
     metrics = plain(record.metrics)
-    # Classes are computed again by whoever reads the file. Only a record that every table refuses,
-    # since they do not follow from its answers, keeps its own.
+    names = list(record.layers[0]) if record.layers else []
+    layers = {name: [plain(row.get(name)) for row in record.layers] for name in names}
+    # Classes and measures are computed again by whoever reads the file. Only a record that every
+    # table refuses, since they do not follow from its answers, keeps its own.
+    if record.kind == "text":
+        if metrics["text"] == plain(summarize(record.predictions)):
+            del metrics["text"]
+        sums = {name: plain(record.predictions[name].tolist()) for name in record.predictions}
+        return {**parts, "metrics": metrics, "layers": layers, "documents": sums}
     if metrics["classes"] == plain(class_metrics(record.predictions)):
         del metrics["classes"]
-    names = list(record.layers[0]) if record.layers else []
+    letters, cut = _letters(record.predictions)
     return {
         **parts,
         "metrics": metrics,
-        "layers": {name: [plain(row.get(name)) for row in record.layers] for name in names},
+        "layers": layers,
         "questions": _checksum(record.predictions),
         "answers": letters,
         "cut": cut,

@@ -15,9 +15,9 @@ from qvlm.command import folder, run_command
 from qvlm.config.schema import TrackingConfig
 from qvlm.errors import UserError
 from qvlm.records import files
-from qvlm.records.record import Record, find_records
+from qvlm.records.record import Record, cell_of, find_records
 from qvlm.records.tracking import log_table
-from qvlm.tables.answers import folder_of, obstacle, write_answers
+from qvlm.tables.answers import folder_of, obstacle, read_answers, write_answers
 from qvlm.tables.selection import Selection, select
 
 FINE = ("kl", "kl_error")  # columns of a CSV with five decimals; the others have two
@@ -46,6 +46,7 @@ def run(table: Table, arguments: Sequence[str] | None = None) -> int:
     """Runs `python -m qvlm.tables.<name>` and returns its exit code."""
     parser = table_parser(table.name, f"Makes {table.title} from recorded runs.")
     add_runs(parser)
+    add_committed(parser)
     parser.add_argument(
         "--tracking",
         choices=("off", "offline", "online"),
@@ -53,7 +54,7 @@ def run(table: Table, arguments: Sequence[str] | None = None) -> int:
     )
 
     def work(options: argparse.Namespace) -> None:
-        selection = select(records_of(options.runs, table.name), table.wanted)
+        selection = select(records_for(options, table.name), table.wanted)
         csv, page = write(table, selection, options.out, made_with(parser, options, "runs", "out"))
         keep_answers(options.out, table.name, selection.all())
         print(page.read_text(encoding="utf-8"), end="")
@@ -96,6 +97,15 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_committed(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of tables whose answers are committed, which `records_for` follows."""
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep the cells of the committed answers beside the page that RUNS does not have",
+    )
+
+
 def made_with(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> str:
     """Returns the command that a page names: `--command`, or this command.
 
@@ -131,6 +141,30 @@ def records_of(runs: Path, experiment: str, kind: str = "problems") -> list[Reco
             f"`python run.py -m experiment={experiment}` writes."
         )
     return records
+
+
+def records_for(options: argparse.Namespace, page: str, kind: str = "problems") -> list[Record]:
+    """Returns the records that a page is made of, by `add_runs` and `add_committed`.
+
+    They are those of `--runs` and, with `--add`, those of the committed answers whose cell is not
+    among them, in whichever version of the code.
+
+    Args:
+        options: Options of the command.
+        page: Name of the page.
+        kind: What the records were evaluated on; see `Record.kind`.
+
+    Raises:
+        UserError: If there are none.
+        RunError: If one of them is damaged.
+    """
+    if not options.add:
+        return records_of(options.runs, page, kind)
+    records = find_records(options.runs, kind)
+    own = {cell_of(record.run) for record in records}
+    committed = read_answers(folder_of(options.out, page))
+    records += [record for record in committed if cell_of(record.run) not in own]
+    return records or records_of(options.runs, page, kind)
 
 
 def write(table: Table, selection: Selection, out: Path, made_with: str) -> tuple[Path, Path]:
@@ -202,6 +236,7 @@ def run_pure(
     texts: Callable[[Sequence[Record], str], Mapping[str, str]],
     concerned: Callable[[Sequence[Record]], Sequence[Record]],
     arguments: Sequence[str] | None,
+    kind: str = "problems",
 ) -> int:
     """Runs the command of a page that is a pure function of the records, and returns its exit code.
 
@@ -212,12 +247,14 @@ def run_pure(
             texts of its files, by name; NAME.md is printed.
         concerned: Chooses the records whose answers are kept beside the page.
         arguments: Words of the command line.
+        kind: What the records were evaluated on; see `Record.kind`.
     """
     parser = table_parser(name, about)
     add_runs(parser)
+    add_committed(parser)
 
     def work(options: argparse.Namespace) -> None:
-        records = records_of(options.runs, name)
+        records = records_for(options, name, kind)
         made = texts(records, made_with(parser, options, "runs", "out"))
         write_files({options.out / file: text for file, text in made.items()})
         keep_answers(options.out, name, concerned(records))

@@ -4,6 +4,7 @@ import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from qvlm.cell.pipeline import run_cell
 from qvlm.config.compose import compose, typed
 from qvlm.config.schema import RunConfig
 from qvlm.errors import RunError, UserError
+from qvlm.models.load import embedded
 from qvlm.records.record import Record
 from qvlm.tables.answers import SUFFIX, letters_of, read_one
 from qvlm.tables.differences import Difference
@@ -21,6 +23,9 @@ METHODS = "qvlm.methods."
 
 def rerun(folders: Sequence[Path], count: int) -> list[Difference]:
     """Runs random cells of committed answers, and prints what it compares.
+
+    Only embedded models are among them. The weights of others are not in the package, and their
+    answers in float32 depend on the machine.
 
     Args:
         folders: Folders of committed answers. A cell that several of them hold counts once.
@@ -34,11 +39,14 @@ def rerun(folders: Sequence[Path], count: int) -> list[Difference]:
         RunError: If a cell cannot be run.
     """
     files = {path.name: path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))}
-    if not files:
-        raise UserError("--rerun: there are no committed answers. Make a page first.")
+    shuffled = map(read_one, random.sample([*files.values()], len(files)))
+    chosen = list(islice(filter(_is_embedded, shuffled), count))
+    if not chosen:
+        raise UserError(
+            "--rerun: there are no committed answers of an embedded model. Make a page first."
+        )
     found: list[Difference] = []
-    for name in random.sample(sorted(files), min(count, len(files))):
-        committed = read_one(files[name])
+    for committed in chosen:
         print(f"running {committed.name}", flush=True)
         with tempfile.TemporaryDirectory() as place:
             cell = Cell.of(configuration(committed, place))
@@ -48,6 +56,11 @@ def rerun(folders: Sequence[Path], count: int) -> list[Difference]:
         print(f"{committed.name}: {said} ({len(committed.predictions)} questions)")
         found += own
     return found
+
+
+def _is_embedded(committed: Record) -> bool:
+    path = committed.config["model"].get("path")  # left out where it is of another machine
+    return path is not None and embedded(path) is not None
 
 
 def configuration(committed: Record, results: str) -> RunConfig:

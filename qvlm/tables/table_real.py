@@ -8,17 +8,16 @@ without a record says "not measured".
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
-from qvlm.command import run_command
 from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
-from qvlm.tables.command import add_runs, made_with, records_of, table_parser, write_files
+from qvlm.tables.command import run_pure
 from qvlm.tables.granularity import FIRST_IN_FLOAT, GRANULARITIES, PER_TOKEN, activations
 from qvlm.tables.labels import FP, bits_order, method_order
 from qvlm.tables.proof import fault
@@ -237,19 +236,16 @@ def _made(records: Sequence[Record], command: str) -> list[str]:
     ]
 
 
+def texts_of(records: Sequence[Record], command: str) -> Mapping[str, str]:
+    """Returns the texts of the CSV and the page by the names of their files."""
+    csv = long(records).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    return {f"{NAME}.csv": csv, f"{NAME}.md": page(records, command)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = table_parser(NAME, "Makes the table of a real language model from recorded runs.")
-    add_runs(parser)
-
-    def work(options: Any) -> None:
-        records = records_of(options.runs, NAME, "text")
-        text = page(records, made_with(parser, options, "runs", "out"))
-        csv = long(records).to_csv(index=False, float_format="%.6g", lineterminator="\n")
-        write_files({options.out / f"{NAME}.csv": csv, options.out / f"{NAME}.md": text})
-        print(text, end="")
-
-    return run_command(parser, work, arguments)
+    about = "Makes the table of a real language model from recorded runs."
+    return run_pure(NAME, about, texts_of, list, arguments, kind="text")
 
 
 if __name__ == "__main__":

@@ -146,8 +146,8 @@ def make_record(
         "evaluation": {"limit": None},
         "seed": 0,
     }
-    if generated:
-        config["data"]["source"] = "miniature"
+    if generated or documents is not None:
+        config["data"]["source"] = "miniature" if generated else "text"
     if bits != "FP":
         config["quantizer"] = {"weight": {"granularity": "per_group", "group_size": 64}, "p": 0.5}
         config["calibration"] = {"split": "train", "samples": 3}

@@ -102,6 +102,26 @@ def test_the_claims_run_their_design(
     assert calls == []
 
 
+def test_what_is_committed_is_added_to(
+    calls: list[tuple[str, list[str]]], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["add=true", f"results_dir={tmp_path}"]
+    assert routes.main(["table2-real", *words]) == 0
+    assert calls[0][1] == ["-m", "experiment=table2_real", words[1]]  # nothing is committed yet
+    assert "--add" not in calls[1][1]
+    calls.clear()
+    committed = tmp_path / "answers" / "table2_real"
+    committed.mkdir(parents=True)
+    assert routes.main(["table2-real", *words]) == 0
+    assert calls[0][1] == ["-m", "experiment=table2_real", words[1], f"committed={committed}"]
+    assert "--add" in calls[1][1]
+    assert f"--command=qvlm table2-real {' '.join(words)}" in calls[1][1]
+    calls.clear()
+    assert routes.main(["table4", "add=true"]) == 2
+    assert capfd.readouterr().err.startswith("error: add=true is not possible for table4,")
+    assert calls == []
+
+
 def test_a_failed_sweep_makes_no_page(calls: list[tuple[str, list[str]]]) -> None:
     assert routes.main(["table4", "fails"]) == 3
     assert len(calls) == 1

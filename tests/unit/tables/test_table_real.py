@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from qvlm.records.record import Record
+from qvlm.tables.answers import folder_of, obstacle, read_answers, write_answers
 from qvlm.tables.selection import select
-from qvlm.tables.table_real import NOT_MEASURED, long, main, page
+from qvlm.tables.table_real import NAME, NOT_MEASURED, long, main, page, texts_of
 from tests.helpers.records import make_layers, make_record
 
 TOKENS = np.array([900, 1000, 1100])
@@ -112,3 +113,46 @@ def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert rows["tokens"].unique().tolist() == [int(TOKENS.sum())]
     written = json.loads((tmp_path / "runs" / rows["run"][0] / "metrics.json").read_text())
     assert rows["value"][1] == pytest.approx(written["text"]["kl"]["value"], rel=1e-5)
+
+
+def test_the_page_follows_from_what_is_committed(tmp_path: Path) -> None:
+    runs, out = tmp_path / "runs", tmp_path / "results"
+    planted(runs, bits="FP", kl=None)
+    planted(runs, draw=0, kl=0.3)
+    assert main([f"--runs={runs}", f"--out={out}", "--command=make table-real"]) == 0
+    printed = {name: (out / name).read_text() for name in ("table_real.md", "table_real.csv")}
+    assert texts_of(read_answers(folder_of(out, NAME)), "make table-real") == printed
+
+
+def test_committed_cells_stay_where_records_are_added(tmp_path: Path) -> None:
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "results"
+    planted(first, bits="FP", kl=None)
+    planted(first, draw=0, kl=0.3)
+    planted(first, draw=1, kl=0.4)
+    assert main([f"--runs={first}", f"--out={out}"]) == 0
+    planted(second, draw=1, kl=0.5, finished="2027")  # the same cell anew
+    planted(second, draw=2, kl=0.6)
+    assert main([f"--runs={second}", f"--out={out}", "--add"]) == 0
+    rows = pd.read_csv(out / "table_real.csv").query("measure == 'kl'").dropna(subset="value")
+    assert rows["draw"].tolist() == [0, 1, 2]
+    assert rows["value"].round(1).tolist() == [0.3, 0.5, 0.6]
+    assert len(read_answers(folder_of(out, NAME))) == 4
+    assert main([f"--runs={second}", f"--out={out}"]) == 0  # without --add they are replaced
+    assert len(read_answers(folder_of(out, NAME))) == 2
+
+
+def test_measures_that_do_not_follow_are_kept_with_the_answers(tmp_path: Path) -> None:
+    record = planted(tmp_path / "runs")
+    record.metrics["text"]["kl"]["value"] += 0.1
+    write_answers(tmp_path / "answers", [record])
+    (committed,) = read_answers(tmp_path / "answers")
+    assert committed.metrics["text"] == record.metrics["text"]
+    assert page([committed], "c") == page([record], "c")
+    assert "does not follow from its documents" in page([committed], "c")
+
+
+def test_other_texts_are_not_committed(tmp_path: Path) -> None:
+    record = planted(tmp_path)
+    assert obstacle(record) is None
+    record.config["data"]["source"] = "/home/somebody/texts"
+    assert obstacle(record) == "its texts are not those of the package"

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from qvlm.config.schema import influences
-from qvlm.errors import RunError
+from qvlm.errors import RunError, UserError
 from qvlm.records.record import Record
 from qvlm.tables import claims, table1, table2, table5
 from qvlm.tables.answers import FACTS, SUFFIX, folder_of, read_answers, write_answers
 from qvlm.tables.command import keep_answers, write_files
 from qvlm.tables.differences import Difference, differences
 from qvlm.tables.labels import CDM, ERROR_PROXY, VEO
-from qvlm.tables.rerun import compare, configuration
+from qvlm.tables.rerun import compare, configuration, rerun
 from qvlm.tables.table4.facts import Alone, Facts, RepeatTimes, Timed
 from qvlm.tables.table4.page import texts_of
 from qvlm.tables.verify import PAGES, check, main
@@ -239,6 +239,17 @@ def test_only_methods_of_this_package_are_run_anew(runs: Path) -> None:
     record: Record = make_record(runs, "RTN", generated=True)
     with pytest.raises(RunError, match=r"methods\.RTN is not a method of this package"):
         configuration(record, "results")
+
+
+def test_only_embedded_models_are_run_anew(runs: Path, tmp_path: Path) -> None:
+    """The weights of others are not in the package, and a random choice must not meet them."""
+    one = make_record(runs, "RTN", model="smollm2_llava", generated=True)
+    sister = make_record(runs, "AWQ", model="mini_llava-seed1", generated=True)
+    sister.config["model"]["path"] = "trainings/mini_llava-seed1"
+    del one.config["model"]["path"]
+    write_answers(tmp_path, [one, sister])
+    with pytest.raises(UserError, match="no committed answers of an embedded model"):
+        rerun([tmp_path], 2)
 
 
 def test_every_committed_cell_can_be_run_anew() -> None:
