@@ -1,4 +1,8 @@
-"""`python -m qvlm.tables.peers` writes `peers.csv` and `peers.md`."""
+"""`python -m qvlm.tables.peers` writes the page and the CSV of this machine's instruction set.
+
+They are `peers_<instruction set>`, such as `peers_avx2.md`, so that a machine of another kind adds
+a page and does not replace one.
+"""
 
 import argparse
 import sys
@@ -12,7 +16,7 @@ from qvlm.planning.footprint import SCALE_PROMPT
 from qvlm.tables.command import made_with, table_parser, write_files
 from qvlm.tables.peers import PEERS
 from qvlm.tables.peers.measure import Setting, measure
-from qvlm.tables.peers.page import page, rows
+from qvlm.tables.peers.page import instruction_set, page, rows
 from qvlm.validation import whole_number
 
 LAYERS = 2  # decoder layers of whole models
@@ -37,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         frame = rows(measured, PEERS)
         csv = frame.to_csv(index=False, float_format="%.4g", lineterminator="\n")
-        write_files({options.out / "peers.csv": csv, options.out / "peers.md": text})
+        name = f"peers_{instruction_set()}"
+        write_files({options.out / f"{name}.csv": csv, options.out / f"{name}.md": text})
         print(text, end="")
 
     return run_command(parser, work, arguments)

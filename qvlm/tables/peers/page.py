@@ -103,7 +103,7 @@ def _notes(peers: Sequence[Peer], setting: Setting, command: str) -> list[str]:
         f"Command: `{command}`",
         f"Revision: {revision_in_words(about['git'])}",
         f"CPU: {hardware['cpu']}, {torch.get_num_threads()} threads. PyTorch uses "
-        f"{torch.backends.cpu.get_cpu_capability()}, our C products {_instruction_set()}.",
+        f"{torch.backends.cpu.get_cpu_capability()}, our C products {instruction_set()}.",
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         f"Shapes of LLaVA-13B: {shapes}. Weights are random, and the same for all.",
         f"Prefill has {setting.prompt} rows. Decoding has one, after a prefill, and its time is "
@@ -122,7 +122,7 @@ def _notes(peers: Sequence[Peer], setting: Setting, command: str) -> list[str]:
     ]
 
 
-def _instruction_set() -> str:
+def instruction_set() -> str:
     """Returns the instruction set of our compiled products on this machine."""
     try:
         names = [name for name in native_build.supported() if name not in native_build.left_out()]
