@@ -5,7 +5,8 @@ Three parts, in bytes, add up to what one question takes:
 - weights: the tensors of the real modules, built on the meta device, where they have shapes and no
   memory. Packed layers replace the linears that are quantized (codes, scales, zero points);
   embeddings, head, norms and routers stay as they are.
-- KV cache: of the prompt and the answer, counted in the cache that such a model returns.
+- KV cache: of the prompt, the answer and the room that is allocated ahead (`qvlm.models.cache`),
+  counted in the cache that such a model returns.
 - activations: the most that is alive at once beside these while the model on the meta device
   encodes an image and reads the prompt. Packed execution adds the working memory of the packed
   layer that needs most (`PackedLinear.working_bytes`).
@@ -38,6 +39,7 @@ from qvlm.config.schema import RunConfig, canonical
 from qvlm.errors import RunError, UserError
 from qvlm.markdown import table
 from qvlm.models.architectures import architecture
+from qvlm.models.cache import ROOM
 from qvlm.models.llava import Llava
 from qvlm.models.meta import meta_model
 from qvlm.models.mixture import MixtureOfExperts
@@ -132,7 +134,8 @@ def predict(
         config: Configuration of a cell with this model and bit width.
         variant: Bit width and format of the weights.
         text_tokens: Tokens of the prompt beside those of its image.
-        answer_tokens: Tokens of the answer, for which the cache has room as well.
+        answer_tokens: Tokens of the answer, for which the cache has room as well, and for `ROOM`
+            more, since it grows by as many.
     """
     dtype = getattr(torch, config.model.dtype)
     prompt = image_tokens(built) + text_tokens
@@ -143,7 +146,8 @@ def predict(
         put_empty_layers(model, quantization, variant.normal_float)
         layers = packed_layers(model).values()
         activations += max(layer.working_bytes(prompt) for layer in layers)
-    return Need(weight_bytes(model), cache * (prompt + answer_tokens) // prompt, activations)
+    positions = prompt + answer_tokens + ROOM
+    return Need(weight_bytes(model), cache * positions // prompt, activations)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -9,6 +9,7 @@ import torch
 from qvlm.cell import inputs as prepare
 from qvlm.methods import RTN
 from qvlm.models.architectures import KNOWN, WITH_TOWERS, architecture
+from qvlm.models.cache import ROOM
 from qvlm.models.meta import meta_model
 from qvlm.models.networks import image_tokens
 from qvlm.packing import pack_model, packed_layers, weight_bytes
@@ -101,7 +102,7 @@ def test_cache_and_activations() -> None:
     text = built.text_config
     per_token = 2 * 8 * text.num_hidden_layers * text.hidden_size  # keys and values in float64
     assert long.cache - short.cache == 10 * per_token
-    assert short.cache == per_token * (image_tokens(built) + 10 + 4)
+    assert short.cache == per_token * (image_tokens(built) + 10 + 4 + ROOM)
     assert 0 < short.activations < long.activations
 
 

@@ -157,7 +157,7 @@ def test_a_model_that_the_paper_has_not_is_estimated_too() -> None:
 @pytest.mark.parametrize(
     ("free", "options", "words"),
     [
-        (40, ["model=llava_13b", "method=fp"], ["llava_13b fp FP", "evaluation.batch_size=8"]),
+        (40, ["model=llava_13b", "method=fp"], ["llava_13b fp FP", "evaluation.batch_size=4"]),
         (
             *(20, ["model=llava_13b", "method=rtn", "evaluation.batch_size=1"]),
             ["stream=true save_packed=FOLDER would fit"],
