@@ -236,18 +236,6 @@ def identify(influences: Mapping[str, Any], code: str, weights: Mapping[str, str
     return _checksum(json.dumps(whole, sort_keys=True, allow_nan=False).encode())
 
 
-def cell_of(run: Mapping[str, Any]) -> str:
-    """Returns what identifies a cell whichever version of the code computed it.
-
-    Args:
-        run: Content of a `run.json`, or the part of one that committed answers keep.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    return identify(run["influences"], "", run["files_hashed"])
-
-
 def require_writable(folder: Path, option: str = "results_dir") -> None:
     """Makes sure that a folder can be made and written, and leaves nothing behind.
 

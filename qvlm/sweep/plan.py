@@ -82,7 +82,7 @@ def plan(
 
 def _is_committed(cell: "Cell") -> bool:
     """Whether the answers of a cell are among those of its option `committed`."""
-    from qvlm.records.record import cell_of
+    from qvlm.records.cells import cell_of
     from qvlm.tables.answers import cells_in
 
     folder = cell.config.committed

@@ -36,8 +36,9 @@ from qvlm.errors import RunError, UserError
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.evaluation.task import guess
 from qvlm.evaluation.text import summarize
+from qvlm.records.cells import cell_of
 from qvlm.records.files import explained, write_folder
-from qvlm.records.record import Record, cell_of, plain
+from qvlm.records.record import Record, plain
 
 SUFFIX = ".json.gz"
 FACTS = "facts.json"  # what a page shows that no record holds, such as measured times

@@ -15,7 +15,8 @@ from qvlm.command import folder, run_command
 from qvlm.config.schema import TrackingConfig
 from qvlm.errors import UserError
 from qvlm.records import files
-from qvlm.records.record import Record, cell_of, find_records
+from qvlm.records.cells import cell_of
+from qvlm.records.record import Record, find_records
 from qvlm.records.tracking import log_table
 from qvlm.tables.answers import folder_of, obstacle, read_answers, write_answers
 from qvlm.tables.selection import Selection, select
