@@ -115,6 +115,10 @@ def test_what_is_committed_is_added_to(
     assert routes.main(["table2-real", *words]) == 0
     assert calls[0][1] == ["-m", "experiment=table2_real", words[1], f"committed={committed}"]
     assert "--add" in calls[1][1]
+    assert len(calls) == 2  # without records, no report
+    (tmp_path / "runs").mkdir()
+    assert routes.main(["table2-real", *words]) == 0
+    assert calls[-1][0] == "qvlm.report.__main__"
     assert f"--command=qvlm table2-real {' '.join(words)}" in calls[1][1]
     calls.clear()
     assert routes.main(["table4", "add=true"]) == 2
