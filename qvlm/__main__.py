@@ -113,10 +113,8 @@ def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
     kept = ["--add"] if adding else []
     if code := _page(route)([f"--runs={results / 'runs'}", f"--out={results}", *kept, *said]):
         return code
-    if (
-        adding and not (results / "runs").is_dir()
-    ):  # all was committed, and the report shows records
-        return 0
+    if adding and not (results / "runs").is_dir():
+        return 0  # all was committed, and the report shows records
     return _page(ROUTES["report"])([f"--results={results}", *said])
 
 

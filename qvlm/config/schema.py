@@ -27,6 +27,7 @@ UNPARSABLE = ("wrong", "random")  # what an answer without a letter counts as
 PATHS = (
     *("model.path", "model.packed", "model.vision_tower", "data.source"),
     *("results_dir", "save_packed", "tracking.dir", "tasks.include_path", "tasks.folder"),
+    "committed",
 )
 MOST_THREADS = 1024  # PyTorch crashes where the system refuses to make more
 MOST_TOKENS = 2**16  # of an answer, which is more than any model of the paper can attend to

@@ -48,7 +48,15 @@ _QUESTION = ("question_id", "subject", "grade", "skill", "has_image", "has_text"
 _COMPARED = (*_QUESTION, "answer", "prediction", "correct")
 # Parts that say where a cell ran and not what it computed.
 _OF_THE_MACHINE = {
-    "config": ("device", "force", "launcher", "max_memory", "preflight", "results_dir"),
+    "config": (
+        "committed",
+        "device",
+        "force",
+        "launcher",
+        "max_memory",
+        "preflight",
+        "results_dir",
+    ),
     "run": ("command", "files", "slurm_job", "slurm_restarts", "started"),
 }
 _PATHS = ("path", "packed", "vision_tower")  # of the model; embedded models have a name there
