@@ -7,6 +7,7 @@ has written nothing by then.
 """
 
 import os
+from pathlib import Path
 
 from qvlm.cell.inputs import MPS, find_device, prompting, quantization_config
 from qvlm.cell.method import method_of, not_streamable
@@ -16,6 +17,7 @@ from qvlm.errors import UserError
 from qvlm.evaluation.vqa.questions import require_data
 from qvlm.models.placement import memory_limits
 from qvlm.packing import kernels, partial_folder, resolve_folder
+from qvlm.records.cells import cells_in
 from qvlm.records.record import require_writable
 from qvlm.validation import one_of
 
@@ -41,6 +43,8 @@ def check_options(config: RunConfig) -> None:
             "float64, which MPS does not have. Give device=cpu, or method=fp."
         )
     _check_task_folders(config)
+    if config.committed is not None:
+        cells_in(Path(config.committed))  # there is such a folder, and it is intact
     if config.device == MAP:
         memory_limits(config.max_memory)
     if not config.full_precision:

@@ -5,15 +5,22 @@ own. Committed answers outlive versions, and options are added in the meantime. 
 is younger than a record has its default, which is what the older code did.
 """
 
+import gzip
+import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
 from importlib import import_module
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 from qvlm.config.schema import RunConfig
+from qvlm.errors import RunError, UserError
 from qvlm.records.record import identify, plain
 
+SUFFIX = ".json.gz"  # of the file of a cell's committed answers; see `qvlm.tables.answers`
 METHODS = "qvlm.methods."  # others may have changed what they do by default
 
 
@@ -30,6 +37,27 @@ def cell_of(run: Mapping[str, Any]) -> str:
     defaults = {part: given for part, given in _parts().items() if part in parts}
     defaults["method"] = _parameters(str(parts["method"].get("_target_")))
     return identify(_filled(plain(defaults), plain(parts)), "", run["files_hashed"])
+
+
+@lru_cache(maxsize=4)
+def cells_in(folder: Path) -> frozenset[str]:
+    """Returns the cells whose committed answers a folder holds, as `cell_of` names them.
+
+    Raises:
+        UserError: If there is no such folder.
+        RunError: If a file is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"committed={folder} is not a folder. Give one such as results/answers/claims."
+        )
+    found = set()
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            found.add(cell_of(json.loads(gzip.decompress(path.read_bytes()))["run"]))
+        except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError) as error:
+            raise RunError(f"{path} is not what a page wrote; make the page anew") from error
+    return frozenset(found)
 
 
 def _parts() -> dict[str, dict[str, Any]]:

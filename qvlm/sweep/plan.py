@@ -82,8 +82,7 @@ def plan(
 
 def _is_committed(cell: "Cell") -> bool:
     """Whether the answers of a cell are among those of its option `committed`."""
-    from qvlm.records.cells import cell_of
-    from qvlm.tables.answers import cells_in
+    from qvlm.records.cells import cell_of, cells_in
 
     folder = cell.config.committed
     return folder is not None and cell_of(cell.identity) in cells_in(Path(folder))

@@ -36,11 +36,10 @@ from qvlm.errors import RunError, UserError
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.evaluation.task import guess
 from qvlm.evaluation.text import summarize
-from qvlm.records.cells import cell_of
+from qvlm.records.cells import SUFFIX
 from qvlm.records.files import explained, write_folder
 from qvlm.records.record import Record, plain
 
-SUFFIX = ".json.gz"
 FACTS = "facts.json"  # what a page shows that no record holds, such as measured times
 UNPARSABLE = "-"  # letter of an answer that names no choice
 
@@ -200,21 +199,6 @@ def read_one(path: Path) -> Record:
         metrics.setdefault("classes", class_metrics(predictions))
     place = path.with_name(path.name.removesuffix(SUFFIX))
     return Record(place, config, run, metrics, predictions, layers)
-
-
-@lru_cache(maxsize=4)
-def cells_in(folder: Path) -> frozenset[str]:
-    """Returns the cells whose answers a folder holds, as `cell_of` names them.
-
-    Raises:
-        UserError: If there is no such folder.
-        RunError: If a file is damaged.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"committed: {folder} is not a folder. Give one such as results/answers/claims."
-        )
-    return frozenset(cell_of(record.run) for record in read_answers(folder))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

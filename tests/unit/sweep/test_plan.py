@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from qvlm import cli
-from qvlm.records.cells import cell_of
+from qvlm.records.cells import cell_of, cells_in
 from qvlm.records.record import find_records
 from qvlm.sweep.plan import sweep_name
-from qvlm.tables.answers import cells_in, write_answers
+from qvlm.tables.answers import write_answers
 from qvlm.validation import check_name
 
 
