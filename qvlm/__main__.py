@@ -85,26 +85,25 @@ def _sweep_and_page(name: str, route: Route, words: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    if ADD in given and not route.adds:
-        print(
-            f"error: {ADD} is not possible for {name}, whose page also holds times. Leave it out.",
-            file=sys.stderr,
-        )
-        return 2
     sweeps = [[f"experiment={experiment}"] for experiment in route.experiments]
-    if route.design:
-        try:
-            plan = import_module(route.design).plan(overrides)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        print(plan.announcement, flush=True)
-        if plan.estimate:
-            return 0
-        sweeps, overrides = plan.sweeps, plan.others
-    results = _results_folder([f"experiment={route.experiments[0]}", *overrides])
+    try:
+        if ADD in given and not route.adds:
+            raise UserError(f"{ADD} is not possible for {name}, whose page also holds times.")
+        plan = import_module(route.design).plan(overrides) if route.design else None
+        if plan is not None:
+            sweeps, overrides = plan.sweeps, plan.others
+        results = _results_folder([f"experiment={route.experiments[0]}", *overrides])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     committed = results / "answers" / name.replace("-", "_")
     adding = ADD in given and committed.is_dir()
+    if plan is not None:
+        print(plan.announcement, flush=True)
+        if adding:
+            print("Cells whose answers are committed do not run.", flush=True)
+        if plan.estimate:
+            return 0
     known = [f"committed={committed}"] if adding else []
     for sweep in sweeps:
         if code := cli.main(["-m", *sweep, *overrides, *known]):

@@ -126,6 +126,15 @@ def test_what_is_committed_is_added_to(
     assert calls == []
 
 
+@pytest.mark.parametrize("name", ["table2", "claims"])
+def test_a_wrong_folder_of_results_is_one_sentence(
+    name: str, calls: list[tuple[str, list[str]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert routes.main([name, "scale=nope"]) == 2
+    assert capfd.readouterr().err.startswith("error: scale=nope is not a known option.")
+    assert calls == []
+
+
 def test_a_failed_sweep_makes_no_page(calls: list[tuple[str, list[str]]]) -> None:
     assert routes.main(["table4", "fails"]) == 3
     assert len(calls) == 1
