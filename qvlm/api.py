@@ -39,7 +39,7 @@ from qvlm.evaluation import Evaluation
 from qvlm.evaluation import evaluate as evaluate_model
 from qvlm.evaluation.text import evaluate_text
 from qvlm.methods.base import MethodReport
-from qvlm.models.cache import growing_cache
+from qvlm.models.cache import CACHE, growing_cache
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model
 from qvlm.packing import Origin, measure_packed_bits, pack_model, packed_layers, read_origin
@@ -105,7 +105,7 @@ class Model:
         with torch.inference_mode():
             tokens = network.generate(
                 **batch,
-                past_key_values=growing_cache(network),
+                **{CACHE: growing_cache(network)},
                 do_sample=False,
                 max_new_tokens=inputs.answer_length(self.config),
             )

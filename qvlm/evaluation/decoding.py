@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from qvlm.errors import RunError
-from qvlm.models.cache import growing_cache
+from qvlm.models.cache import CACHE, growing_cache
 
 # Share of the rows that must have finished before they leave, because selecting rows of the cache
 # and starting anew costs about as much as a few tokens.
@@ -79,7 +79,7 @@ def decode(
         made = model.generate(
             **batch,
             **options(rows),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=left,
             eos_token_id=eos,
             stopping_criteria=StoppingCriteriaList([stop]),
@@ -91,7 +91,7 @@ def decode(
         going = (~stop.finished(made.sequences)).nonzero()[:, 0] if left else new.new_empty(0)
         rows = [rows[index] for index in going.tolist()]
         if rows:
-            cache = made.past_key_values
+            cache = made[CACHE]
             cache.batch_select_indices(going)
             _select_offsets(model, going)
             mask = torch.cat([batch["attention_mask"], torch.ones_like(new)], dim=1)

@@ -4,15 +4,25 @@ transformers' `DynamicCache` joins all keys and values with each token's anew. F
 a LLaVA-13B layer in bf16 that copies 12 MB per token, as much as the attention itself reads.
 """
 
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 # Positions that are allocated at once beyond those that are needed.
 ROOM = 64
+
+# Name of the argument of a model, and of what it returns, that holds the cache. transformers 5.24
+# renamed it.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
 
 
 class GrowingLayer(DynamicLayer):
@@ -57,6 +67,12 @@ class GrowingLayer(DynamicLayer):
         room[..., length:total, :] = new
         self._rooms[name] = room[..., :total, :], room
         return self._rooms[name][0]
+
+
+def cached_positions(inputs: Mapping[str, Any]) -> int:
+    """Returns how many positions the cache among a model's arguments holds."""
+    cache = inputs.get(CACHE)
+    return 0 if cache is None else cache.get_seq_length()
 
 
 def growing_cache(model: PreTrainedModel) -> DynamicCache:

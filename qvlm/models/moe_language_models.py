@@ -18,6 +18,7 @@ from transformers.models.stablelm.configuration_stablelm import StableLmConfig
 from transformers.models.stablelm.modeling_stablelm import StableLmMLP, StableLmModel
 
 from qvlm.errors import UserError
+from qvlm.models.cache import cached_positions
 from qvlm.models.mixture import MixtureConfig, add_mixtures
 
 
@@ -87,8 +88,7 @@ class MoeQwenModel(Qwen2Model):
             UserError: If the text has more tokens than `max_position_embeddings`.
         """
         given = inputs["inputs_embeds"] if input_ids is None else input_ids
-        cache = inputs.get("past_key_values")
-        tokens = given.shape[1] + (0 if cache is None else cache.get_seq_length())
+        tokens = given.shape[1] + cached_positions(inputs)
         if tokens > self.config.max_position_embeddings:
             raise UserError(
                 f"a prompt and its answer take {tokens} tokens, which is more than Qwen's "

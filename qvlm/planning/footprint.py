@@ -39,7 +39,7 @@ from qvlm.config.schema import RunConfig, canonical
 from qvlm.errors import RunError, UserError
 from qvlm.markdown import table
 from qvlm.models.architectures import architecture
-from qvlm.models.cache import ROOM
+from qvlm.models.cache import CACHE, ROOM
 from qvlm.models.llava import Llava
 from qvlm.models.meta import meta_model
 from qvlm.models.mixture import MixtureOfExperts
@@ -205,7 +205,7 @@ def _running(model: Llava | LanguageModel, prompt: int) -> tuple[int, int]:
             side = model.config.vision_config.image_size
             model.model.get_image_features(torch.empty(1, 3, side, side, **kind))
         embedded = torch.empty(1, prompt, width, **kind)
-        layers = model(inputs_embeds=embedded, logits_to_keep=1, use_cache=True).past_key_values
+        layers = model(inputs_embeds=embedded, logits_to_keep=1, use_cache=True)[CACHE]
     cache = sum(part.nbytes for layer in layers.layers for part in (layer.keys, layer.values))
     return cache, live.peak - cache
 

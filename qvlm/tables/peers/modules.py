@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qvlm.models.cache import growing_cache
+from qvlm.models.cache import CACHE, growing_cache
 from qvlm.models.llava import prepared_for_decoding
 from qvlm.quantization.targets import quantizable
 from qvlm.tables.peers.base import Loaded, Peer, Step
@@ -37,11 +37,11 @@ class ModulePeer(Peer):
             return [module(inputs[_width(module)]) for module in linears.values()]
 
         def begin() -> Step:
-            cache = growing_cache(placed)
+            cached = {CACHE: growing_cache(placed)}
 
             @torch.no_grad()
             def step(x: Tensor) -> Tensor:
-                return placed.model(inputs_embeds=x[None], past_key_values=cache)[0][0]
+                return placed.model(inputs_embeds=x[None], **cached)[0][0]
 
             return step
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qvlm.data.scienceqa import load_scienceqa
-from qvlm.models.cache import growing_cache
+from qvlm.models.cache import CACHE, growing_cache
 from qvlm.models.loaded import LoadedModel
 from qvlm.packing import kernels_used, weight_bytes
 from qvlm.runtime.processes import in_fresh_process
@@ -112,8 +112,9 @@ def ask(loaded: LoadedModel, problem: Mapping[str, Any], longest: int) -> Repeat
         features = model.model.get_image_features(batch["pixel_values"]).pooler_output
         embedded[ids == model.config.image_token_id] = torch.cat(tuple(features))
     seen = now()
-    cache = growing_cache(model)
-    step: Callable[..., Any] = partial(model.__call__, past_key_values=cache, logits_to_keep=1)
+    step: Callable[..., Any] = partial(
+        model.__call__, **{CACHE: growing_cache(model)}, logits_to_keep=1
+    )
     token: Tensor = step(inputs_embeds=embedded).logits.argmax(2)
     read = now()
     tokens = 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvlm.models.cache import growing_cache
+from qvlm.models.cache import CACHE, growing_cache
 from qvlm.models.llava import Llava
 from qvlm.planning.footprint import ANSWER_TOKENS
 from qvlm.quantization.hooks import hooked
@@ -126,12 +126,12 @@ def ask(clock: Clock, prompt: int, tokens: int, image: bool = True) -> QuestionT
     if image:
         seen, vision = clock("vision_tower", features)
         embedded[0, : len(seen)] = seen
-    cache = growing_cache(model)
-    read = partial(model.__call__, inputs_embeds=embedded, past_key_values=cache, logits_to_keep=1)
+    cached: dict[str, Any] = {CACHE: growing_cache(model)}
+    read = partial(model.__call__, inputs_embeds=embedded, logits_to_keep=1, **cached)
     _, prefill = clock("language_model", read)
 
     def answer(token: Tensor) -> Tensor:
-        return model(input_ids=token, past_key_values=cache).logits.argmax(2)
+        return model(input_ids=token, **cached).logits.argmax(2)
 
     each: list[float] = []
     started, token = time.perf_counter(), ids[:, -1:]

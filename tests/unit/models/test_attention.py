@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qvlm.models import attention
 from qvlm.models.architectures import architecture
+from qvlm.models.cache import CACHE
 from qvlm.models.llava import Llava
 from qvlm.packing.kernels import native_library
 
@@ -102,8 +103,8 @@ def test_models_decode_with_it(model: str) -> None:
         built.to(dtype)
         text._attn_implementation = implementation
         read = built(input_ids=ids[:, :12], attention_mask=mask[:, :12], use_cache=True)
-        cache = read.past_key_values
-        return built(input_ids=ids[:, 12:], attention_mask=mask, past_key_values=cache).logits
+        cache = read[CACHE]
+        return built(input_ids=ids[:, 12:], attention_mask=mask, **{CACHE: cache}).logits
 
     exact = logits(torch.float32, "sdpa")
     errors = [

@@ -5,6 +5,7 @@ import torch
 
 from qvlm.errors import UserError
 from qvlm.methods.rtn import RTN
+from qvlm.models.cache import CACHE
 from qvlm.quantization import (
     QuantizationConfig,
     QuantLinear,
@@ -70,8 +71,8 @@ def test_decoding_has_no_first_position_and_gives_the_same_logits() -> None:
     ids = batch()["input_ids"]
     with torch.no_grad():
         whole = model(ids).logits[:, -1]
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        last = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+        cache = model(ids[:, :-1], use_cache=True)[CACHE]
+        last = model(ids[:, -1:], **{CACHE: cache}).logits[:, -1]
     assert torch.allclose(whole, last, atol=1e-4)
 
 
