@@ -32,6 +32,7 @@ TRITON := $(if $(findstring /rocm,$(TORCH_INDEX))$(findstring /xpu,$(TORCH_INDEX
 	'triton; sys_platform == "linux"')
 STAMP := $(VENV)/installed
 DOCS := build/docs-venv
+NEWEST := build/newest
 
 # Any other scale than the default is an option, and has results of its own (conf/scale).
 OPTION := $(if $(filter-out miniature,$(SCALE)), scale=$(SCALE))
@@ -48,10 +49,11 @@ NARROW += QVLM_WITHOUT=avx512,avxvnni,avx512vl
 route = $(BIN)/python -m qvlm $(1)$(2)$(MORE) --command='make $(1)$(if $(findstring scale,$(2)), SCALE=$(SCALE))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 table4 \
-	table4-scale peers table5 table6 real table2-real table-real outliers sensitivity gpu claims \
-	report ablation calibration verify audit figure2 fit verify-portable test test-endurance test-fast test-narrow lint format miniature \
-	mini_llava mini_moe_llava preview clean
+.PHONY: help install demo docs lock lock-docs check-install preflight table1 table2 table3 \
+	table4 table4-scale peers table5 table6 real table2-real table-real outliers sensitivity \
+	gpu claims report ablation calibration verify audit figure2 fit verify-portable test \
+	test-endurance test-fast test-narrow test-newest lint format miniature mini_llava \
+	mini_moe_llava preview clean
 
 help:  ## lists these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -164,6 +166,12 @@ test-fast: install  ## runs the unit tests but those marked slow, which take sec
 test-narrow: install  ## runs the tests that depend on the CPU's instructions with AVX2, and without C
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m instruction_set tests/unit/packing
 	$(NARROW),native OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "instruction_set and not slow"
+
+test-newest:  ## runs the tests with the newest release of every package, without the pins
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --upgrade \
+		--upgrade-strategy eager $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 -m "not endurance"
 
 lint: install  ## checks style and types
 	$(BIN)/ruff check .
