@@ -31,3 +31,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 def bullets(sentences: Sequence[str]) -> str:
     """Returns a list with one item per sentence."""
     return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def replaced(text: str, begin: str, end: str, part: str) -> str | None:
+    """Returns a text with what stands between two marks replaced.
+
+    Args:
+        text: Text of a page.
+        begin, end: Marks, which stay.
+        part: What stands between them afterwards, without empty lines around it.
+
+    Returns:
+        The text, or None if it lacks one of the marks.
+    """
+    before, first, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    return f"{before}{begin}\n\n{part}\n\n{end}{after}" if first and last else None

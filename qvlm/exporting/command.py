@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="qvlm export",
-        description="Writes a packed checkpoint in a format that transformers and vLLM load.",
+        description="Writes a packed checkpoint in a format that transformers loads.",
     )
     parser.add_argument("folder", type=Path, help="folder that save_packed=FOLDER wrote")
     parser.add_argument("--format", choices=FORMATS, required=True, help="format to write")

@@ -8,5 +8,5 @@ Each is a command, `python -m qvlm.tables.NAME`. Open `table2` first.
 differ, `report` has the parts that pages share, `command` the options that commands share, `labels`
 the names and the order of methods, and `published` the paper's numbers.
 
-These modules may import everything but `qvlm.sweep`. Only `qvlm.summary` imports them.
+Only `qvlm.summary`, `qvlm.report` and commands import these modules.
 """

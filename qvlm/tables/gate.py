@@ -13,9 +13,9 @@ even the right checkpoint does not agree everywhere.
   model is undecided can change. If the confidences of a calibrated model are 1, or uniform between
   1/2 and 1, then its share of wrong answers e fixes the expected share of changed answers: 0.27 e,
   which is 2.4 % for the 8.9 % of LLaVA-v1.3-13B.
-- Measured on the miniatures, 4,000 questions, greedy against one sample at temperature 0.2:
-  mini_llava changed 3.0 % of its answers with 9.0 % wrong, mini_moe_llava 5.4 % with 13.6 % wrong.
-  That is 0.33 e and 0.39 e, which gives 3.0 and 3.5 % for LLaVA-v1.3-13B.
+- Measured on the miniatures, 4,000 questions of an earlier test split, greedy against one sample at
+  temperature 0.2: mini_llava changed 3.0 % of its answers with 9.0 % wrong, mini_moe_llava 5.4 %
+  with 13.6 % wrong. That is 0.33 e and 0.39 e, which gives 3.0 and 3.5 % for LLaVA-v1.3-13B.
 - `EXPLAINED`: 3.5 % of changes, and three standard errors more for 4,241 questions, leave 95.6 %.
   Below that, sampling does not explain the difference, and the run is not believed.
 - `BELIEVED`: at 98 % the run changes at most 84 answers. If these are as often for the better as

@@ -1,7 +1,8 @@
 """Outliers of a model: `python -m qvlm.tables.outliers model=smollm2 data=text`.
 
-It shows in a minute whether a model is like the miniatures, whose activations have no outliers, or
-like a LLaMA. The float model reads calibration rows, and for every input of a decoder's linears:
+It shows in a minute whether a model is like the miniatures, which have outlier channels only in the
+inputs of their down projections, or like a LLaMA. The float model reads calibration rows, and for
+every input of a decoder's linears:
 
 - the largest channel over the median channel, by the largest magnitude of each (outlier channels);
 - the kurtosis of all values, which is 3 for normally distributed ones;

@@ -9,7 +9,7 @@ import textwrap
 import pandas as pd
 
 from qvlm.bits import BitWidths
-from qvlm.markdown import bullets, table
+from qvlm.markdown import bullets, replaced, table
 from qvlm.tables.labels import BASELINE, FP, bits_order
 from qvlm.tables.report import signed
 
@@ -28,9 +28,7 @@ def with_block(readme: str, csv: str) -> str | None:
     Returns:
         The text, or None if it has no such part.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{block(csv)}\n\n{END}{after}" if begin and end else None
+    return replaced(readme, BEGIN, END, block(csv))
 
 
 def block(csv: str) -> str:

@@ -36,8 +36,8 @@ MEASURES = ("perplexity", "kl", "agreement")
 HEAD = """\
 # A real language model on plain text
 
-SmolLM2-135M is a LLaMA with outlier channels and massive activations, which the miniatures do not
-have. Every token of {documents} documents ({tokens} tokens) is predicted. KL is that of the
+SmolLM2-135M is a LLaMA with massive activations, and with outlier channels where the miniatures
+have none. Every token of {documents} documents ({tokens} tokens) is predicted. KL is that of the
 next-token distribution to full precision, in nats per token. Each cell is **KL** and, in
 parentheses, the perplexity, means over the draws of the calibration rows. In full precision the
 perplexity is {perplexity} (95 % interval {interval}). Lower is better, and a KL of 0 is full

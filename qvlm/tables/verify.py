@@ -4,6 +4,8 @@ Each page is made anew from the answers that are committed with it (`qvlm.tables
 functions that made it from records, and the two texts are compared. No model runs, so this takes
 seconds. What a cell measured, such as its seconds of search, is compared with the committed facts
 of the cell. The page of sensitivities is made anew from its CSV, which is a measurement itself.
+The pages of speed (`table4_scale`, `peers_*`, `gpu`) and of outliers are measurements of a machine,
+and `table2_clusters` is of an earlier version. They are not checked.
 
     python -m qvlm verify               all pages
     python -m qvlm verify --rerun 2     runs two of their cells anew, too, and compares the answers
@@ -26,6 +28,7 @@ from qvlm.tables import (
     audit,
     calibration,
     claims,
+    model_card,
     readme,
     table1,
     table2,
@@ -103,6 +106,15 @@ def _readme(results: Path, command: str) -> Mapping[str, str]:
     return {} if text is None else {"../README.md": text}
 
 
+def _model_card(results: Path, command: str) -> Mapping[str, str]:
+    """The card of the embedded models beside the folder of results, if Table 2 is of them."""
+    place, answers = results.parent / model_card.CARD, folder_of(results, table2.TABLE.name)
+    if not (place.is_file() and answers.is_dir()):
+        return {}
+    text = model_card.with_part(place.read_text(encoding="utf-8"), read_answers(answers))
+    return {} if text is None else {f"../{model_card.CARD}": text}
+
+
 def _sensitivity(results: Path, command: str) -> Mapping[str, str]:
     rows = read(results)
     if rows is None:
@@ -119,6 +131,7 @@ PAGES = (
     Page("audit", _audit, answered=False),
     Page("sensitivity", _sensitivity, answered=False),
     Page("../README", _readme, answered=False),
+    Page(f"../{model_card.CARD.with_suffix('')}", _model_card, answered=False),
 )
 
 
@@ -188,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             made = (options.results / f"{page.name}.md").is_file()
             source = "its answers" if page.answered else "committed files"
             good = f"every value follows from {source}" if made else "not made"
-            print(f"{Path(page.name).name}: {_count(own) or good}")
+            print(f"{page.name.removeprefix('../')}: {_count(own) or good}")
             for difference in own[:_SHOWN]:
                 print(f"  {difference}")
             found += own

@@ -63,7 +63,7 @@ CLAIMS = (
     Claim("Q-VLM helps at all (the control)", "W4A4", QVLM, BASELINE),
 )
 _OURS_TOKEN = f"{OURS}, per token"
-# RoCo's: ahead of every method with the same ranges, and what a range per token adds.
+# RoCo's: ahead of the paper's methods with the same ranges, and what a range per token adds.
 OWN = (
     *(Claim(f"{OURS} beats {other}", "W4A4", OURS, other) for other in ("AWQ", "QLoRA")),
     *(Claim(f"{OURS} beats {other}", "W4A4", OURS, other) for other in (LAYERWISE, QVLM)),

@@ -51,7 +51,7 @@ def goals(lines: pd.DataFrame) -> Iterator[str]:
     yield (
         f"Goals concern LLaVA-13B in {W4A4.name} with one question at a time: {TEXT} tokens of "
         f"text, {IMAGE} of an image, and {ANSWER} of the answer. The paper reports "
-        f"{PAPER_SEARCH_HOURS} hours of search, with VEO."
+        f"{PAPER_SEARCH_HOURS} hours of search for LLaVA-7B, with VEO."
     )
     yield table(["goal", "wanted", "measured", "result"], rows, left=2)
     yield from differences(own[own["form"].isin([BF16, W4A4.name])])

@@ -19,12 +19,11 @@ from qvlm.quantization.targets import block_layers, quantizable
 
 PEER = Variant("w4a16", "bitsandbytes NF4")
 WITHOUT_KERNELS = "bitsandbytes ran without the kernel for CPUs that it looks for on a hub."
-# Each channel has a scale of its own, folded into the weights, as in Q-VLM's released code.
-PER_CHANNEL = tuple(
-    Variant(bits, "uniform, per channel", "per_channel") for bits in ("w8a8", "w6a6", "w4a4")
+CLUSTERS = tuple(
+    Variant(bits, "uniform, clusters", "per_channel_group") for bits in ("w8a8", "w6a6", "w4a4")
 )
 SIMULATED = Variant("w4a4", "simulated")
-OURS = (*VARIANTS, *PER_CHANNEL)
+OURS = (*VARIANTS, *CLUSTERS)
 
 
 def shortened(built: LlavaArchitecture, decoder: int, vision: int) -> LlavaArchitecture:

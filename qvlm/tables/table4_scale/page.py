@@ -12,7 +12,7 @@ from qvlm.tables.cost import median_and_range
 from qvlm.tables.labels import FP
 from qvlm.tables.table4_scale.measure import SIDE_BY_SIDE, Measured, Row, Setting
 from qvlm.tables.table4_scale.mixture import NOTE, mixture_table
-from qvlm.tables.table4_scale.models import PEER, PER_CHANNEL, WITHOUT_KERNELS
+from qvlm.tables.table4_scale.models import CLUSTERS, PEER, WITHOUT_KERNELS
 from qvlm.tables.table4_scale.search import SEARCH_TOKENS, SearchEstimate
 
 _NAMES = ("model", "bits", "method")
@@ -65,10 +65,10 @@ def _notes(setting: Setting, threads: int) -> str:
         f"tokens, of which at most {SIDE_BY_SIDE} were timed for ratios and {SCALE_ANSWER} in "
         "whole models. Weights are random, so there is no accuracy.",
         "FP is bf16. *uniform* is the form of every method but QLoRA, which has NormalFloat. The "
-        "paper's row beside it is that of Q-VLM. Its activations are the default's: clusters of "
-        "128 sorted channels share a scale, and weights are grouped cluster by cluster. In *per "
-        "channel*, each channel has a scale of its own, folded into the weights, as in the "
-        "released code (`quantizer.language.granularity=per_channel`).",
+        "paper's row beside it is that of Q-VLM. Its activations are the default's: each channel "
+        "has a static scale of its own, folded into the weights. In *clusters*, 128 sorted "
+        "channels share a scale, and weights are grouped cluster by cluster "
+        "(`quantizer=clusters`).",
         f"*paper* columns are what the paper prints, hours for {PUBLISHED_QUESTIONS:,} questions "
         "on its own hardware.",
         "Peak is the resident set of a fresh process while it answers, including Python and its "
@@ -169,7 +169,7 @@ def targets(rows: Sequence[Row]) -> list[list[str]]:
         return []
     full, peer = own[FP, FP], own.get((PEER.label, PEER.method))
     found: list[list[str]] = []
-    for method in ("uniform", PER_CHANNEL[0].method):
+    for method in ("uniform", CLUSTERS[0].method):
         four, eight = own["W4A4", method], own["W8A8", method]
         weights = full.columns["weight_gib"] / four.columns["weight_gib"]
         aims = [

@@ -128,14 +128,14 @@ def test_targets_need_llava_13b() -> None:
     rows = [
         row(bits, method)
         for bits in ("W8A8", "W4A4")
-        for method in ("uniform", "uniform, per channel")
+        for method in ("uniform", "uniform, clusters")
     ]
     rows[-1].prefill_ratios[:] = [1.4, 1.5]
     rows += [row("FP", "FP")]
     met = {(target, method): verdict for target, method, _, _, verdict in targets(rows)}
     assert met["decoding faster, W4A4", "uniform"] == "yes"
     assert met["prefill faster, W4A4", "uniform"] == "no"
-    assert met["prefill faster, W4A4", "uniform, per channel"] == "yes"
+    assert met["prefill faster, W4A4", "uniform, clusters"] == "yes"
 
 
 def test_a_search_is_estimated_from_what_layers_took() -> None:
