@@ -23,6 +23,8 @@ from transformers.masking_utils import sdpa_mask
 from qvlm.packing.kernels import native_library as library
 
 NAME = "sdpa_or_native"
+# Options of a layer that are heeded here, or that mean nothing for a single query.
+_WITHOUT_EFFECT = frozenset({"scaling", "use_cache", "position_ids", "is_causal"})
 
 
 def attend(
@@ -54,6 +56,10 @@ def attend(
     return output[:, None], None
 
 
+def _is_off(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and value == 0)
+
+
 def _is_served(
     query: Tensor,
     key: Tensor,
@@ -62,7 +68,9 @@ def _is_served(
     options: Mapping[str, Any],
 ) -> bool:
     """Whether `attend` of the library computes this call."""
-    if query.shape[2] != 1 or query.device.type != "cpu" or options.get("dropout"):
+    if query.shape[2] != 1 or query.device.type != "cpu":
+        return False
+    if any(name not in _WITHOUT_EFFECT and not _is_off(value) for name, value in options.items()):
         return False
     width, types = query.shape[3], {query.dtype, key.dtype, value.dtype}
     if types not in ({torch.bfloat16}, {torch.float32}) or width % 16 or width > library.MAX_HEAD:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 # Positions that are allocated at once beyond those that are needed.
@@ -70,9 +70,8 @@ class GrowingLayer(DynamicLayer):
 
 
 def cached_positions(inputs: Mapping[str, Any]) -> int:
-    """Returns how many positions the cache among a model's arguments holds."""
-    cache = inputs.get(CACHE)
-    return 0 if cache is None else cache.get_seq_length()
+    """Returns how many positions the cache among a model's arguments holds, whatever its name."""
+    return max((x.get_seq_length() for x in inputs.values() if isinstance(x, Cache)), default=0)
 
 
 def growing_cache(model: PreTrainedModel) -> DynamicCache:

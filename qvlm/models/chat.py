@@ -7,6 +7,7 @@ pictures in one text, of different sizes, and texts with and without pictures in
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qvlm.data.prompts import CHAT, IMAGE_TOKEN, Prompting
+from qvlm.errors import UserError
 from qvlm.families import Family
 from qvlm.models.checkpoints.family import save_processor
 from qvlm.models.loaded import LoadedModel
@@ -140,6 +142,10 @@ class FamilyModel(LoadedModel):
         Returns:
             `input_ids` and `attention_mask` [batch, tokens], padded on the left, and what the
             family's processor makes of all pictures, with rows of zeros where their sizes differ.
+
+        Raises:
+            UserError: If the model's forward names no argument for a part of the batch. It would
+                ignore that part without a word.
         """
         assert self.family is not None
         batch = self._padded(rows)
@@ -149,6 +155,12 @@ class FamilyModel(LoadedModel):
         pixels = [self._pixels(own) for own in images if own]
         for key in pixels[0] if pixels else ():
             batch[key] = _joined([each[key] for each in pixels])
+        if unknown := batch.keys() - signature(type(self.model).forward).parameters:
+            raise UserError(
+                f"{type(self.model).__name__} of the installed transformers takes no "
+                f"{', '.join(sorted(unknown))}, which its processor gives it. Install the pinned "
+                "versions (make install)."
+            )
         device, dtype = self.model.device, self.model.dtype
         return {
             key: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvlm.errors import RunError
+
 
 class FirstToken:
     """Knows, while a decoder layer runs, which of its positions are the first of their sequence.
@@ -49,7 +51,12 @@ class FirstToken:
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         positions = kwargs.get("position_ids")
-        self.mask = None if positions is None else positions == 0
+        if positions is None:
+            raise RunError(
+                f"a {type(layer).__name__} is not told the positions of its tokens, so the first "
+                "cannot stay in floating point. Give quantizer.first_token=quantized."
+            )
+        self.mask = positions == 0
 
     def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.mask = None

@@ -80,17 +80,20 @@ def trace(
     first, last = next(iter(names), None), next(reversed(names), None)
     calls: dict[str, list[Call]] = {name: [] for name in layers}
     joins: set[str] = set()
-    before: list[Any] = [None]  # the output of the layer before
+    # The output of the layer before, and how often it had been written to.
+    before: tuple[Any, int] = (None, 0)
 
     def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if layer is not first and hidden is not before[0]:
+        if layer is not first and (hidden is not before[0] or _version(hidden) != before[1]):
             joins.add(names[layer])
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
         calls[names[layer]].append(((None, *args[1:]) if args else (), rest))
 
     def leave(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before[0] = output[0] if isinstance(output, tuple) else output
+        nonlocal before
+        hidden = output[0] if isinstance(output, tuple) else output
+        before = hidden, _version(hidden)
         if layer is last:
             raise Caught
 
@@ -99,8 +102,13 @@ def trace(
             try:
                 model(**batch, use_cache=False)
             except Caught:
-                before[0] = None
+                before = None, 0
     return Trace(calls, frozenset(joins))
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written in place, as far as PyTorch counts that."""
+    return 0 if x.is_inference() else x._version
 
 
 def _named(hidden: Tensor, options: Mapping[str, Any]) -> Call:

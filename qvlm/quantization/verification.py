@@ -30,13 +30,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from qvlm.errors import UserError
 from qvlm.quantization.experts import fused_experts
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.position_quantizer import PositionQuantizer
 from qvlm.quantization.quantizer import Quantizer, UniformQuantizer
 from qvlm.quantization.sampling import evenly_spaced
 from qvlm.quantization.spec import QuantizationConfig
-from qvlm.quantization.targets import block_layers, quantizable
+from qvlm.quantization.targets import ROUTER_NAMES, block_layers, quantizable
 
 _PROBE_TOKENS = 64
 # Number of rows of a tensor that are counted: enough to expose any float tensor, at a bounded cost.
@@ -67,9 +68,14 @@ def expected_layers(model: nn.Module, vision_tower: bool) -> list[str]:
     """Full names of the layers that must be quantized, read from the float model.
 
     Fused experts get the names that `unfuse_experts` will give them.
+
+    Raises:
+        UserError: If a block holds a matrix that is neither a linear's, nor a router's, nor that of
+            fused experts. It would stay in floating point, and no proof would name it.
     """
     names = []
     for block_name, (_, block) in block_layers(model, vision_tower).items():
+        _require_known_matrices(block_name, block)
         names += [f"{block_name}.{name}" for name in quantizable(block)]
         for name, fused in fused_experts(block).items():
             names += [
@@ -78,6 +84,21 @@ def expected_layers(model: nn.Module, vision_tower: bool) -> list[str]:
                 for part in ("gate_proj", "up_proj", "down_proj")
             ]
     return names
+
+
+def _require_known_matrices(name: str, block: nn.Module) -> None:
+    """Refuses a block with a matrix that nothing quantizes."""
+    known = {*quantizable(block), *fused_experts(block)}
+    for parameter_name, parameter in block.named_parameters():
+        owner = parameter_name.rpartition(".")[0]
+        if parameter.ndim < 2 or owner in known or ROUTER_NAMES & set(owner.split(".")):
+            continue
+        kind = type(block.get_submodule(owner)).__name__
+        raise UserError(
+            f"{name}.{parameter_name} ({kind}) is a matrix that would stay in floating point: it "
+            "is neither the weight of a linear, nor a router's, nor that of fused experts in a "
+            "layout that is supported (gate_up_proj and down_proj)"
+        )
 
 
 @torch.no_grad()

@@ -82,6 +82,15 @@ def test_all_else_is_sdpa(queries: int, width: int, dtype: torch.dtype, dropout:
     assert torch.equal(found, sdpa_attention_forward(layer(), *parts, allowed, **options)[0])
 
 
+def test_an_option_that_changes_scores_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [x.float() for x in operands(1, 20)]
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *_, **options: (options, None))
+    options = {"scaling": 1 / 8, "dropout": 0.0, "sliding_window": None, "use_cache": True}
+    for name in ("softcap", "position_bias", "something_new"):
+        found, _ = attention.attend(layer(), *parts, None, **options, **{name: 30.0})
+        assert found == {**options, name: 30.0}
+
+
 def test_gradients_pass_through_sdpa() -> None:
     query, key, value = (x.float().requires_grad_() for x in operands(1, 20))
     attention.attend(layer(), query, key, value, None, scaling=1 / 8)[0].sum().backward()

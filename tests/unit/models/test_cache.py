@@ -9,7 +9,7 @@ from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from qvlm.models.architectures import architecture
-from qvlm.models.cache import ROOM, GrowingLayer, growing_cache
+from qvlm.models.cache import ROOM, GrowingLayer, cached_positions, growing_cache
 from qvlm.models.networks import network
 
 
@@ -84,3 +84,14 @@ def test_layers_with_a_window_keep_their_own_cache() -> None:
 
     kinds = [type(layer).__name__ for layer in growing_cache(Windowed()).layers]  # type: ignore[arg-type]
     assert kinds == ["DynamicSlidingWindowLayer"] * 5 + ["GrowingLayer"]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_positions_are_counted_whatever_the_name_of_the_cache(
+    name: str, model: LlamaForCausalLM
+) -> None:
+    cache = growing_cache(model)
+    assert cached_positions({name: cache, "use_cache": True}) == 0
+    cache.update(torch.zeros(1, 3, 5, 64), torch.zeros(1, 3, 5, 64), 0)
+    assert cached_positions({name: cache}) == 5
+    assert cached_positions({"inputs_embeds": torch.zeros(1, 2, 3)}) == 0

@@ -17,6 +17,7 @@ from qvlm.evaluation import likelihood
 from qvlm.evaluation.decoding import decode
 from qvlm.models import load_model
 from qvlm.models.chat import FamilyModel
+from tests.helpers.checkpoints import refused
 from tests.helpers.families import (
     TINY,
     Folders,
@@ -237,3 +238,16 @@ def test_no_code_of_a_checkpoint_runs(folder_of: Folders, tmp_path: Path) -> Non
         file.write_text(json.dumps(content))
     load_tiny(folder)
     assert not marker.exists()
+
+
+def test_a_part_of_a_batch_that_the_model_would_ignore_is_refused(
+    tiny: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tiny("gemma3")
+    assert "token_type_ids" in loaded.encode(problems())
+
+    def forward(self: Any, input_ids: Any, attention_mask: Any, **others: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(type(loaded.model), "forward", forward)
+    refused(lambda: loaded.encode(problems()), "takes no", "token_type_ids")

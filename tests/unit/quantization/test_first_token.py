@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qvlm.errors import UserError
+from qvlm.errors import RunError, UserError
 from qvlm.methods.rtn import RTN
 from qvlm.models.cache import CACHE
 from qvlm.quantization import (
@@ -91,3 +91,11 @@ def test_the_proof_counts_every_other_position() -> None:
 def test_ranges_of_a_prompt_contain_every_token() -> None:
     with pytest.raises(UserError, match="first_token=float is not possible"):
         config("per_channel_prompt")
+
+
+def test_layers_that_are_not_told_positions_are_refused() -> None:
+    model = tiny_language_model()
+    RTN().quantize(Walk(model, [batch()], config()))
+    layer = model.model.layers[0]
+    with pytest.raises(RunError, match="not told the positions"):
+        layer(torch.zeros(1, 3, model.config.hidden_size))

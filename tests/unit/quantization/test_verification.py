@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qvlm.errors import UserError
 from qvlm.methods import RTN
 from qvlm.quantization.calibration import Walk
 from qvlm.quantization.linear import QuantLinear
@@ -75,6 +76,14 @@ def test_fused_experts_are_expected_by_the_names_they_get() -> None:
     assert "model.language_model.layers.1.mlp.experts.3.down_proj" in expected
     Walk(model, toy_batches(), W4A4)  # takes them apart
     assert sorted(expected_layers(model, vision_tower=True)) == sorted(expected)
+
+
+def test_a_matrix_that_nothing_would_quantize_is_refused() -> None:
+    model = toy_llava()
+    layer = model.get_submodule("model.language_model.layers.1.mlp")
+    layer.register_parameter("input_linear", nn.Parameter(torch.zeros(4, 8, 32)))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.input_linear .*floating point"):
+        expected_layers(model, vision_tower=True)
 
 
 @pytest.mark.parametrize("config", [W4A4, W8A8, FOLDED])
