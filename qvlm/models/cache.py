@@ -18,11 +18,8 @@ ROOM = 64
 
 # Name of the argument of a model, and of what it returns, that holds the cache. transformers 5.24
 # renamed it.
-CACHE = next(
-    name
-    for name in ("cache", "past_key_values")
-    if name in signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
+_ARGUMENTS = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 
 
 class GrowingLayer(DynamicLayer):

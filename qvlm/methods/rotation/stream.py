@@ -132,7 +132,7 @@ def rotate_ends(model: PreTrainedModel, seed: int = 0) -> StreamRotation:
     norm = _last_norm(model.get_submodule(parts.decoder.rpartition(".")[0]))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rotation = StreamRotation(embedding.weight.shape[1], isinstance(norm, nn.LayerNorm), seed)
-    if head.weight.data_ptr() == embedding.weight.data_ptr():
+    if head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
