@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from experiments.train_miniature import mixed_precision
 from experiments.validation import accuracy_by_skill
 from qvlm.command import folder, run_command
 from qvlm.data.miniature import generate, stream
@@ -160,7 +161,7 @@ def answer_loss(model: Llava, batch: dict[str, Tensor]) -> Tensor:
     """Returns the mean cross-entropy of the labeled tokens; logits are made for these only."""
     labels = batch.pop("labels")[:, 1:]
     learned = labels != IGNORED
-    with torch.autocast(labels.device.type, torch.bfloat16):
+    with mixed_precision(labels.device):
         hidden = model.model(**batch, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][learned])
     return nn.functional.cross_entropy(logits.float(), labels[learned])

@@ -9,6 +9,7 @@ All formulas are closed forms in standard-library arithmetic. Nothing here knows
 Shares are in percent unless a docstring says otherwise.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
@@ -29,11 +30,12 @@ def _subject(name: str) -> Callable[[pd.DataFrame], pd.Series]:
 def _grades(low: int, high: int) -> Callable[[pd.DataFrame], pd.Series]:
     """A grade that is not "grade" and a number belongs to no class."""
 
+    def inside(grade: object) -> bool:
+        number = re.fullmatch(r"grade([0-9]+)", grade) if isinstance(grade, str) else None
+        return number is not None and low <= int(number[1]) <= high
+
     def members(frame: pd.DataFrame) -> pd.Series:
-        numbers = frame["grade"].str.extract(r"^grade([0-9]+)$", expand=False)
-        # As float64, in which a missing number is NaN and outside. In pandas' own integers, which
-        # strings of type "string" become, its membership would be missing.
-        return pd.to_numeric(numbers).astype("float64").between(low, high)
+        return frame["grade"].isin([grade for grade in frame["grade"].unique() if inside(grade)])
 
     return members
 
@@ -60,7 +62,8 @@ def class_metrics(predictions: pd.DataFrame) -> dict[str, dict[str, Any]]:
         interval `ci_low` and `ci_high`, and the share `unparsable` of answers that name no choice.
         All but `n` are None where `n` is 0.
     """
-    return {name: _summary(predictions[of(predictions)]) for name, of in CLASSES.items()}
+    scored = predictions[["correct", "prediction"]]
+    return {name: _summary(scored[of(predictions)]) for name, of in CLASSES.items()}
 
 
 def skill_metrics(predictions: pd.DataFrame) -> pd.DataFrame:

@@ -1,13 +1,18 @@
 """Committed answers: what a page cites, in one small file per cell, so that anyone can check it.
 
     results/answers/<page>/<record>.json.gz
+    results/answers/questions/<split>-<seed>.csv.gz
 
 Records are not committed, and a page of numbers alone cannot be checked. So whoever makes a page
 also writes, for each record that the page shows or names, the parsed answers (a letter per
-question) and the parts of the record that pages print. Everything else follows: the problems are
-generated again, which gives the classes and the right answers, and these give the accuracies, the
-intervals and the tests. `read_answers` returns records, and a page is made of them with the same
-functions as of the records that a run wrote (`qvlm.tables.verify`).
+question) and the parts of the record that pages print. Everything else follows: the questions'
+classes and right answers give the accuracies, the intervals and the tests. `read_answers` returns
+records, and a page is made of them with the same functions as of the records that a run wrote
+(`qvlm.tables.verify`).
+
+The questions are those that the generator gives. Their classes and right answers are kept once per
+split, because generating the 20,000 of "claims" again takes most of a minute. A test compares them
+with the generator's, and each cell's file has a hash of those that it answered.
 
 Problems of other sources cannot be generated, so cells that answered those are not written. The
 texts of answers and the details of a method's report are left out, as are paths and commands, which
@@ -37,13 +42,15 @@ from qvlm.evaluation.metrics import class_metrics
 from qvlm.evaluation.task import guess
 from qvlm.evaluation.text import summarize
 from qvlm.records.cells import SUFFIX
-from qvlm.records.files import explained, write_folder
+from qvlm.records.files import explained, write_file, write_folder
 from qvlm.records.record import Record, plain
 
 FACTS = "facts.json"  # what a page shows that no record holds, such as measured times
+QUESTIONS = "questions"  # the folder of what was asked, beside those of the pages
 UNPARSABLE = "-"  # letter of an answer that names no choice
 
 _QUESTION = ("question_id", "subject", "grade", "skill", "has_image", "has_text", "n_choices")
+_TYPES = {"has_image": bool, "has_text": bool, "n_choices": int, "answer": int}
 _COMPARED = (*_QUESTION, "answer", "prediction", "correct")
 # Parts that say where a cell ran and not what it computed.
 _OF_THE_MACHINE = {
@@ -73,7 +80,7 @@ def folder_of(results: Path, page: str) -> Path:
 
 @lru_cache(maxsize=4)
 def questions(split: str, seed: int) -> pd.DataFrame:
-    """Generates a split of the miniature data.
+    """Generates what pages need of a split of the miniature data.
 
     Args:
         split: Name of the split.
@@ -99,6 +106,29 @@ def questions(split: str, seed: int) -> pd.DataFrame:
     )
 
 
+@lru_cache(maxsize=4)
+def read_questions(file: Path) -> pd.DataFrame:
+    """Returns the questions of a split as `write_answers` kept them; see `questions`.
+
+    Args:
+        file: File of the split, or where one would be.
+
+    Raises:
+        RunError: If the file is damaged.
+    """
+    try:
+        kept = pd.read_csv(file, keep_default_na=False)
+        kept.insert(0, "question_id", [f"{file.name.partition('-')[0]}-{i}" for i in kept.index])
+        return kept[[*_QUESTION, "answer"]].astype(_TYPES)
+    except (OSError, EOFError, zlib.error, ValueError, KeyError) as error:
+        raise RunError(f"{file} is not what a page wrote ({error}); make the page anew") from error
+
+
+def questions_file(folder: Path, split: str, seed: int) -> Path:
+    """Returns where the questions of a split are kept, for a page's folder of answers."""
+    return folder.parent / QUESTIONS / f"{split}-{seed}.csv.gz"
+
+
 def obstacle(record: Record) -> str | None:
     """Returns why the answers of a record cannot be committed, or None if they can.
 
@@ -114,7 +144,7 @@ def obstacle(record: Record) -> str | None:
     if len(record.predictions) > len(asked):
         return "it has more answers than its split has problems"
     letters, cut = _letters(record.predictions)
-    rebuilt = _predictions(record.config, record.metrics, letters, cut)
+    rebuilt = _predictions(asked, record.config, record.metrics, letters, cut)
     for column in _COMPARED:
         if _values(rebuilt[column]) != _values(record.predictions[column]):
             return f"its column {column} does not follow from its problems and answers"
@@ -124,7 +154,7 @@ def obstacle(record: Record) -> str | None:
 def write_answers(
     folder: Path, records: Sequence[Record], facts: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes the answers behind a page and replaces those of an older page.
+    """Writes the answers behind a page, and what was asked, and replaces those of an older page.
 
     Args:
         folder: Folder of the page's answers.
@@ -144,19 +174,29 @@ def write_answers(
             text = json.dumps(plain(facts), indent=1, allow_nan=False)
             (place / FACTS).write_text(text + "\n", encoding="utf-8")
 
+    asked = {
+        (record.config["data"]["split"], record.config["data"]["seed"])
+        for record in records
+        if record.kind != "text"
+    }
     with explained(f"--out: {folder}", UserError, "choose a folder that can be written"):
         write_folder(folder, fill)
+        for split, seed in sorted(asked):
+            text = questions(split, seed).drop(columns="question_id").to_csv(index=False)
+            file = questions_file(folder, split, seed)
+            write_file(file, gzip.compress(text.encode(), mtime=0))
+    read_questions.cache_clear()
 
 
 def read_answers(folder: Path) -> list[Record]:
     """Returns the records of a page's answers, sorted by name.
 
-    Their predictions are rebuilt from the generated problems and have no texts, and the classes in
-    their metrics are computed from these predictions, as the measures of plain text are from the
-    sums over its documents.
+    Their predictions are rebuilt from the questions and have no texts, and the classes in their
+    metrics are computed from these predictions, as the measures of plain text are from the sums
+    over its documents. Questions that are not kept are generated.
 
     Raises:
-        RunError: If a file is damaged, or the problems are no longer those that were answered.
+        RunError: If a file is damaged, or the questions are not those that were answered.
     """
     return [read_one(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
 
@@ -165,7 +205,7 @@ def read_one(path: Path) -> Record:
     """Reads the answers of one cell.
 
     Raises:
-        RunError: If the file is damaged, or the problems are no longer those that were answered.
+        RunError: If the file is damaged, or the questions are not those that were answered.
     """
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
@@ -179,7 +219,10 @@ def read_one(path: Path) -> Record:
             metrics.setdefault("text", summarize(predictions))
             same = True
         else:
-            predictions = _predictions(config, metrics, content["answers"], content["cut"])
+            split, seed = config["data"]["split"], config["data"]["seed"]
+            kept = questions_file(path.parent, split, seed)
+            asked = read_questions(kept) if kept.is_file() else questions(split, seed)
+            predictions = _predictions(asked, config, metrics, content["answers"], content["cut"])
             same = content["questions"] == _checksum(predictions)
     except (
         OSError,
@@ -193,7 +236,7 @@ def read_one(path: Path) -> Record:
         raise RunError(f"{path} is not what a page wrote ({error}); make the page anew") from error
     if not same:
         raise RunError(
-            f"{path}: the generated problems are not those that were answered; make the page anew"
+            f"{path}: the questions are not those that were answered; make the page anew"
         )
     if not on_text:
         metrics.setdefault("classes", class_metrics(predictions))
@@ -267,11 +310,14 @@ def _letters(predictions: pd.DataFrame) -> tuple[str, list[int]]:
 
 
 def _predictions(
-    config: Mapping[str, Any], metrics: Mapping[str, Any], letters: str, cut: Sequence[int]
+    asked: pd.DataFrame,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    letters: str,
+    cut: Sequence[int],
 ) -> pd.DataFrame:
-    """Rebuilds the predictions of a cell from its problems and its answers."""
-    data = config["data"]
-    asked = questions(data["split"], data["seed"]).iloc[: len(letters)].copy()
+    """Rebuilds the predictions of a cell from the questions of its split and its answers."""
+    asked = asked.iloc[: len(letters)].copy()
     chosen = [None if letter == UNPARSABLE else LETTERS.index(letter) for letter in letters]
     scored = chosen
     if metrics.get("unparsable_rule") == "random":
@@ -296,4 +342,5 @@ def _checksum(predictions: pd.DataFrame) -> str:
 
 def _values(column: pd.Series) -> list[Any]:
     """Returns a column as plain values, with None where one is missing."""
-    return [None if pd.isna(value) else plain(value) for value in column]
+    missing = column.isna()
+    return [None if gone else value for value, gone in zip(column.tolist(), missing, strict=True)]

@@ -2,10 +2,10 @@
 
 Each page is made anew from the answers that are committed with it (`qvlm.tables.answers`), by the
 functions that made it from records, and the two texts are compared. No model runs, so this takes
-seconds. What a cell measured, such as its seconds of search, is compared with the committed facts
-of the cell. The page of sensitivities is made anew from its CSV, which is a measurement itself.
-The pages of speed (`table4_scale`, `peers_*`, `gpu`) and of outliers are measurements of a machine,
-and `table2_clusters` is of an earlier version. They are not checked.
+less than a minute. What a cell measured, such as its seconds of search, is compared with the
+committed facts of the cell. The page of sensitivities is made anew from its CSV, which is a
+measurement itself. The pages of speed (`table4_scale`, `peers_*`, `gpu`) and of outliers are
+measurements of a machine, and `table2_clusters` is of an earlier version. They are not checked.
 
     python -m qvlm verify               all pages
     python -m qvlm verify --rerun 2     runs two of their cells anew, too, and compares the answers

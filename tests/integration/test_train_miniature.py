@@ -53,6 +53,25 @@ def test_fast_pixels_equal_the_processor() -> None:
     assert torch.allclose(training.pixels(images, loaded.image_processor), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "half"),
+    [
+        ("cpu", "AVX512", True),
+        ("cpu", "AVX2", False),
+        ("cpu", "DEFAULT", False),
+        ("cuda", "", True),
+    ],
+)
+def test_products_are_in_bfloat16_where_that_is_fast(
+    monkeypatch: pytest.MonkeyPatch, device: str, capability: str, half: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    asked = {}
+    monkeypatch.setattr(torch, "autocast", lambda *what, **options: asked.update(options))
+    training.mixed_precision(torch.device(device))
+    assert asked == {"enabled": half}
+
+
 def first_batches(first: int, count: int) -> tuple[LoadedModel, list[training.Batch]]:
     loaded = load_model("mini_llava", "mini_llava")
     batches = training.joint_batches(loaded, 0, 8, first)

@@ -6,8 +6,7 @@ are equal.
 
 from random import Random
 
-import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 SIDE = 48
 COLORS = {
@@ -20,6 +19,7 @@ COLORS = {
     "black": (20, 20, 20),
     "brown": (125, 75, 35),
 }
+_MODULO_9 = bytes(byte % 9 for byte in range(256))
 Box = tuple[float, float, float, float]
 
 
@@ -66,6 +66,6 @@ class Canvas:
 
     def finish(self) -> Image.Image:
         """Returns the image with faint noise."""
-        noise = np.frombuffer(self.rng.randbytes(SIDE * SIDE * 3), np.uint8).reshape(SIDE, SIDE, 3)
-        pixels = np.asarray(self.image).astype(np.int16) + noise % 9 - 4
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        drawn = self.rng.randbytes(SIDE * SIDE * 3).translate(_MODULO_9)
+        noise = Image.frombytes("RGB", (SIDE, SIDE), drawn)
+        return ImageChops.add(self.image, noise, offset=-4)  # from -4 to 4

@@ -15,12 +15,15 @@ from qvlm.evaluation.metrics import class_metrics
 from qvlm.records.record import Record
 from qvlm.tables.answers import (
     FACTS,
+    QUESTIONS,
     SUFFIX,
     letters_of,
     obstacle,
     questions,
+    questions_file,
     read_answers,
     read_facts,
+    read_questions,
     write_answers,
 )
 from tests.helpers.records import make_record
@@ -54,16 +57,60 @@ def test_what_is_read_is_what_was_written(record: Record, tmp_path: Path) -> Non
         )
 
 
-def test_the_problems_are_generated_and_not_kept(record: Record, tmp_path: Path) -> None:
+def test_what_follows_is_not_kept_in_a_cell(record: Record, tmp_path: Path) -> None:
     write_answers(tmp_path / "answers", [record])
     (file,) = (tmp_path / "answers").iterdir()
     content = json.loads(gzip.decompress(file.read_bytes()))
     assert len(content["answers"]) == 500
     assert "classes" not in content["metrics"]
+
+
+def test_the_questions_are_those_of_the_problems() -> None:
     asked = questions("test", 0)
     problems = miniature.generate("test", 4000, 0)
     assert list(asked["answer"]) == [problem["answer"] for problem in problems]
     assert list(asked["has_image"]) == [problem["image"] is not None for problem in problems]
+
+
+KEPT = sorted(Path("results/answers", QUESTIONS).iterdir())
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.name)
+def test_the_committed_questions_are_those_that_are_generated(file: Path) -> None:
+    split, seed = file.name.partition(".")[0].split("-")
+    assert questions_file(Path("results/answers/table2"), split, int(seed)) == file
+    pd.testing.assert_frame_equal(read_questions(file), questions(split, int(seed)))
+
+
+def test_kept_questions_are_not_generated(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_answers(tmp_path / "answers" / "page", [record])
+    monkeypatch.setattr("qvlm.tables.answers.questions", None)
+    (found,) = read_answers(tmp_path / "answers" / "page")
+    assert found.metrics == record.metrics
+
+
+def test_questions_that_are_not_kept_are_generated(record: Record, tmp_path: Path) -> None:
+    folder = tmp_path / "answers" / "page"
+    write_answers(folder, [record])
+    questions_file(folder, "test", 0).unlink()
+    (found,) = read_answers(folder)
+    assert found.metrics == record.metrics
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"\x1f\x8b", gzip.compress(b"skill,grade\na,b\n")],
+    ids=["empty", "cut", "other"],
+)
+def test_damaged_questions_are_named(record: Record, tmp_path: Path, damage: bytes) -> None:
+    folder = tmp_path / "answers" / "page"
+    write_answers(folder, [record])
+    file = questions_file(folder, "test", 0)
+    file.write_bytes(damage)
+    with pytest.raises(RunError, match=file.name):
+        read_answers(folder)
 
 
 def test_a_file_is_small_and_says_nothing_of_the_machine(record: Record, tmp_path: Path) -> None:
@@ -149,14 +196,13 @@ def test_a_damaged_file_is_named(record: Record, tmp_path: Path, change: Any) ->
         read_answers(tmp_path / "answers")
 
 
-def test_other_problems_are_noticed(
-    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_answers(tmp_path / "answers", [record])
-    changed = questions("test", 0).assign(answer=0)
-    monkeypatch.setattr("qvlm.tables.answers.questions", lambda split, seed: changed)
+def test_other_questions_are_noticed(record: Record, tmp_path: Path) -> None:
+    folder = tmp_path / "answers" / "page"
+    write_answers(folder, [record])
+    changed = questions("test", 0).assign(answer=0).drop(columns="question_id")
+    changed.to_csv(questions_file(folder, "test", 0), index=False)
     with pytest.raises(RunError, match="not those that were answered"):
-        read_answers(tmp_path / "answers")
+        read_answers(folder)
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(record: Record, tmp_path: Path) -> None:
