@@ -2,6 +2,7 @@
 
 import os
 import random
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from qvlm.models.load import embedded, load_model
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.placement import distribute, memory_limits
 from qvlm.quantization import QuantizationConfig, QuantSpec
-from qvlm.runtime import workers
+from qvlm.runtime import precision, workers
 
 MPS = "mps"  # the GPU of a Mac, which PyTorch chooses only if it is named
 MINIATURE_ANSWER = 64  # tokens
@@ -224,6 +225,9 @@ def load_for_streaming(config: RunConfig, device: str) -> LoadedModel:
 
 def _load(config: RunConfig, folder: Path, device: str, meta_layers: bool = False) -> LoadedModel:
     model = config.model
+    advice = precision.advice(model.dtype, device)
+    if advice is not None and config.device != MAP:
+        warnings.warn(advice, RuntimeWarning, stacklevel=2)
     return load_model(
         folder,
         model.name,

@@ -27,6 +27,7 @@ from qvlm.planning.footprint import GIB
 from qvlm.planning.sources import Source
 from qvlm.planning.timing import seconds
 from qvlm.records.record import read_run
+from qvlm.runtime import precision
 
 NOTES = """\
 Memory is what the device needs without Python and its libraries. Hours are those of the evaluation
@@ -79,6 +80,9 @@ def preflight(configs: Sequence[RunConfig]) -> None:
         rows.append([*cell, recorded or "no", need, "0" if recorded else hours])
     header = ["model", "method", "bits", "recorded", "memory, GiB", "hours"]
     print(f"{table(header, rows, left=4)}\n\n{NOTES}")
+    slow = [precision.advice(config.model.dtype, devices[config.device]) for config in configs]
+    for advice in dict.fromkeys(sentence for sentence in slow if sentence is not None):
+        print(f"\n{advice}")
     if refused:
         others = f" ({len(refused)} cells do not fit)" if len(refused) > 1 else ""
         raise UserError(refused[0] + others)

@@ -23,6 +23,7 @@ from qvlm.planning.estimates import find_shape, memory
 from qvlm.planning.footprint import GIB
 from qvlm.planning.timing import seconds
 from qvlm.records.record import write_record
+from qvlm.runtime import precision
 from tests.helpers.configs import load
 from tests.helpers.records import PREDICTIONS, RUN
 from tests.helpers.standins import write
@@ -142,6 +143,17 @@ def test_the_papers_scale_is_estimated_where_the_hub_does_not_answer(
     assert row(page, "data scienceqa")[2:4] == ["?", "?"]
     assert "To do: 34 cells, about 34 hours" in page
     assert os.listdir() == []
+
+
+def test_float32_is_advised_on_a_cpu_that_is_faster_in_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    machine(monkeypatch, 500)
+    for ratio, times in ((7.9, 1), (1.0, 0)):
+        monkeypatch.setattr(precision, "slowdown", lambda _, ratio=ratio: ratio)
+        assert main(PAPER) == 0
+        page = capfd.readouterr().out
+        assert page.count("Give model.dtype=float32 instead of model.dtype=float16") == times
 
 
 def test_a_model_that_the_paper_has_not_is_estimated_too() -> None:
