@@ -48,6 +48,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from experiments.muon import Muon
 from experiments.validation import accuracy_by_skill
 from qvlm.cell.identity import CHECKPOINT_FILES
 from qvlm.data.miniature import SKILLS, generate, stream, vocabulary
@@ -362,7 +363,7 @@ def optimizers(model: Llava, recipe: Recipe) -> list[torch.optim.Optimizer]:
         hidden = parameter.ndim == 2 and ".layers." in name and "router" not in name
         (matrices if hidden else others).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.01, adjust_lr_fn="original"),
+        Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.01, adjust_lr_fn="original"),
         torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from experiments import train_miniature as training
+from experiments.muon import Muon
 from qvlm.data import miniature
 from qvlm.models import LoadedModel, load_model
 
@@ -70,6 +72,28 @@ def test_products_are_in_bfloat16_where_that_is_fast(
     monkeypatch.setattr(torch, "autocast", lambda *what, **options: asked.update(options))
     training.mixed_precision(torch.device(device))
     assert asked == {"enabled": half}
+
+
+def test_muon_is_that_of_pytorch_but_for_rounding() -> None:
+    torch.manual_seed(0)
+    options = dict(lr=0.02, weight_decay=0.01, adjust_lr_fn="original")
+    begun = [torch.randn(shape) for shape in ((48, 32), (32, 48), (32, 32), (4, 4))]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in begun] for _ in range(2))
+    ours[-1].requires_grad_(False)  # an expert that no token reached has no gradient
+    theirs[-1].requires_grad_(False)
+    optims = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for _ in range(5):
+        for mine, other in zip(ours[:-1], theirs[:-1], strict=True):
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        for optim in optims:
+            optim.step()
+    for start, mine, other in zip(begun, ours, theirs, strict=True):
+        moved = (other - start).norm()
+        assert (mine - other).norm() <= 0.02 * moved  # bfloat16 has three digits
+    assert not torch.equal(ours[0], begun[0])
+    assert torch.equal(ours[-1], begun[-1])
+    optims[0].load_state_dict(optims[1].state_dict())  # a training goes on from either
 
 
 def first_batches(first: int, count: int) -> tuple[LoadedModel, list[training.Batch]]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm import validation
+from qvlm.errors import UserError
 from qvlm.methods.activations import activations, titled
 from qvlm.methods.base import MethodReport
 from qvlm.methods.gptq.method import Compensated, Rounding
@@ -84,13 +85,23 @@ class Rotations:
             _settle(block.module)
 
     def transforming(self, block: Block) -> frozenset[str]:
-        """Names of the linears of a block that transform their input when the model runs."""
+        """Names of the linears of a block that transform their input when the model runs.
+
+        Raises:
+            UserError: If a decoder layer has no linear of a name in `online`.
+        """
         if block.kind == "vision":
             return frozenset(block.linears if self.vision else ())
         if block.kind != "language":
             return frozenset()
         last = {name: name.rpartition(".")[2] for name in block.linears}
-        return frozenset(n for n, end in last.items() if _NAMES.get(end, end) in self.online)
+        known = {name: _NAMES.get(end, end) for name, end in last.items()}
+        if missing := sorted(self.online - set(known.values())):
+            raise UserError(
+                f"method.online={missing[0]} is no linear of {block.name}, which has "
+                f"{', '.join(sorted(set(last.values())))}. Leave it out."
+            )
+        return frozenset(name for name, title in known.items() if title in self.online)
 
 
 @torch.no_grad()

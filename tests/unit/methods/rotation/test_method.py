@@ -1,6 +1,8 @@
 """QuaRot: rotated, rounded, proven, packed, saved and loaded."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +191,16 @@ def test_parts_can_be_left_out() -> None:
 def test_a_wrong_option_is_refused_by_name(options: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
         QuaRot(**options)
+
+
+def test_a_layer_without_the_linear_is_refused() -> None:
+    """Otherwise nothing would be transformed, and no one would be told."""
+    block: Any = SimpleNamespace(
+        kind="language", name="layers.0", linears={"mlp.wo": 0, "a.dense": 1}
+    )
+    rotations = QuaRot(online=["o_proj"]).rotations
+    assert rotations.transforming(block) == {"a.dense"}
+    with pytest.raises(
+        UserError, match="online=down_proj is no linear of layers.0, which has dense, wo"
+    ):
+        QuaRot().rotations.transforming(block)
