@@ -196,7 +196,7 @@ format: install  ## rewrites the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-miniature: install  ## trains both miniatures from nothing, up to two hours; with SEED=1 sisters of them in trainings/
+miniature: install  ## trains both miniatures from nothing, up to two hours; with SEED=1 sisters of them in experiments/trainings/
 	$(MAKE) --no-print-directory -j 2 mini_llava mini_moe_llava
 
 # Products this small gain nothing from a second thread, so the two share the cores.

@@ -1,7 +1,8 @@
 """Trains a miniature from scratch: `python -m experiments.train_miniature --model NAME [--seed N]`.
 
-Without a seed the result is the embedded miniature; with one it is a sister of it in `trainings/`,
-by the same recipe from other random numbers. `qvlm claims` measures how much trainings differ.
+Without a seed the result is the embedded miniature; with one it is a sister of it, by the same
+recipe from other random numbers, in `experiments/trainings/`. `qvlm claims` measures how much
+trainings differ.
 
 Training has three phases, because a small model that learns everything at once stays at chance for
 long. To write "The answer is B." it must find the letter before a text. The circuit for this
@@ -586,7 +587,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="seed (default: the embedded miniature's)")
     parser.add_argument("--work", type=Path, help="checkpoint and log (default: checkpoints/NAME)")
     parser.add_argument(
-        "--out", type=Path, help="the model (default: the embedded miniature, or trainings/NAME)"
+        "--out",
+        type=Path,
+        help="the model (default: the embedded miniature, or experiments/trainings/NAME)",
     )
     parser.add_argument("--steps", type=int, help="joint steps instead of the recipe's")
     parser.add_argument("--every", type=int, default=500, help="steps between validations")

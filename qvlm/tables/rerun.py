@@ -16,6 +16,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.models.load import embedded
 from qvlm.records.record import Record
 from qvlm.tables.answers import SUFFIX, letters_of, read_one
+from qvlm.tables.claims.plan import FOLDER
 from qvlm.tables.differences import Difference
 
 METHODS = "qvlm.methods."
@@ -24,8 +25,8 @@ METHODS = "qvlm.methods."
 def rerun(folders: Sequence[Path], count: int) -> list[Difference]:
     """Runs random cells of committed answers, and prints what it compares.
 
-    Only embedded models are among them. The weights of others are not in the package, and their
-    answers in float32 depend on the machine.
+    Only embedded models and their sisters are among them. The weights of others are not here, and
+    their answers in float32 depend on the machine.
 
     Args:
         folders: Folders of committed answers. A cell that several of them hold counts once.
@@ -40,7 +41,7 @@ def rerun(folders: Sequence[Path], count: int) -> list[Difference]:
     """
     files = {path.name: path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))}
     shuffled = map(read_one, random.sample([*files.values()], len(files)))
-    chosen = list(islice(filter(_is_embedded, shuffled), count))
+    chosen = list(islice(filter(_is_here, shuffled), count))
     if not chosen:
         raise UserError(
             "--rerun: there are no committed answers of an embedded model. Make a page first."
@@ -58,9 +59,10 @@ def rerun(folders: Sequence[Path], count: int) -> list[Difference]:
     return found
 
 
-def _is_embedded(committed: Record) -> bool:
+def _is_here(committed: Record) -> bool:
     path = committed.config["model"].get("path")  # left out where it is of another machine
-    return path is not None and embedded(path) is not None
+    sister = path is not None and Path(path).parent == Path(FOLDER) and Path(path).is_dir()
+    return path is not None and (sister or embedded(path) is not None)
 
 
 def configuration(committed: Record, results: str) -> RunConfig:

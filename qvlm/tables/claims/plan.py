@@ -15,7 +15,7 @@ from qvlm.tables.claims.design import (
 )
 from qvlm.validation import refused
 
-FOLDER = "trainings"  # where `make miniature SEED=n` writes to
+FOLDER = "experiments/trainings"  # where `make miniature SEED=n` writes to
 TRAINED = "training.yaml"  # what a finished training leaves beside its weights
 
 
@@ -83,20 +83,24 @@ def sweeps(design: Design, trainings: Mapping[str, Sequence[Training]]) -> list[
 
 def announcement(design: Design, trainings: Mapping[str, Sequence[Training]]) -> str:
     """Returns what the design is going to cost and able to see, in words."""
-    there = min(map(len, trainings.values()))
-    reduced = Design(design.questions, design.draws, there)
-    cells = reduced.cells * len(MODELS)
+    reduced = {
+        model: Design(design.questions, design.draws, len(found))
+        for model, found in trainings.items()
+    }
+    there = " and ".join(f"{own.trainings} of {model}" for model, own in reduced.items())
+    cells = sum(own.cells for own in reduced.values())
+    hours = sum(own.hours(models=1) for own in reduced.values())
     lines = [
-        f"{design.questions} questions x {design.draws} calibration draws x {there} trainings of "
-        f"{len(MODELS)} models: {cells} cells, about {reduced.hours():.1f} hours of one core.",
+        f"{design.questions} questions x {design.draws} calibration draws x trainings ({there}): "
+        f"{cells} cells, about {hours:.1f} hours of one core.",
     ]
-    if there < design.trainings:
+    if missing := max(design.trainings - own.trainings for own in reduced.values()):
         lines.append(
-            f"{design.trainings - there} of {design.trainings} trainings are missing: "
-            "`make miniature SEED=1` makes one of each model."
+            f"Up to {missing} of {design.trainings} trainings are missing: "
+            f"`make miniature SEED={design.trainings - missing}` makes one of each model."
         )
     seen = [
-        f"{least_detectable(reduced, assumed):.2f} points on {model} at {bits}"
+        f"{least_detectable(reduced[model], assumed):.2f} points on {model} at {bits}"
         for (model, bits), assumed in ASSUMED.items()
     ]
     lines.append(f"Seen with a power of 80 %: {', '.join(seen)}.")

@@ -257,7 +257,9 @@ def test_the_plan_runs_draw_by_draw_over_the_trainings_that_are_finished(tmp_pat
         if word.startswith("method=")
     )
     assert counted == Design(500, 2, 2).cells + Design(500, 2, 1).cells
-    assert "2 of 3 trainings are missing" in made.announcement
+    cells = f"trainings (2 of mini_llava and 1 of mini_moe_llava): {counted} cells"
+    assert cells in made.announcement
+    assert "Up to 2 of 3 trainings are missing: `make miniature SEED=1`" in made.announcement
 
 
 def test_the_announcement_comes_before_anything_runs(tmp_path: Path) -> None:
@@ -266,9 +268,9 @@ def test_the_announcement_comes_before_anything_runs(tmp_path: Path) -> None:
             finished(tmp_path, f"{model}-seed{seed}")
     made = plan([f"trainings={tmp_path}", "estimate=true"])
     assert made.estimate
-    assert "20000 questions x 5 calibration draws x 3 trainings of 2 models: 402 cells" in (
-        made.announcement
-    )
+    trainings = "trainings (3 of mini_llava and 3 of mini_moe_llava)"
+    size = f"20000 questions x 5 calibration draws x {trainings}: 402 cells"
+    assert size in made.announcement
     assert "are missing" not in made.announcement
     assert made.announcement.count("points on") == 4
 
