@@ -35,7 +35,7 @@ from qvlm.config.compose import CONF, compose
 from qvlm.config.schema import RunConfig
 from qvlm.data.sources import table_split
 from qvlm.errors import RunError, UserError
-from qvlm.evaluation import Evaluation
+from qvlm.evaluation import Evaluation, likelihood
 from qvlm.evaluation import evaluate as evaluate_model
 from qvlm.evaluation.text import evaluate_text
 from qvlm.methods.base import MethodReport
@@ -98,18 +98,23 @@ class Model:
             image: Image that the question is about, of any size and mode. A model of a family
                 (`model=hf`) accepts several.
             hint: Text that belongs to the question.
+
+        Raises:
+            UserError: If the question leaves no room for an answer in the model's context.
         """
         problem = {"question": question, "choices": choices, "image": image, "hint": hint}
         batch = self.loaded.encode([problem])
+        prompt, limit = batch["input_ids"].shape[1], inputs.answer_length(self.config)
+        limit = likelihood.room_for_answer(self.loaded, prompt, limit, "the question")
         network: Any = self.loaded.model
         with torch.inference_mode():
             tokens = network.generate(
                 **batch,
                 **{CACHE: growing_cache(network)},
                 do_sample=False,
-                max_new_tokens=inputs.answer_length(self.config),
+                max_new_tokens=limit,
             )
-        return self.loaded.decode(tokens[:, batch["input_ids"].shape[1] :])[0]
+        return self.loaded.decode(tokens[:, prompt:])[0]
 
 
 @dataclass(frozen=True)

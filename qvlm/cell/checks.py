@@ -50,6 +50,7 @@ def check_options(config: RunConfig) -> None:
     if not config.full_precision:
         quantization_config(config)
         _check_packable(config)
+        _check_prompts(config)
     require_writable(config.runs_dir)
     if config.save_packed is not None:
         if os.path.lexists(config.save_packed) and not os.path.isdir(config.save_packed):
@@ -81,6 +82,17 @@ def _check_packable(config: RunConfig) -> None:
                 f"{option}={value} is not for packed execution, which has no integer product for "
                 "it. Give execution=simulated."
             )
+
+
+def _check_prompts(config: RunConfig) -> None:
+    """Refuses ranges of a prompt that padding or its neighbors would enter."""
+    of_prompt = config.quantizer.language.granularity == "per_channel_prompt"
+    if of_prompt and not config.on_text and config.evaluation.batch_size > 1:
+        raise UserError(
+            f"evaluation.batch_size={config.evaluation.batch_size} is not for "
+            "quantizer.language.granularity=per_channel_prompt (quantizer=released), because the "
+            "padding of a batch would count among a prompt's ranges. Give evaluation.batch_size=1."
+        )
 
 
 def _check_kernel_of_float64(kernel: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qvlm.config.schema import RunConfig
+from qvlm.data.images import to_rgb
 from qvlm.evaluation.likelihood import Passage
 from qvlm.records.provenance import code_version
 
@@ -31,8 +32,9 @@ def file_of(
     kind = [code, files_hashed, model.dtype, model.expert_capacity, model.image_fit]
     identity.update(json.dumps(kind, sort_keys=True).encode())
     for passage in passages:
-        identity.update(json.dumps([passage.ids, passage.scored]).encode())
+        sizes = [image.size for image in passage.images]
+        identity.update(json.dumps([passage.ids, passage.scored, sizes]).encode())
         for image in passage.images:
-            identity.update(image.convert("RGB").tobytes())
+            identity.update(to_rgb(image).tobytes())
     name = f"{model.name}-{identity.hexdigest()[:16]}.safetensors"
     return Path(config.results_dir) / FOLDER / name

@@ -55,7 +55,8 @@ class ModelConfig:
             checkpoint states. "unlimited" drops none.
         dtype: Floating-point type of the weights.
         weight_group_size: Number of weights of projector and language model that share a scale, if
-            the quantizer groups them. Null is the largest divisor of a layer's input up to 128.
+            the quantizer groups them. Null is the largest divisor of a layer's input up to 128, or
+            all of it if it has none from 16 on.
         vision_weight_group_size: The same for the vision tower.
         packed: Folder that `save_packed` wrote. Its model is evaluated as it is, and method, bits,
             quantizer and calibration are those that it was made with.
@@ -95,7 +96,8 @@ class GranularityConfig:
     Attributes:
         granularity: One of the granularities of `qvlm.quantization.QuantSpec`.
         group_size: Number of elements that share a scale, if the granularity forms groups. Null is
-            the largest divisor of a layer's input up to 128.
+            the largest divisor of a layer's input up to 128, or all of it if it has none from 16
+            on.
     """
 
     granularity: str = MISSING

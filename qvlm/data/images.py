@@ -27,10 +27,11 @@ def decode(content: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to RGB.
+    """Converts an image of any mode to RGB. Everything that shows an image to a model calls this.
 
-    16-bit and 32-bit integers and floats are scaled to 0..255: floats within 0..1 by 255, other
-    values above 255 by 255 / 65535, and what is then out of range is clipped.
+    Transparency is dropped, as in LLaVA's own code, and not laid on a background. 16-bit and
+    32-bit integers and floats are scaled to 0..255: floats within 0..1 by 255, other values above
+    255 by 255 / 65535, and what is then out of range is clipped.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image.convert("RGB")

@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import pyarrow.parquet
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import table_cast
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -106,12 +109,26 @@ def parquet_split(folder: Path, split: str) -> Split:
     name = f"data.source: {folder} ({split})"
     try:
         sizes = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
-        data = datasets.Dataset.from_parquet([str(file) for file in files])
-    except (OSError, ValueError, DatasetGenerationError, DatasetsError) as error:
+        data = _read_parquet(files)
+    except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
         raise UserError(f"{name} cannot be read: {_reason(error)}") from error
     if len(files) > 1:
         _refuse_copies(data, files, sizes)
     return table_split(data, split, name, _rows_of(files, sizes), folder)
+
+
+def _read_parquet(files: Sequence[Path]) -> datasets.Dataset:
+    """Reads files into memory, with the features of the first.
+
+    `datasets.Dataset.from_parquet` would cache them by path and time, and return old rows where a
+    file was replaced by one of the same time.
+    """
+    schema = pyarrow.parquet.read_schema(files[0])
+    features = datasets.Features.from_arrow_schema(schema).arrow_schema
+    tables = (pyarrow.parquet.ParquetFile(file, memory_map=True).read() for file in files)
+    table = pyarrow.concat_tables(table_cast(table, features) for table in tables)
+    # A fingerprint of the content would take several copies of it in memory.
+    return datasets.Dataset(table, fingerprint=generate_random_fingerprint())
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:

@@ -8,6 +8,7 @@ Ranks take whole batches from a shared work queue (`qvlm.runtime.workers`). Batc
 the number of ranks, so neither padding nor answers do. lm-eval itself sees a single process.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -66,6 +67,8 @@ class InMemoryModel(LM):
         progress: Whether to show a bar over the questions. It shows on a terminal only.
         observe: Function that is called with each rank's model after the last question.
         watch: Function that is called after each batch of rank 0.
+        shorten: Whether a text that does not fit the model's context loses its beginning, with a
+            warning, as in lm-eval. Otherwise it is refused. One with an image is always refused.
 
     Attributes:
         ranks: Answers of each rank, once all questions are answered.
@@ -83,6 +86,7 @@ class InMemoryModel(LM):
         progress: bool = True,
         observe: Callable[[nn.Module], Any] | None = None,
         watch: Watch | None = None,
+        shorten: bool = True,
     ) -> None:
         super().__init__()
         self.loaded = loaded
@@ -92,6 +96,7 @@ class InMemoryModel(LM):
         self.progress = progress
         self.observe = observe
         self.watch = watch
+        self.shorten = shorten
         self.ranks: list[RankAnswers] = []
         self.cut: list[bool] = []
 
@@ -115,7 +120,16 @@ class InMemoryModel(LM):
         return self.loaded.prompting.chat(chat_history, add_generation_prompt)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Generates one text per request, in the order of the requests; see `request.alike`."""
+        """Generates one text per request, in the order of the requests; see `request.alike`.
+
+        A batch generates no more tokens than its longest prompt leaves of the context.
+
+        Raises:
+            UserError: If settings are not supported, or a prompt leaves no room for an answer.
+            RunError: If logits are not finite.
+        """
+        if self.shorten:
+            self._warn(sum(map(self._is_shortened, requests)), len(requests))
         rows = alike(requests, self.batch_size)
         batches = {start: [requests[row] for row in batch] for start, batch in rows.items()}
         self.ranks = run_on_all_ranks(
@@ -172,11 +186,19 @@ class InMemoryModel(LM):
     def _batch(self, start: int, requests: Sequence[Instance]) -> list[Answer]:
         settings = Generation.of(requests[0])  # those of all requests of a batch
         limit, tokenizer = settings.max_new_tokens, self.loaded.tokenizer
-        inputs = self.loaded.encode_prompts(
-            [context(request, self.loaded.image_token) for request in requests],
-            [images(request) for request in requests],
-            likelihood.prompt_length(self.loaded, limit),
+        prompts = [context(request, self.loaded.image_token) for request in requests]
+        pictures = [images(request) for request in requests]
+        rows = self.loaded.token_ids(prompts, pictures)
+        if self.shorten:
+            rows = [
+                ids if own else likelihood.shortened(self.loaded, ids, limit)
+                for ids, own in zip(rows, pictures, strict=True)
+            ]
+        limit = min(
+            likelihood.room_for_answer(self.loaded, len(ids), limit, f"question {name(request)}")
+            for ids, request in zip(rows, requests, strict=True)
         )
+        inputs = self.loaded.collate(rows, pictures)
         if settings.sampling["do_sample"]:
             torch.manual_seed(self.seed + start)
 
@@ -212,20 +234,46 @@ class InMemoryModel(LM):
             its tokens is the most likely one.
 
         Raises:
-            UserError: If a text with an image, or a continuation, does not fit the context.
+            UserError: If a continuation, or a text that is not to be shortened, does not fit the
+                context.
             RunError: If a log-probability is not finite.
         """
-        passages = [
-            likelihood.continuation(
-                self.loaded,
-                context(request, self.loaded.image_token),
-                request.args[1],
-                encoded_images(request),
-            )
-            for request in requests
-        ]
+        passages = [self._continuation(request) for request in requests]
+        self._warn(sum(passage.lost > 0 for passage in passages), len(passages))
         found = self._score(passages, requests)
         return [(each.log_probability, each.greedy) for each in found]
+
+    def _continuation(self, request: Instance) -> Passage:
+        """Makes the passage of a request, whose images stay encoded until its batch runs."""
+        encoded = encoded_images(request)
+        passage = likelihood.continuation(
+            self.loaded,
+            context(request, self.loaded.image_token),
+            request.args[1],
+            images(request) if self.loaded.image_tokens_vary else encoded,
+            f"question {name(request)}",
+            self.shorten,
+        )
+        return replace(passage, images=encoded)
+
+    def _is_shortened(self, request: Instance) -> bool:
+        """Whether the prompt of a request is cut to leave room for an answer."""
+        if encoded_images(request):
+            return False
+        (ids,) = self.loaded.token_ids([context(request)], [[]])
+        limit = Generation.of(request).max_new_tokens
+        return len(likelihood.shortened(self.loaded, ids, limit)) < len(ids)
+
+    def _warn(self, shortened: int, total: int) -> None:
+        """Warns if texts lose their beginning."""
+        if shortened:
+            warnings.warn(
+                f"model {self.loaded.name}: {shortened} of {total} texts do not fit its context of "
+                f"{likelihood.context_length(self.loaded)} tokens with their answers and lose "
+                "tokens at their beginning",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Scores whole texts, in windows of the model's context if they are longer.

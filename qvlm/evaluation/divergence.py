@@ -183,6 +183,9 @@ def answer_passages(loaded: LoadedModel, problems: Sequence[Mapping[str, Any]]) 
     Args:
         loaded: Model that the passages are for.
         problems: Problems in ScienceQA's schema, images decoded.
+
+    Raises:
+        UserError: If a passage does not fit the model's context.
     """
     return [
         likelihood.continuation(
@@ -190,6 +193,8 @@ def answer_passages(loaded: LoadedModel, problems: Sequence[Mapping[str, Any]]) 
             loaded.prompting.prompt(problem),
             loaded.prompting.target(problem),
             [] if problem["image"] is None else [problem["image"]],
+            "a question with its expected answer",
+            shorten=False,
         )
         for problem in problems
     ]

@@ -96,7 +96,8 @@ def evaluate(
         loaded: Model with its tokenizer and image processor.
         dataset: Problems in ScienceQA's schema.
         batch_size: Number of questions per batch. It changes greedy answers through rounding only.
-        max_new_tokens: Number of tokens after which an answer is cut.
+        max_new_tokens: Number of tokens after which an answer is cut. A batch generates no more
+            than its longest prompt leaves of the model's context.
         unparsable: Rule for an answer without a letter: "wrong", or a "random" choice as in the
             official script.
         seed: Seed of that choice, and of sampling.
@@ -112,8 +113,8 @@ def evaluate(
             the most likely answer; nothing is generated then, and nothing is unparsable.
 
     Raises:
-        UserError: If an option is outside its range, there are no questions, or an image does not
-            decode.
+        UserError: If an option is outside its range, there are no questions, an image does not
+            decode, or a prompt leaves no room for an answer in the model's context.
         RunError: If logits are not finite, or not a single answer can be parsed.
     """
     _check(dataset, batch_size, max_new_tokens, unparsable, temperature)
@@ -135,7 +136,9 @@ def evaluate(
         if scoring == "generate":
             limits = {"max_gen_toks": max_new_tokens, **sampling}
             tasks["tasks"][name].set_config("generation_kwargs", limits, update=True)
-        model = InMemoryModel(loaded, batch_size, seed, kept, progress, observe, watch)
+        model = InMemoryModel(
+            loaded, batch_size, seed, kept, progress, observe, watch, shorten=False
+        )
         results = lm_eval.evaluator.evaluate(model, tasks, bootstrap_iters=0, log_samples=False)
     predictions = pd.DataFrame(results["results"][name]["predictions,none"])
     predictions["prediction"] = predictions["prediction"].astype("Int64")
@@ -144,7 +147,8 @@ def evaluate(
     if cut > CUT_WARNING:
         warnings.warn(
             f"model {loaded.name}: {cut:.1f} % of its answers reached "
-            f"evaluation.max_new_tokens={max_new_tokens} and were cut; give a larger limit",
+            f"evaluation.max_new_tokens={max_new_tokens} or the end of its context and were cut; "
+            "give a larger limit",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -28,11 +28,13 @@ class Passage:
         scored: Number of tokens at the end that are scored.
         images: Images at the positions of the image token. They are decoded by the time that the
             passage is scored.
+        lost: Number of tokens that were cut off at the beginning.
     """
 
     ids: list[int]
     scored: int
     images: Sequence[Any] = ()
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class Likelihood:
 
 
 def continuation(
-    loaded: LoadedModel, context: str, text: str, images: Sequence[Any] = ()
+    loaded: LoadedModel,
+    context: str,
+    text: str,
+    images: Sequence[Any] = (),
+    what: str = "a text",
+    shorten: bool = True,
 ) -> Passage:
     """Makes the passage of a continuation after a context.
 
@@ -58,10 +65,13 @@ def continuation(
         context: Text before it, with one `<image>` for each image. It may be empty.
         text: Continuation, which is scored.
         images: Images of the context.
+        what: What the texts belong to, for an error.
+        shorten: Whether a text without images that is too long loses its beginning.
 
     Raises:
         ValueError: If the texts do not hold exactly one `<image>` for each image.
-        UserError: If the model's context is too short for the images and the continuation.
+        UserError: If the model's context is too short for the continuation, or for a text that
+            must not be shortened.
     """
     bare = context.rstrip()
     whole, before = loaded.token_ids([context + text, bare], [images, images])
@@ -71,12 +81,9 @@ def continuation(
     longest = context_length(loaded) + 1  # the last token is predicted and never read
     if len(whole) <= longest:
         return Passage(whole, scored, images)
-    if images or scored >= longest:
-        raise UserError(
-            f"model {loaded.name}: a text of {len(whole)} tokens does not fit its context of "
-            f"{longest - 1}. Give shorter texts."
-        )
-    return Passage(whole[-longest:], scored)
+    if images or not shorten or scored >= longest:
+        raise UserError(_too_long(loaded, len(whole), what))
+    return Passage(whole[-longest:], scored, lost=len(whole) - longest)
 
 
 def windows(loaded: LoadedModel, text: str, length: int | None = None) -> list[Passage]:
@@ -101,9 +108,35 @@ def context_length(loaded: LoadedModel) -> int:
     return int(loaded.model.config.get_text_config().max_position_embeddings)
 
 
-def prompt_length(loaded: LoadedModel, new_tokens: int) -> int | None:
-    """Returns the number of tokens that leave room for an answer, or None if there is no room."""
-    return max(0, context_length(loaded) - new_tokens) or None
+def shortened(loaded: LoadedModel, ids: list[int], new_tokens: int) -> list[int]:
+    """Returns the end of a prompt that leaves room for an answer, as lm-eval's own models keep it.
+
+    Args:
+        loaded: Model that answers.
+        ids: Token ids of a prompt without an image.
+        new_tokens: Largest number of tokens of the answer. If these alone may fill the context,
+            nothing is cut.
+    """
+    kept = context_length(loaded) - new_tokens
+    return ids[-kept:] if kept > 0 else ids
+
+
+def room_for_answer(loaded: LoadedModel, prompt: int, new_tokens: int, what: str) -> int:
+    """Returns how many tokens may follow a prompt, so that none is read beyond the context.
+
+    Args:
+        loaded: Model that answers.
+        prompt: Number of tokens of the prompt, images included.
+        new_tokens: Largest number of tokens of an answer to a shorter prompt.
+        what: What the prompt belongs to, for an error.
+
+    Raises:
+        UserError: If the prompt leaves no room for a token of the answer.
+    """
+    room = context_length(loaded) + 1 - prompt  # the last token is never read
+    if room < 1:
+        raise UserError(_too_long(loaded, prompt, what))
+    return min(room, new_tokens)
 
 
 def score(loaded: LoadedModel, passages: Sequence[Passage]) -> list[Likelihood]:
@@ -168,6 +201,13 @@ def _prefix(loaded: LoadedModel) -> int:
     tokenizer = loaded.tokenizer
     bos = tokenizer.bos_token_id
     return int(tokenizer.eos_token_id if bos is None else bos)
+
+
+def _too_long(loaded: LoadedModel, tokens: int, what: str) -> str:
+    return (
+        f"model {loaded.name}: {what} has {tokens} tokens and does not fit its context of "
+        f"{context_length(loaded)}. Shorten it or leave it out."
+    )
 
 
 def _inputs(loaded: LoadedModel, passages: Sequence[Passage]) -> dict[str, Any]:

@@ -16,12 +16,23 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import normalize_gen_kwargs
 from PIL import Image
 
+from qvlm.data.images import to_rgb
 from qvlm.data.prompts import IMAGE_TOKEN
 from qvlm.errors import UserError
 
 MAX_NEW_TOKENS = 256  # of an answer, where a task sets no limit; as lm-eval's own models have it
 
-_IMAGE = datasets.Image(mode="RGB")
+# Settings of generation that a task may give, and others with the value that changes nothing.
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SETTINGS = ("until", "do_sample", "temperature", "top_k", "top_p", *_LIMITS)
+_NEUTRAL = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p"), 1.0),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p"), 0.0),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+}
+
+_IMAGE = datasets.Image()
 
 
 @dataclass(frozen=True)
@@ -40,12 +51,27 @@ class Generation:
 
     @classmethod
     def of(cls, request: Instance) -> "Generation":
-        """Reads the settings of a request. Whatever is sampled has the whole distribution."""
-        given = normalize_gen_kwargs(request.args[1], MAX_NEW_TOKENS)
+        """Reads the settings of a request. Settings that are None are as if they were not given.
+
+        Sampling has temperature 1 and the whole distribution, unless the request limits it.
+
+        Raises:
+            UserError: If a setting is not supported, or tokens are sampled at temperature 0.
+        """
+        settings = {key: value for key, value in request.args[1].items() if value is not None}
+        for key, value in settings.items():
+            if key not in _SETTINGS and (key not in _NEUTRAL or value != _NEUTRAL[key]):
+                raise UserError(_unsupported(key, value))
+        given = normalize_gen_kwargs(settings, MAX_NEW_TOKENS)
         sampling: dict[str, Any] = {"do_sample": given["do_sample"]}
         if given["do_sample"]:
-            sampling["temperature"] = given["temperature"]
+            sampling["temperature"] = given.get("temperature", 1.0)
             sampling |= {"top_k": given.get("top_k", 0), "top_p": given.get("top_p", 1.0)}
+            if not sampling["temperature"] > 0:
+                raise UserError(
+                    f"generation_kwargs: temperature={sampling['temperature']} with do_sample=True "
+                    "is not accepted. Give a temperature above 0, or do_sample=False."
+                )
         until = tuple(text for text in given["until"] if text)
         return cls(given["max_gen_toks"], until, sampling)
 
@@ -126,7 +152,7 @@ def images(request: Instance) -> list[Image.Image]:
     """
     try:
         return [
-            each.convert("RGB") if isinstance(each, Image.Image) else _IMAGE.decode_example(each)
+            to_rgb(each if isinstance(each, Image.Image) else _IMAGE.decode_example(each))
             for each in encoded_images(request)
         ]
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
@@ -134,6 +160,14 @@ def images(request: Instance) -> list[Image.Image]:
             f"data: the image of question {name(request)} does not decode. Give a "
             "complete file in a format that Pillow reads, such as PNG or JPEG"
         ) from error
+
+
+def _unsupported(key: str, value: Any) -> str:
+    if key in _NEUTRAL:
+        accepted = f"Leave it out or give {_NEUTRAL[key]}"
+    else:
+        accepted = f"Choose from: {', '.join(_SETTINGS)}"
+    return f"generation_kwargs: {key}={value!r} is not supported. {accepted}."
 
 
 def _size(request: Instance) -> tuple[bool, int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qvlm.data.images import to_rgb
 from qvlm.data.prompts import CHAT, IMAGE_TOKEN, Prompting
 from qvlm.errors import UserError
 from qvlm.families import Family
@@ -115,6 +116,11 @@ class FamilyModel(LoadedModel):
     family: Family | None = None
 
     @property
+    def image_tokens_vary(self) -> bool:
+        """True, because the processor counts the tokens of each picture."""
+        return True
+
+    @property
     def image_token(self) -> str:
         """Text that stands for a picture in the prompts of the chat template."""
         return str(self.processor.image_token)
@@ -185,7 +191,7 @@ class FamilyModel(LoadedModel):
 
     def _encoded(self, prompt: str, images: Sequence[Any]) -> dict[str, Tensor]:
         """What the processor makes of one text and its pictures."""
-        pictures = [picture.convert("RGB") for picture in images]
+        pictures = [to_rgb(picture) for picture in images]
         prompt = self.prompting.with_pictures(prompt)
         if prompt.count(self.processor.image_token) != len(pictures):
             raise ValueError(

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from qvlm.data.images import to_rgb
 from qvlm.data.prompts import IMAGE_TOKEN, Prompting, pictures_of
 from qvlm.models.checkpoints.tensors import Tensors
 from qvlm.models.networks import image_tokens
@@ -53,6 +54,11 @@ class LoadedModel:
         return self.image_processor is not None
 
     @property
+    def image_tokens_vary(self) -> bool:
+        """Whether an image takes as many tokens as its size asks for, so `token_ids` decodes it."""
+        return False
+
+    @property
     def image_token(self) -> str:
         """Text that stands for an image in the prompts of `prompting`."""
         return IMAGE_TOKEN
@@ -90,18 +96,13 @@ class LoadedModel:
         return self.encode_prompts(prompts, images)
 
     def encode_prompts(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Sequence[Image.Image]],
-        longest: int | None = None,
+        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, Tensor]:
         """Encodes texts with the images of each.
 
         Args:
             prompts: Texts, with one `<image>` where each of their images belongs.
-            images: Images of each text.
-            longest: Number of tokens that a longer text without an image keeps, which are its last
-                ones. None keeps all.
+            images: Images of each text, of any mode.
 
         Returns:
             `input_ids` and `attention_mask` [batch, tokens], padded on the left. If there is an
@@ -111,10 +112,7 @@ class LoadedModel:
             ValueError: If a text does not hold exactly one `<image>` for each image, or there is an
                 image and the model reads none.
         """
-        rows = self.token_ids(prompts, images)
-        if longest is not None:
-            rows = [ids if own else ids[-longest:] for ids, own in zip(rows, images, strict=True)]
-        return self.collate(rows, images)
+        return self.collate(self.token_ids(prompts, images), images)
 
     def collate(
         self, rows: Sequence[Sequence[int]], images: Sequence[Sequence[Image.Image]]
@@ -123,14 +121,14 @@ class LoadedModel:
 
         Args:
             rows: Token ids of each text, with the positions of its images.
-            images: Images of each text.
+            images: Images of each text, of any mode.
 
         Returns:
             Batch as from `encode_prompts`.
         """
         device = self.model.device
         batch = {key: tensor.to(device) for key, tensor in self._padded(rows).items()}
-        present = [image for row in images for image in row]
+        present = [to_rgb(image) for row in images for image in row]
         if present:
             if self.image_fit == "pad":
                 present = [
@@ -205,10 +203,9 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     """Centers an image on a square of the mean color, as LLaVA-v1.5 was tuned.
 
     Args:
-        image: Image of any size and mode.
+        image: Image in RGB, of any size.
         mean: Mean of the image processor, per channel from 0 to 1.
     """
-    image = image.convert("RGB")
     side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(255 * part) for part in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

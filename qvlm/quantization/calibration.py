@@ -82,6 +82,8 @@ class Walk:
             spec = quantization.weights(kind)
             for linear_name, linear in quantizable(module).items():
                 check_group_size(linear.in_features, spec, f"{name}.{linear_name}")
+                if kind != "vision" and "experts" in linear_name.split("."):
+                    self._check_expert(f"{name}.{linear_name}")
 
     @property
     def names(self) -> list[str]:
@@ -159,7 +161,8 @@ class Walk:
             )
 
     def _check_attention(self, model: nn.Module, first_token: str) -> None:
-        text_config = getattr(getattr(model, "config", None), "text_config", None)
+        config = getattr(model, "config", None)
+        text_config = None if config is None else config.get_text_config()
         several = len(set(getattr(text_config, "layer_types", None) or [])) > 1
         if several and self._table is None:
             raise UserError("the decoder layers are not all of one attention type")
@@ -167,6 +170,18 @@ class Walk:
             raise UserError(
                 f"first_token=float is not possible with {self._table.title}, which counts "
                 "positions in its own way. Give first_token=quantized."
+            )
+
+    def _check_expert(self, name: str) -> None:
+        """Refuses ranges of a prompt where the tokens that arrive are of no one prompt.
+
+        While decoding, an expert reads a single token, whose range holds nothing but itself.
+        """
+        if self.quantization.language.granularity == "per_channel_prompt":
+            raise UserError(
+                f"granularity=per_channel_prompt is not possible for {name}, an expert, which "
+                "reads tokens and not prompts. Choose one of: per_channel, per_channel_group, "
+                "per_tensor, per_token"
             )
 
     def _batches_for(self, kind: str) -> list[Mapping[str, Tensor]]:

@@ -20,9 +20,8 @@ class PromptQuantizer(Quantizer):
     """Uniform quantization with a scale per sequence and channel, widened while decoding.
 
     A call with several tokens is a prompt and begins anew. A call with one token per sequence,
-    after a call with as many sequences, continues them. Padding counts like any token, and the
-    tokens that are routed to an expert [tokens, features] count as one sequence: the released code
-    answers one question at a time.
+    after a call with as many sequences, continues them. Padding counts like any token: the released
+    code answers one question at a time. Not for experts, which read tokens of no one prompt.
 
     Args:
         bits: Number of bits, 2 to 8.

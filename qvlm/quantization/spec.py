@@ -17,7 +17,7 @@ ACTIVATION_GRANULARITIES = (
 FIRST_TOKEN = ("quantized", "float")
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 RANGES = ("lp", "minmax")
-LARGEST_GROUP = 128
+SMALLEST_GROUP, LARGEST_GROUP = 16, 128
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class QuantSpec:
             [out, in]: `per_tensor`, `per_channel` (an output row) or `per_group` (`group_size`
             neighbors along the input, or along its clusters: see `ranges.grouping_order`).
         group_size: Number of elements of a group, or of channels of a cluster. None is the largest
-            divisor of a layer's input up to `LARGEST_GROUP`; see `for_width`.
+            divisor of a layer's input up to `LARGEST_GROUP`; see `largest_divisor`.
         p: Exponent of the error |x - x_hat|^p that the `lp` estimator minimizes, 0.1 to 10. Beyond
             that, powers of errors leave the range of floating point and all ranges look alike.
         ranges: Range estimator, "lp" (`ranges.mse`) or "minmax".
@@ -96,8 +96,13 @@ class QuantSpec:
 
 
 def largest_divisor(width: int) -> int:
-    """Returns the largest divisor of `width` up to `LARGEST_GROUP`, such as 96 for 576."""
-    return next(size for size in range(min(LARGEST_GROUP, width), 0, -1) if width % size == 0)
+    """Returns the largest divisor of `width` up to `LARGEST_GROUP`, such as 96 for 576.
+
+    A width without one from `SMALLEST_GROUP` on, such as a prime, is a group of its own: scales of
+    a few elements each would take more memory than their codes and leave hardly any error.
+    """
+    sizes = range(min(LARGEST_GROUP, width), SMALLEST_GROUP - 1, -1)
+    return next((size for size in sizes if width % size == 0), width)
 
 
 @dataclass(frozen=True)

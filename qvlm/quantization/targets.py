@@ -10,6 +10,8 @@ model is read by structure, never by size: the layers of a tower or language mod
 `ModuleList` called `layers`.
 """
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from qvlm.errors import UserError
@@ -75,17 +77,37 @@ def block_layers(model: nn.Module, vision_tower: bool) -> dict[str, tuple[str, n
 
 
 def quantizable(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block that are to be quantized, by name relative to it."""
-    return {
+    """The linears of a block that are to be quantized, by name relative to it.
+
+    Raises:
+        UserError: If one linear has two names. Under one of them it would stay as it is.
+    """
+    found = {
         name: module
-        for name, module in block.named_modules()
+        for name, module in block.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear) and not ROUTER_NAMES & set(name.split("."))
     }
+    _require_different(found)
+    return found
 
 
 def _entries(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """The modules of a list by full name."""
-    return {f"{name}.{key}": part for key, part in model.get_submodule(name).named_children()}
+    parts = model.get_submodule(name).named_modules(prefix=name, remove_duplicate=False)
+    found = {full: part for full, part in parts if full.rpartition(".")[0] == name}
+    _require_different(found)
+    return found
+
+
+def _require_different(modules: Mapping[str, nn.Module]) -> None:
+    """Refuses a module that has two names."""
+    names: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        if (other := names.setdefault(module, name)) != name:
+            raise UserError(
+                f"{other} and {name} are one module, and this package quantizes each name by "
+                "itself. Give a model whose layers share no modules."
+            )
 
 
 def _by_structure(model: nn.Module) -> Family:

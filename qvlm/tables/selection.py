@@ -12,7 +12,7 @@ its place, because the newest code could not prove the cell.
 Damaged records do not get here: `find_records` raises an error for them.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +119,32 @@ def _order(record: Record) -> tuple[Any, ...]:
     return *bits_order(record.bit_widths), method_order(record.method)
 
 
+def usual_parameters(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
+    """Divides records into those with the parameters that most records of their method have.
+
+    Under the method's name, the others would be taken for that method.
+
+    Returns:
+        The records with the usual parameters, in their order, and the others.
+    """
+    counts = Counter((record.method, _parameters(record)) for record in records)
+    usual: dict[str, Record] = {}
+    for record in records:
+        before = usual.setdefault(record.method, record)
+        usual[record.method] = max(
+            before, record, key=lambda one: (counts[one.method, _parameters(one)], _age(one))
+        )
+    kept, aside = [], []
+    for record in records:
+        main = usual[record.method]
+        if _parameters(record) == _parameters(main):
+            kept.append(record)
+        else:
+            differing = "; ".join(_unlike(_own(record), _own(main)))
+            aside.append(LeftOut(record, f"other parameters than most of its method: {differing}"))
+    return kept, aside
+
+
 def _one_setting(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
     """Returns one model's records in the setting with the most cells, and the other records.
 
@@ -166,21 +192,24 @@ def _one_per_cell(
 ) -> tuple[list[Record], list[LeftOut]]:
     """Chooses the newest record of each cell, with the parameters that most cells of a method have.
 
+    A cell that was only run with other parameters is left out: under the method's name it would be
+    taken for the method of the other cells.
+
     Returns:
         The chosen records, and those set aside: `aside` and the ones not chosen.
     """
     chosen: list[Record] = []
     for method in sorted({record.method for record in records}):
         own = [record for record in records if record.method == method]
-        parameters = _parameters(_most(own, _parameters))
+        main = _most(own, _parameters)
         for bits in sorted({record.bits for record in own}):
             cell = [record for record in own if record.bits == bits]
-            usual = [record for record in cell if _parameters(record) == parameters]
-            best = max(usual or cell, key=_age)
-            chosen.append(best)
+            usual = [record for record in cell if _parameters(record) == _parameters(main)]
+            best = max(usual, key=_age, default=main)
+            chosen += [best] if usual else []
             for record in cell:
-                if _parameters(record) != _parameters(best):
-                    differing = "; ".join(_unlike(_own(record), _own(best)))
+                if _parameters(record) != _parameters(main):
+                    differing = "; ".join(_unlike(_own(record), _own(main)))
                     aside.append(LeftOut(record, f"{best.name} is shown: {differing}"))
                 elif record is not best:
                     aside.append(LeftOut(record, f"{best.name} is the newer record of this cell"))
@@ -214,7 +243,9 @@ def _parameters(record: Record) -> Hashable:
 
 
 def _hashable(nested: Mapping[str, Any]) -> Hashable:
-    return frozenset((key, repr(value)) for key, value in _flat(nested).items())
+    # An option that is null is one that an older record does not have.
+    given = {key: value for key, value in _flat(nested).items() if value is not None}
+    return frozenset((key, repr(value)) for key, value in given.items())
 
 
 def _own(record: Record) -> dict[str, Any]:

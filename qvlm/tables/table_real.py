@@ -22,6 +22,7 @@ from qvlm.tables.granularity import FIRST_IN_FLOAT, GRANULARITIES, PER_TOKEN, ac
 from qvlm.tables.labels import FP, bits_order, method_order
 from qvlm.tables.proof import fault
 from qvlm.tables.report import hardware, revision
+from qvlm.tables.selection import usual_parameters
 
 NAME = "table_real"
 NOT_MEASURED = "not measured"
@@ -78,8 +79,9 @@ def arrange(records: Sequence[Record]) -> tuple[list[Record], Cells, list[str]]:
     """
     full: list[Record] = []
     cells: dict[Row, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
-    refused: list[str] = []
-    for record in sorted(records, key=lambda record: record.run["finished"]):
+    kept, unusual = usual_parameters(records)
+    refused = [f"`{left.record.name}`: {left.reason}" for left in unusual]
+    for record in sorted(kept, key=lambda record: record.run["finished"]):
         if reason := fault(record, {}):
             refused.append(f"`{record.name}`: {reason}")
         elif record.bit_widths.is_full_precision:

@@ -10,12 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 import qvlm
+from qvlm.data.prompts import pictures_of
 from qvlm.errors import UserError
+from qvlm.evaluation import evaluate, likelihood
 from qvlm.records.record import Record
 from tests.helpers.cells import run
 from tests.helpers.configs import load
-from tests.helpers.families import load_tiny, picture, problems, write_family
-from tests.helpers.problems import FEATURES
+from tests.helpers.families import Folders, load_tiny, picture, problems, write_family
+from tests.helpers.problems import FEATURES, make_dataset
 
 
 @torch.no_grad()
@@ -71,8 +73,30 @@ def test_the_api_loads_asks_quantizes_proves_and_saves(options: list[str], tmp_p
     assert again.ask("Which?", ["this", "that"]) == model.ask("Which?", ["this", "that"])
 
 
+def test_answers_are_ranked_with_pictures(options: list[str], folder_of: Folders) -> None:
+    """Pictures of a data set are still encoded when the processor counts their tokens."""
+    model = qvlm.load("hf", *options, "evaluation.scoring=rank")
+    assert list(qvlm.evaluate(model).predictions["text"]) == ["A"] * len(problems())
+    loaded = load_tiny(folder_of("qwen2_vl"))
+    rows = [{**dict.fromkeys(FEATURES, ""), **problem} for problem in problems()]
+    found = evaluate(loaded, make_dataset(rows), 3, 1, scoring="rank", progress=False)
+    expected = []
+    for problem in problems():
+        prompt, pictures = loaded.prompting.prompt(problem), pictures_of(problem["image"])
+        scores = [
+            likelihood.score(loaded, [likelihood.continuation(loaded, prompt, answer, pictures)])[
+                0
+            ].log_probability
+            for answer in loaded.prompting.answers(problem)
+        ]
+        expected.append(scores.index(max(scores)))
+    assert found.predictions["prediction"].tolist() == expected
+
+
 def test_what_is_missing_or_not_possible_is_one_sentence(options: list[str]) -> None:
     with pytest.raises(UserError, match="model.path is not given"):
         qvlm.load("hf")
     with pytest.raises(UserError, match="model.dtype=float64 is not possible with Qwen2.5-VL"):
         qvlm.load("hf", *options, "model.dtype=float64")
+    with pytest.raises(UserError, match=r"the question has \d+ tokens and does not fit"):
+        qvlm.load("hf", *options).ask("why " * 1000, ["this", "that"])

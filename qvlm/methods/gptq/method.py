@@ -12,8 +12,10 @@ them, and inputs are quantized as in every other method.
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qvlm import validation
@@ -27,6 +29,7 @@ from qvlm.quantization.hadamard import hadamard_transform
 from qvlm.quantization.linear import QuantLinear, folded_weight
 from qvlm.quantization.ranges import weight_quantizer
 
+_COMPARED_TOKENS = 64
 # Linears that read the same thing, in the order of the data, by the names that transformers uses.
 STAGES = (
     ("q_proj", "k_proj", "v_proj"),
@@ -95,8 +98,7 @@ class Compensated:
             hadamard: Names of the linears that transform their input.
             weights: Weight of each token of each call of the block; None weighs all alike.
         """
-        names = list(block.linears)
-        for stage in stages(names) if self.rounding.sequential else [names]:
+        for stage in stages(block) if self.rounding.sequential else [list(block.linears)]:
             found = collect(block, stage, self.rounding.max_tokens, weights)
             for name, samples in found.items():
                 block.replace(name, self._linear(block, name, samples, name in hadamard))
@@ -123,11 +125,24 @@ class Compensated:
         return QuantLinear(rounded, linear.bias, quantizer, inputs, layer, hadamard)
 
 
-def stages(names: Sequence[str]) -> list[list[str]]:
-    """Groups the linears of a block by when the data reaches them; unknown names come last."""
+def stages(block: Block) -> list[list[str]]:
+    """Groups the linears of a block by when the data reaches them.
+
+    Linears of the usual names go by `STAGES`, all experts together. In a block with another name
+    (`qkv`, `proj`), neighbors in the order of execution that read the same are one stage.
+    """
+    names = list(block.linears)
     known = [[name for name in names if name.rpartition(".")[2] in stage] for stage in STAGES]
-    rest = [name for name in names if not any(name in stage for stage in known)]
-    return [stage for stage in (*known, rest) if stage]
+    if sum(map(len, known)) == len(names):
+        return [stage for stage in known if stage]
+    read = block.linear_inputs(_COMPARED_TOKENS)
+    found = [names[:1]]
+    for before, name in pairwise(names):
+        if torch.equal(read[before], read[name]):
+            found[-1].append(name)
+        else:
+            found.append([name])
+    return found
 
 
 class GPTQ:

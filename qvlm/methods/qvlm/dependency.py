@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from qvlm.errors import UserError
 from qvlm.quantization import Block, Quantizer, UniformQuantizer, Walk, activation_quantizer
+from qvlm.quantization.position_quantizer import PositionQuantizer
 from qvlm.quantization.precision import settled
 
 # Number of elements of an assignment [tokens, features, M] that are in memory at a time.
@@ -59,7 +60,8 @@ def assignment(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Ten
     in calibration, whose scale is tiny.
 
     Args:
-        x: Activations [..., features]. Gradients flow through them; the grid is a constant.
+        x: Activations [..., features], of whole sequences if the quantizer has scales of positions.
+            Gradients flow through them; the grid is a constant.
         quantizer: Uniform quantizer of the activations. A per-token one makes its grid from `x`.
         scale_free: Whether the squared distance is divided by Delta^2 instead of Delta. Then the
             softness of the assignment does not depend on the unit of `x`.
@@ -73,6 +75,11 @@ def assignment(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Ten
     grid = quantizer.for_tokens(x)
     if not isinstance(grid, UniformQuantizer) or grid.group_size is not None:
         raise UserError("the dependency of layers is defined for uniform activation quantizers")
+    if isinstance(grid, PositionQuantizer):
+        shape = x.shape
+        x = x.view(-1, len(grid.scale), shape[-1])
+        plain = UniformQuantizer(grid.bits, grid.scale, grid.zero_point)
+        return assignment(x, plain, scale_free).view(*shape, -1)
     levels = torch.arange(2**grid.bits, dtype=x.dtype, device=x.device)
     n = levels - grid.zero_point.unsqueeze(-1)
     if scale_free:
@@ -82,9 +89,20 @@ def assignment(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Ten
     return (2 * x.unsqueeze(-1) * n - grid.scale.unsqueeze(-1) * n.square()).softmax(-1)
 
 
+def whole_sequences(count: int, quantizer: Quantizer) -> int:
+    """Returns about as many tokens as `count`, at least one, that are whole sequences.
+
+    Args:
+        count: Number of tokens.
+        quantizer: Quantizer of the tokens; if it has scales of positions, they come in sequences.
+    """
+    length = len(quantizer.scale) if isinstance(quantizer, PositionQuantizer) else 1
+    return max(1, count // length) * length
+
+
 def token_histograms(x: Tensor, quantizer: Quantizer, scale_free: bool = False) -> Tensor:
     """Averages the assignments of each token's channels: x [tokens, features] to [tokens, M]."""
-    rows = max(1, _PIECE // (x.shape[-1] * 2**quantizer.bits))
+    rows = whole_sequences(_PIECE // (x.shape[-1] * 2**quantizer.bits), quantizer)
     return torch.cat([assignment(part, quantizer, scale_free).mean(-2) for part in x.split(rows)])
 
 
@@ -138,7 +156,7 @@ def element_joint(first: Activation, second: Activation) -> Tensor:
     levels = 2**first.quantizer.bits, 2**second.quantizer.bits
     position = torch.arange(max(widths), device=first.samples.device)
     channels = [position * width // max(widths) for width in widths]
-    rows = max(1, _PIECE // (max(widths) * max(levels)))
+    rows = whole_sequences(_PIECE // (max(widths) * max(levels)), first.quantizer)
     joint = first.samples.new_zeros(levels)
     for one, other in zip(first.samples.split(rows), second.samples.split(rows), strict=True):
         p = assignment(one, first.quantizer, first.scale_free)[:, channels[0]]

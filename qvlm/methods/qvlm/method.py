@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from qvlm import validation
+from qvlm.errors import UserError
 from qvlm.methods.base import MethodReport
 from qvlm.methods.qvlm.dependency import JOINTS, entropy, mine, quantization_error
 from qvlm.methods.qvlm.partition import check_depth, check_threshold, mean_dependency, partition
@@ -154,8 +155,15 @@ class QVLM:
             the dependencies and thresholds, and the losses of the fine-tuning.
 
         Raises:
-            UserError: If `veo` is on and the calibration set contains no image.
+            UserError: If `veo` is on and the calibration set contains no image, or if the ranges of
+                activations are made of the prompt at hand, so that there is no grid before it.
         """
+        if walk.quantization.language.granularity == "per_channel_prompt":
+            raise UserError(
+                f"{self.name} is not possible with quantizer.language.granularity="
+                "per_channel_prompt (quantizer=released), because it searches ranges before there "
+                "is a prompt. Choose one of: per_channel, per_channel_group, per_tensor, per_token"
+            )
         begun = time.process_time()
         details: dict[str, Any] = {}
         after = self.veo and self.veo_order == "after"

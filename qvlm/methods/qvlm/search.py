@@ -69,8 +69,8 @@ def search_block(
 
     Returns:
         One result per segment, except for segments without data: those whose linears read no token
-        and, with `output="block"`, none in the calls that errors are measured on. They keep the
-        first percentile of the grid; `unsearched` names them.
+        in the calls that errors are measured on. They keep the first percentile of the grid;
+        `unsearched` names them.
 
     Raises:
         UserError: If the segments do not name every linear of the block once.
@@ -80,9 +80,7 @@ def search_block(
     samples = block.linear_inputs()
     found = []
     with Trial(block, samples, options) as trial:
-        with_data = {name for name in samples if len(samples[name])}
-        if options.output == "block":
-            with_data &= trial.reached()
+        with_data = {name for name in samples if len(samples[name])} & trial.reached()
         for segment in segments:
             read = [[name for name in unit if name in with_data] for unit in segment]
             read = [unit for unit in read if unit]

@@ -33,7 +33,12 @@ from transformers import PreTrainedModel
 
 from qvlm import validation
 from qvlm.errors import UserError
-from qvlm.methods.qvlm.dependency import Activation, Joint, conditional_entropy
+from qvlm.methods.qvlm.dependency import (
+    Activation,
+    Joint,
+    conditional_entropy,
+    whole_sequences,
+)
 from qvlm.quantization import Quantizer
 from qvlm.quantization.hooks import hooked
 from qvlm.quantization.precision import wide
@@ -286,10 +291,14 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _some_tokens(x: Tensor, width: int, quantizer: Quantizer) -> Tensor:
-    """Evenly spaced tokens of [..., features], as many as `_PIECE` allows at the given width."""
-    tokens = x.flatten(0, -2)
-    count = max(1, _PIECE // (width * 2**quantizer.bits))
-    return tokens[evenly_spaced(len(tokens), count, x.device)]
+    """Evenly spaced tokens of [..., features], as many as `_PIECE` allows at the given width.
+
+    Where scales are those of positions, they are the tokens of evenly spaced sequences.
+    """
+    count, length = _PIECE // (width * 2**quantizer.bits), whole_sequences(1, quantizer)
+    sequences = x.reshape(-1, length, x.shape[-1])
+    kept = evenly_spaced(len(sequences), max(1, count // length), x.device)
+    return sequences[kept].flatten(0, 1)
 
 
 def _distance(value: Tensor, target: Tensor) -> Tensor:

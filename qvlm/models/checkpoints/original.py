@@ -21,9 +21,9 @@ from qvlm.models.checkpoints.families import (
     vision_config,
 )
 from qvlm.models.checkpoints.hub import local_folder
-from qvlm.models.checkpoints.tensors import find_tensors, has_tower
+from qvlm.models.checkpoints.tensors import find_tensors, has_tower, require_same_tower
 from qvlm.models.checkpoints.tokenizer import TextEncoding, load_tokenizer
-from qvlm.models.checkpoints.weights import Weights
+from qvlm.models.checkpoints.weights import INDEX_SUFFIX, STEMS, Weights
 from qvlm.models.mixture import set_expert_capacity
 
 
@@ -43,7 +43,8 @@ def load_original(
         content: Content of its config.json.
         owner: Name of the checkpoint in messages.
         dtype: Type of the weights.
-        vision_tower: Folder or repository of the tower; None takes the one in config.json.
+        vision_tower: Folder or repository of the tower; None takes the one in config.json. Weights
+            in it must equal those of a tower that the checkpoint carries.
         expert_capacity: "checkpoint" for the limit in config.json, or "unlimited".
         meta_layers_for: See `build_model`.
 
@@ -70,6 +71,8 @@ def load_original(
         raise carries_its_tower(owner)
     architecture = blueprint.architecture(vision, owner)
     tensors = find_tensors(architecture, sources, owner)
+    if vision_tower is not None and "tower" not in sources and _has_weights(tower):
+        require_same_tower(tensors, Weights(tower, f"{owner}, vision tower"), owner)
     return Checkpoint(
         build_model(architecture, tensors, dtype, meta_layers_for, owner),
         text,
@@ -85,6 +88,10 @@ def carries_its_tower(owner: str) -> UserError:
     return UserError(
         f"model.vision_tower: {owner} carries its own vision tower. Set model.vision_tower=null."
     )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / (stem + end)).is_file() for stem in STEMS for end in ("", INDEX_SUFFIX))
 
 
 def _check_tokens(blueprint: Blueprint, text: TextEncoding, owner: str) -> None:

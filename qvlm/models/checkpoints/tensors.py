@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from qvlm.errors import UserError, first_line
-from qvlm.models.checkpoints.families import Renamings, rename, split
+from qvlm.models.checkpoints.families import TOWER_NAMES, Renamings, rename, split
 from qvlm.models.checkpoints.weights import Weights
 from qvlm.models.llava import Llava
 from qvlm.models.networks import Architecture, LanguageModel, network
 
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _TOWER = "model.vision_tower."
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = "embed_tokens.weight"
 
 
 class TensorSlice(NamedTuple):
@@ -65,14 +67,16 @@ def find_tensors(
         owner: Name of the checkpoint in messages.
 
     Raises:
-        UserError: If a tensor is missing, unexpected or of another shape.
+        UserError: If a tensor is missing, unexpected or of another shape, or config.json ties an
+            output head to embeddings that differ from it.
     """
     held = sum(len(weights) for weights, _ in sources.values())
     empty = _empty_model(architecture, held, owner)
     parameters = empty.state_dict()
     if architecture.tie_word_embeddings:
-        del parameters["lm_head.weight"]
+        del parameters[_HEAD]
     found: dict[str, TensorSlice] = {}
+    tied_head: TensorSlice | None = None
     for source, (weights, renamings) in sources.items():
         for name in weights:
             renamed = rename(name, renamings)
@@ -86,7 +90,9 @@ def find_tensors(
                 _check_shape(weights, name, (len(parts) * rows, *columns), owner)
                 for index, part in enumerate(parts):
                     found[part] = TensorSlice(weights, name, index, len(parts))
-            elif renamed != "lm_head.weight":
+            elif renamed == _HEAD:
+                tied_head = TensorSlice(weights, name)
+            else:
                 raise UserError(
                     f"{owner}: {weights.file(name)} has tensor {name}, for which the architecture "
                     "in config.json has no place. Give the config.json that belongs to the weights."
@@ -97,7 +103,10 @@ def find_tensors(
             f"{owner}: {len(missing)} tensors are missing, first the one for {missing[0]}. Give a "
             "complete copy of the checkpoint."
         )
-    return Tensors(found)
+    tensors = Tensors(found)
+    if tied_head is not None:
+        _require_tied(tied_head, tensors, owner)
+    return tensors
 
 
 def _empty_model(architecture: Architecture, held: int, owner: str) -> Llava | LanguageModel:
@@ -129,6 +138,43 @@ def _empty_model(architecture: Architecture, held: int, owner: str) -> Llava | L
 def has_tower(weights: Weights, renamings: Renamings) -> bool:
     """Returns whether a checkpoint carries its vision tower."""
     return any(rename(name, renamings).startswith(_TOWER) for name in weights)
+
+
+def require_same_tower(tensors: Tensors, given: Weights, owner: str) -> None:
+    """Makes sure that a given vision tower is the one that a checkpoint carries.
+
+    Args:
+        tensors: Tensors of the model.
+        given: Weights of the tower's repository. They are compared in the checkpoint's precision.
+        owner: Name of the checkpoint in messages.
+
+    Raises:
+        UserError: If a tensor differs, or the given tower lacks it.
+    """
+    names = {rename(name, TOWER_NAMES): name for name in given}
+    for name in tensors:
+        if not name.startswith(_TOWER):
+            continue
+        carried = tensors[name]
+        if name not in names or not torch.equal(given[names[name]].to(carried.dtype), carried):
+            folder = given.file(next(iter(given))).parent
+            raise UserError(
+                f"model.vision_tower: {owner} carries its own vision tower, and the weights in "
+                f"{folder} differ from it, first in {name}. Leave model.vision_tower out, or give "
+                "a folder with config.json and preprocessor_config.json alone."
+            )
+
+
+def _require_tied(head: TensorSlice, tensors: Tensors, owner: str) -> None:
+    """Refuses an output head that differs from the embeddings that config.json ties it to."""
+    weights, name = head.weights, head.name
+    embeddings = next(tensors[key] for key in tensors if key.endswith(_EMBEDDINGS))
+    _check_shape(weights, name, tuple(embeddings.shape), owner)
+    if not torch.equal(weights[name].to(embeddings.dtype), embeddings):
+        raise UserError(
+            f"{owner}: {weights.file(name)} has an output head of its own, {name}, but config.json "
+            "ties the head to the embeddings. Set tie_word_embeddings=false in it."
+        )
 
 
 def _check_shape(weights: Weights, name: str, expected: tuple[int, ...], owner: str) -> None:

@@ -22,7 +22,7 @@ from qvlm.tables.claims.plan import model_of
 from qvlm.tables.comparison import paired
 from qvlm.tables.labels import FP
 from qvlm.tables.proof import fault
-from qvlm.tables.selection import LeftOut
+from qvlm.tables.selection import LeftOut, usual_parameters
 
 # Claims whose intervals hold together, and how many intervals these are.
 FAMILIES = (CLAIMS, OWN)
@@ -54,8 +54,9 @@ def concerned(records: Sequence[Record]) -> list[Record]:
 
 def gather(records: Sequence[Record]) -> Answers:
     """Chooses the records of the design: proven, newest, and of the usual number of questions."""
-    own = sorted(concerned(records), key=lambda record: (record.run["finished"], record.name))
-    found = Answers()
+    every = sorted(concerned(records), key=lambda record: (record.run["finished"], record.name))
+    own, unusual = usual_parameters(every)
+    found = Answers(left_out=unusual)
     if not own:
         return found
     usual = Counter(len(record.predictions) for record in own).most_common(1)[0][0]

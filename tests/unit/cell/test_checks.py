@@ -42,3 +42,11 @@ NARROW = "execution=packed kernel=bf16 model.dtype=bfloat16"
 @pytest.mark.parametrize("words", ["", "method=fp", "execution=packed kernel=reference", NARROW])
 def test_what_can_start_is_accepted(words: str) -> None:
     check_options(load(*words.split()))
+
+
+def test_ranges_of_a_prompt_need_batches_of_one() -> None:
+    with pytest.raises(UserError, match="evaluation.batch_size=128 is not for") as refusal:
+        check_options(load("quantizer=released"))
+    assert "\n" not in str(refusal.value)
+    check_options(load("quantizer=released", "evaluation.batch_size=1"))
+    check_options(load("quantizer=released", "model=smollm2", "data=text"))

@@ -36,7 +36,15 @@ def test_another_text_image_weight_or_code_has_another_file(
         (other_type, HASHES, PASSAGES),
         (config, HASHES, [replace(text, ids=[1, 2, 4]), picture]),
         (config, HASHES, [replace(text, scored=1), picture]),
-        (config, HASHES, [text, replace(picture, images=[Image.new("RGB", (2, 2), "red")])]),
+        *(
+            (config, HASHES, [text, replace(picture, images=[Image.new(mode, size, color)])])
+            for mode, size, color in (
+                ("RGB", (2, 2), "red"),
+                ("RGB", (4, 1), "black"),
+                ("I;16", (2, 2), 300),
+                ("I;16", (2, 2), 60_000),
+            )
+        ),
     ]
     found = {references.file_of(*each) for each in given}
     monkeypatch.setattr(references, "code_version", lambda method: "another")

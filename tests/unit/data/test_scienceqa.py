@@ -1,6 +1,7 @@
 """Splits of ScienceQA from every source: the same problems, ids and sentences."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,16 @@ def test_parquet_round_trip_keeps_everything(
         assert (row["image"] is None) == (problem["image"] is None)
         if problem["image"] is not None:
             assert row["image"].convert("RGB").tobytes() == problem["image"].tobytes()
+
+
+def test_a_replaced_file_of_the_same_time_is_read_anew(
+    tmp_path: Path, problems: list[dict[str, Any]]
+) -> None:
+    for part in (problems[:3], problems[3:7]):
+        file = folder_with(tmp_path, part, COLUMNS) / "test.parquet"
+        os.utime(file, (0, 0))
+        asked = load_scienceqa(str(tmp_path), "test")["question"][:]
+        assert asked == [problem["question"] for problem in part]
 
 
 def test_split_without_any_image_keeps_its_column(

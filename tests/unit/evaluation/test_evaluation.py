@@ -152,13 +152,16 @@ def test_images_reach_the_model_decoded_once_and_only_where_there_are_any(
     seen: list[tuple[str, list[Image.Image]]] = []
     pixels: list[bool] = []
     opened = 0
-    encode_prompts, open_image = loaded.encode_prompts, Image.open
+    token_ids, collate, open_image = loaded.token_ids, loaded.collate, Image.open
 
-    def spy(
-        prompts: list[str], images: list[list[Image.Image]], longest: int
-    ) -> dict[str, torch.Tensor]:
+    def spy_texts(prompts: list[str], images: list[list[Image.Image]]) -> list[list[int]]:
         seen.extend(zip(prompts, images, strict=True))
-        batch = encode_prompts(prompts, images, longest)
+        return token_ids(prompts, images)
+
+    def spy_pixels(
+        rows: list[list[int]], images: list[list[Image.Image]]
+    ) -> dict[str, torch.Tensor]:
+        batch = collate(rows, images)
         pixels.append("pixel_values" in batch)
         return batch
 
@@ -167,7 +170,8 @@ def test_images_reach_the_model_decoded_once_and_only_where_there_are_any(
         opened += 1
         return open_image(*args, **kwargs)
 
-    monkeypatch.setattr(loaded, "encode_prompts", spy)
+    monkeypatch.setattr(loaded, "token_ids", spy_texts)
+    monkeypatch.setattr(loaded, "collate", spy_pixels)
     monkeypatch.setattr(Image, "open", count)
     run(loaded, dataset, batch_size=8)
 

@@ -134,10 +134,11 @@ def test_a_context_that_is_too_long_loses_its_beginning(
     monkeypatch.setattr(likelihood, "context_length", lambda _: 6)
     long, short = "a b c d e f g h", "d e f g h"
     model = InMemoryModel(loaded, 2)
-    (found,) = model.loglikelihood([instance("loglikelihood", (long, " i j"))])
+    with pytest.warns(RuntimeWarning, match="toy: 1 of 1 texts do not fit its context of 6"):
+        (found,) = model.loglikelihood([instance("loglikelihood", (long, " i j"))])
     ids = loaded.tokenizer(f"{short} i j", add_special_tokens=False)["input_ids"]
     assert found[0] == pytest.approx(alone(loaded, ids, 2, None)[0], abs=1e-4)
-    with pytest.raises(UserError, match="model toy: a text of 10 tokens does not fit its context"):
+    with pytest.raises(UserError, match="question q0 has 10 tokens and does not fit its"):
         model.loglikelihood([instance("loglikelihood", ("a", " b c d e f g h i"))])
 
 

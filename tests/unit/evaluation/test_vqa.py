@@ -3,7 +3,10 @@
 import io
 import itertools
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas as pd
@@ -12,7 +15,7 @@ from PIL import Image
 
 from qvlm.errors import UserError
 from qvlm.evaluation.tasks import evaluate_tasks, load_tasks
-from qvlm.evaluation.vqa.questions import normalize, require_data, score
+from qvlm.evaluation.vqa.questions import documents, normalize, require_data, score
 from tests.helpers.configs import load
 from tests.helpers.problems import make_model
 
@@ -85,6 +88,60 @@ def test_missing_data_are_told_in_one_sentence(folder: Path) -> None:
     (folder / "vqav2" / "val-0.parquet").unlink()
     pd.DataFrame({"question": ["g"]}).to_parquet(folder / "vqav2" / "val-0.parquet")
     with pytest.raises(UserError, match="has no column image"):
+        load_tasks(["vqav2"], metadata={"folder": str(folder)})
+
+
+def change(file: Path, **columns: list[Any]) -> None:
+    """Replaces columns of a file and keeps its time."""
+    state = file.stat()
+    pd.read_parquet(file).assign(**columns).to_parquet(file)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_a_replaced_file_of_the_same_time_is_read_anew(folder: Path) -> None:
+    documents(str(folder), "vqav2")
+    change(folder / "vqav2" / "val-0.parquet", question=["new", "o", "p", "q and more"])
+    assert documents(str(folder), "vqav2")["test"]["question"][0] == "new"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train-00000-of-00001.parquet",
+        "test/0000.parquet",
+        "testdev-0.parquet",
+        "data/unnamed.parquet",
+    ],
+)
+def test_only_the_validation_split_counts(folder: Path, name: str) -> None:
+    validation = folder / "vqav2" / "val-0.parquet"
+    other = folder / "vqav2" / name
+    other.parent.mkdir(exist_ok=True)
+    shutil.copy(validation, other)
+    change(other, question=["other"] * 4)
+    assert documents(str(folder), "vqav2")["test"]["question"][:] == ["g h", "i", "j k", "l"]
+
+
+def test_files_of_other_splits_alone_are_refused(folder: Path) -> None:
+    validation = folder / "vqav2" / "val-0.parquet"
+    shutil.copy(validation, validation.with_name("test-0.parquet"))
+    validation.rename(validation.with_name("train-0.parquet"))
+    with pytest.raises(UserError, match="no file of the validation split, but test-0.parquet"):
+        require_data(["vqav2"], str(folder))
+
+
+def test_files_without_a_split_in_their_names_all_count(folder: Path) -> None:
+    validation = folder / "vqav2" / "val-0.parquet"
+    shutil.copy(validation, validation.with_name("a.parquet"))
+    validation.rename(validation.with_name("b.parquet"))
+    assert len(documents(str(folder), "vqav2")["test"]) == 8
+
+
+@pytest.mark.parametrize("missing", [None, [], [None], ["A", None]])
+def test_a_row_without_answers_is_named(folder: Path, missing: list[str | None] | None) -> None:
+    file = folder / "vqav2" / "val-0.parquet"
+    change(file, answers=[["A"] * 10, missing, ["C"] * 10, ["D"] * 10])
+    with pytest.raises(UserError, match=f"{file}, row 1, column 'answers'"):
         load_tasks(["vqav2"], metadata={"folder": str(folder)})
 
 

@@ -14,6 +14,7 @@ from qvlm.errors import UserError
 from qvlm.families import FAMILIES
 from qvlm.methods import RTN
 from qvlm.methods.awq import AWQ
+from qvlm.methods.gptq.method import stages
 from qvlm.methods.qvlm import QVLM
 from qvlm.methods.roco import RoCo
 from qvlm.methods.rotation import QuaRot
@@ -237,3 +238,17 @@ def test_the_tiny_models_have_the_difficulties_that_they_are_to_prove() -> None:
     assert isinstance(glm.get_submodule("model.language_model.layers.0.mlp.up_proj"), nn.Linear)
     merged: Any = tiny_model("qwen2_vl").get_submodule("model.visual.blocks.0.attn.qkv")
     assert merged.bias is not None and merged.out_features == 3 * merged.in_features
+
+
+def test_linears_of_other_names_are_rounded_in_the_order_of_the_data(tiny: Loaded) -> None:
+    """Merged projections have names of their own, which do not say where they stand."""
+    wanted = {
+        "vision": [["attn.qkv"], ["attn.proj"], ["mlp.fc1"], ["mlp.fc2"]],
+        "projector": [["mlp.0"], ["mlp.2"]],
+    }
+    kinds = set()
+    for block in walk_over(tiny("qwen2_vl")).blocks():
+        kinds.add(block.kind)
+        assert stages(block) == wanted.get(block.kind, stages(block))
+        assert sorted(name for stage in stages(block) for name in stage) == sorted(block.linears)
+    assert kinds == {"vision", "projector", "language"}

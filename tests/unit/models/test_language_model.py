@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from qvlm.cell.identity import Cell
@@ -33,6 +34,7 @@ from qvlm.quantization import (
 from qvlm.records.record import Record
 from tests.helpers.configs import load
 from tests.helpers.language_models import save_language_model, tiny_language_model, write_texts
+from tests.helpers.standins import write_weights
 
 PROMPTING = Prompting("CQM-A", "smollm2")
 PROBLEM = {
@@ -66,6 +68,27 @@ def test_a_folder_of_transformers_loads_to_the_same_logits(tmp_path: Path) -> No
     with torch.no_grad():
         for batch in batches():
             assert torch.equal(loaded.model(**batch).logits, plain(**batch).logits)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_tied_head_loads_only_if_it_is_the_embeddings(tmp_path: Path, shards: int) -> None:
+    folder = save_language_model(tmp_path / "llama")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    embeddings = tensors["model.embed_tokens.weight"]
+
+    def with_head(head: torch.Tensor) -> None:  # of two shards the first has it, without embeddings
+        write_weights(folder, {**tensors, "lm_head.weight": head}, shards, safetensors=True)
+
+    with_head(embeddings.clone())
+    loaded = load_model(folder, "llama", PROMPTING)
+    assert torch.equal(loaded.model.lm_head.weight, embeddings)
+    with_head(embeddings + 1)
+    with pytest.raises(UserError, match="lm_head.weight, but config.json ties .* Set tie_word_emb"):
+        load_model(folder, "llama", PROMPTING)
+    with_head(embeddings[:-1].clone())
+    with pytest.raises(UserError, match="lm_head.weight .* has shape"):
+        load_model(folder, "llama", PROMPTING)
 
 
 def test_an_image_and_a_tower_are_refused_by_name(tmp_path: Path) -> None:

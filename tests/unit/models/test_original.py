@@ -60,10 +60,10 @@ def test_logits_equal_those_of_the_same_weights_placed_directly(
     assert all(torch.equal(v, placed[k]) for k, v in loaded.model.state_dict().items())
 
 
-def test_a_carried_tower_is_the_one_that_is_used(tmp_path: Path) -> None:
+def test_a_carried_tower_is_used_with_the_config_of_the_given_one(tmp_path: Path) -> None:
     standin = write("llava", tmp_path, carry_tower=True)
     assert standin.tower is not None
-    standins.write_tower(standin.tower, standins.tiny("llava", seed=9))
+    (standin.tower / "pytorch_model.bin").unlink()
     place = "vision_tower.embeddings.class_embedding"
     loaded = read(standin).model.model.get_parameter(place)
     assert torch.equal(loaded, standin.model.model.get_parameter(place))
@@ -510,6 +510,21 @@ def test_a_checkpoint_with_its_own_tower_takes_no_other(tmp_path: Path) -> None:
     standin = write("hub", tmp_path)
     refused(lambda: read(standin, vision_tower="somewhere"), "model.vision_tower", "its own")
     refused(lambda: load_model("mini_llava", "m", vision_tower="x"), "model.vision_tower")
+
+
+def test_another_tower_than_the_carried_one_is_refused(tmp_path: Path) -> None:
+    standin = write("llava", tmp_path, carry_tower=True)
+    assert standin.tower is not None
+    standins.write_tower(standin.tower, standins.tiny("llava", seed=9))
+    words = ["model.vision_tower: model real", str(standin.tower), "Leave model.vision_tower out"]
+    refused(lambda: read(standin), *words)
+
+
+def test_a_tied_head_that_is_not_the_embeddings_is_refused(tmp_path: Path) -> None:
+    standin = write("hub", tmp_path)
+    text = json.loads((standin.folder / "config.json").read_text())["text_config"]
+    change(standin.folder / "config.json", text_config={**text, "tie_word_embeddings": True})
+    refused(lambda: read(standin), "lm_head.weight", "Set tie_word_embeddings=false")
 
 
 def test_a_tensor_outside_the_index_is_seen(tmp_path: Path) -> None:

@@ -2,19 +2,22 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qvlm.errors import RunError, UserError
 from qvlm.quantization.block import Block
 from qvlm.quantization.calibration import Walk, batch_by_length
 from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer
-from qvlm.quantization.spec import QuantizationConfig, QuantSpec
+from qvlm.quantization.spec import QuantizationConfig, QuantSpec, largest_divisor
 from qvlm.quantization.targets import block_layers
+from qvlm.quantization.verification import expected_layers
 from tests.helpers.memory import LiveBytes
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
@@ -343,3 +346,53 @@ def test_an_empty_or_impossible_batching_is_refused() -> None:
         batch_by_length(WordsAndImages(), [], 4)
     with pytest.raises(UserError, match="batch_size=0"):
         batch_by_length(WordsAndImages(), [{"image": False, "ids": [1]}], 0)
+
+
+def test_mixed_attention_of_a_language_model_alone_is_refused() -> None:
+    config = Qwen2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=2,
+    )
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    with pytest.raises(UserError, match="not all of one attention type"):
+        Walk(Qwen2ForCausalLM(config), [batch], CONFIG)
+
+
+def test_a_linear_with_two_names_is_refused() -> None:
+    """Under one of them it would stay in floating point, and no proof would see it."""
+    model = toy_llava()
+    attention = model.get_submodule("model.language_model.layers.0.self_attn")
+    attention.k_proj = attention.v_proj
+    for look in (lambda: expected_layers(model, True), lambda: Walk(model, toy_batches(), CONFIG)):
+        with pytest.raises(UserError, match="k_proj and .*v_proj are one module"):
+            look()
+
+
+def test_a_layer_with_two_names_is_refused() -> None:
+    model = toy_llava()
+    layers = model.get_submodule("model.language_model.layers")
+    layers[1] = layers[0]
+    with pytest.raises(UserError, match=r"layers\.0 and .*layers\.1 are one module"):
+        expected_layers(model, True)
+
+
+def test_ranges_of_a_prompt_are_refused_in_experts() -> None:
+    """A decoded token is alone in its expert, and a range of one value has no rounding error."""
+    of_prompt = replace(CONFIG, language=QuantSpec(4, "per_channel_prompt"))
+    Walk(toy_llava(), toy_batches(), of_prompt)
+    with pytest.raises(UserError, match=r"not possible for .*experts\.0"):
+        Walk(toy_llava("routed"), toy_batches(), of_prompt)
+
+
+@pytest.mark.parametrize(
+    ("width", "size"), [(576, 96), (1536, 128), (4304, 16), (131, 131), (8, 8), (2 * 131, 262)]
+)
+def test_groups_are_never_of_a_few_elements(width: int, size: int) -> None:
+    assert largest_divisor(width) == size

@@ -11,7 +11,7 @@ from qvlm.errors import UserError
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.records.record import Record
 from qvlm.tables import claims
-from qvlm.tables.claims.analysis import COMPARISONS, verdict
+from qvlm.tables.claims.analysis import COMPARISONS, gather, verdict
 from qvlm.tables.claims.catalog import OWN
 from qvlm.tables.claims.components import Estimate
 from qvlm.tables.claims.design import MODELS, Assumptions, Design, least_detectable
@@ -287,3 +287,16 @@ def test_the_announcement_comes_before_anything_runs(tmp_path: Path) -> None:
 def test_a_design_that_cannot_be_is_the_users_error(word: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan([word])
+
+
+def test_a_cell_with_other_parameters_is_no_draw_of_its_method(make: Make) -> None:
+    """It is newer than the cell of the design, whose place it would take."""
+    records = [make("mini_llava", method, 0, 0.8) for method in ("AWQ", QVLM)]
+    influences = {**records[0].run["influences"], "method": {"n_grid": 1}}
+    odd = replace(records[0], run={**records[0].run, "influences": influences, "finished": "2099"})
+    other_draw = make("mini_llava", "AWQ", 1, 0.8)
+    found = gather([*records, other_draw, odd])
+    assert found.records["mini_llava", "W4A4", "AWQ", 0] is records[0]
+    (left,) = found.left_out
+    assert left.record is odd
+    assert left.reason.startswith("other parameters than most of its method: ")

@@ -1,5 +1,6 @@
 """A table shows comparable records only, and names those that it sets aside."""
 
+import re
 from pathlib import Path
 
 from qvlm.records.record import find_records
@@ -65,3 +66,13 @@ def test_rows_follow_the_paper(runs: Path) -> None:
     assert list(frame["bits"].unique()) == ["FP", "W8A8", "W6A6", "W4A4", "W2A4"]
     order = ["RTN", "AWQ", "QLoRA", "Layer-wise", "Q-VLM", "Zebra"]
     assert list(frame[frame["bits"] == "W4A4"]["method"].unique()) == order
+
+
+def test_a_cell_with_other_parameters_alone_is_left_out_and_named(runs: Path) -> None:
+    """Under the method's name it would pass for the method of the other cells."""
+    for bits in ("W8A8", "W6A6"):
+        make_record(runs, "AWQ", bits, name=f"usual-{bits}", parameters={"grid": 20})
+    make_record(runs, "AWQ", "W4A4", name="unusual", parameters={"grid": 1})
+    assert set(build(find_records(runs))["run"]) == {"usual-W8A8", "usual-W6A6"}
+    notes = section(table2_page(runs), "## Records not shown")
+    assert re.search(r"\(`unusual`\): usual-W[68]A[68] is shown: grid is 1, not 20", notes)

@@ -156,3 +156,13 @@ def test_other_texts_are_not_committed(tmp_path: Path) -> None:
     assert obstacle(record) is None
     record.config["data"]["source"] = "/home/somebody/texts"
     assert obstacle(record) == "its texts are not those of the package"
+
+
+def test_a_cell_with_other_parameters_takes_no_place_of_its_method(tmp_path: Path) -> None:
+    plain = [planted(tmp_path, draw=draw, parameters={"online": ["down_proj"]}) for draw in (0, 1)]
+    other = planted(
+        tmp_path / "later", kl=0.1, parameters={"online": ["o_proj"]}, finished="2099-01-01"
+    )
+    text = page([*plain, other], "make table-real")
+    assert "**0.5" in cells_of(text, "RTN", "static, per channel")[-1]
+    assert "other parameters than most of its method: online is" in text

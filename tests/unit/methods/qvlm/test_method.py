@@ -1,7 +1,8 @@
 """Q-VLM and its layer-wise control as methods: reproducible, honest, bounded, never silent."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from math import log
 from typing import Any
 
 import pytest
@@ -373,3 +374,30 @@ def test_the_entropy_may_be_that_of_the_language_model() -> None:
     assert any(not torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(UserError, match="method.veo_layers=all"):
         QVLM(veo_layers="all")
+
+
+POSITIONS = QuantSpec(4, "per_position", ranges="minmax")
+PARTS: list[dict[str, Any]] = [
+    {"veo": False},
+    {"veo": False, "pairing": "tokens"},
+    {"veo_epochs": 1},
+]
+
+
+@pytest.mark.parametrize("options", PARTS)
+def test_scales_of_positions_have_dependencies(options: dict[str, Any]) -> None:
+    walk = Walk(
+        toy_llava(),
+        [toy_batch(rows=2, seed=seed) for seed in range(3)],
+        replace(config(), vision=POSITIONS),
+    )
+    details = QVLM(**options).quantize(walk).details
+    chains = [chain for chain in details["dependencies"] if chain["part"] == "vision"]
+    assert chains
+    assert all(0 < found < log(16) for chain in chains for found in chain["dependencies"])
+
+
+def test_ranges_of_a_prompt_are_refused_by_name() -> None:
+    walk = Walk(toy_llava(), toy_batches(), config(language="per_channel_prompt"))
+    with pytest.raises(UserError, match="Q-VLM is not possible with .*per_channel_prompt"):
+        QVLM().quantize(walk)

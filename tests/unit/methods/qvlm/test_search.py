@@ -16,6 +16,7 @@ from qvlm.errors import RunError, UserError
 from qvlm.methods.objective import output_error
 from qvlm.methods.qvlm.search import minimize, search_block, unsearched
 from qvlm.methods.qvlm.search_options import SearchOptions
+from qvlm.methods.qvlm.trial import Trial
 from qvlm.quantization import (
     Block,
     QuantizationConfig,
@@ -29,6 +30,7 @@ from qvlm.quantization import (
     percentile,
     weight_quantizer,
 )
+from qvlm.quantization.hooks import hooked
 from qvlm.quantization.ranges import RangeEstimator
 from tests.helpers.toy import toy_batch, toy_batches, toy_llava
 
@@ -450,3 +452,26 @@ def test_a_block_without_a_finite_output_is_named_and_left_as_it_was() -> None:
 def test_an_impossible_search_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         SearchOptions(**options)
+
+
+def test_an_expert_that_reads_nothing_in_the_calls_of_errors_is_not_searched() -> None:
+    """Its error would be the same for every candidate, and the first would count as found."""
+    model = toy_llava("routed")
+    batches = [toy_batch(rows=1, words=5, seed=seed, image=False) for seed in range(6)]
+    mixture = model.get_submodule(f"{DECODER}.mlp")
+    tokens = []
+    with hooked({mixture: lambda _, args: tokens.append(args[0].flatten(0, -2))}), torch.no_grad():
+        for batch in batches:
+            model(**batch)
+        mixture.router.weight[2] = 50 * tokens[2][2] / tokens[2][2].norm()
+    walk = Walk(model, batches, config())
+    block = next(block for block in walk.blocks() if block.name == DECODER)
+    experts = {name for name in block.linears if "experts" in name}
+    samples = block.linear_inputs()
+    assert len(samples["mlp.experts.2.down_proj"])
+    options = SearchOptions(GRID, tokens=5)
+    with Trial(block, samples, options) as trial:
+        missed = experts - trial.reached()
+    found = search_block(block, [[[name]] for name in block.linears], options)
+    assert any(len(samples[name]) for name in missed)
+    assert {block.layer_name(name) for name in missed} == set(unsearched(block, found))
