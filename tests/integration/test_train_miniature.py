@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
 from experiments import train_miniature as training
 from experiments.muon import Muon
+from experiments.validation import accuracy_by_skill
+from qvlm.cell.identity import CHECKPOINT_FILES
 from qvlm.data import miniature
 from qvlm.models import LoadedModel, load_model
+from qvlm.records.provenance import content_hash
+from qvlm.tables.claims.plan import FOLDER, TRAINED, Training, find_trainings
 
 TOKENIZER = training.build_tokenizer()
 ARROWS = ("Relate force and motion", "Follow a road on a map")
@@ -194,3 +199,23 @@ def test_a_restart_repeats_the_decay_and_changes_nothing_before_it() -> None:
     assert (factors[0], factors[100]) == (1.0, twice.restart_rate)
     assert factors[99] < 0.01 > factors[149]
     assert all(a >= b for a, b in pairwise(factors[100:]))
+
+
+SISTERS = [one for found in find_trainings(Path(FOLDER)).values() for one in found if one.path]
+
+
+@pytest.mark.parametrize("sister", SISTERS, ids=lambda sister: sister.name)
+def test_a_sister_is_what_its_training_wrote(sister: Training) -> None:
+    assert sister.path is not None
+    about = yaml.safe_load((sister.path / TRAINED).read_text())
+    assert about["model"] == sister.model
+    assert about["recipe"]["seed"] == int(sister.name.rpartition("-seed")[2])
+    assert about["weights"] == content_hash(sister.path, CHECKPOINT_FILES)
+    shipped = load_model(sister.model, sister.model).model.state_dict()
+    loaded = load_model(sister.path, sister.name)
+    own = loaded.model.state_dict()
+    assert own.keys() == shipped.keys()
+    assert not torch.equal(own["lm_head.weight"], shipped["lm_head.weight"])
+    found = accuracy_by_skill(loaded, miniature.generate("validation", 100))
+    right, asked = (sum(column) for column in zip(*found.values(), strict=True))
+    assert right / asked > 0.6
