@@ -12,7 +12,7 @@ its place, because the newest code could not prove the cell.
 Damaged records do not get here: `find_records` raises an error for them.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,13 +127,10 @@ def usual_parameters(records: Sequence[Record]) -> tuple[list[Record], list[Left
     Returns:
         The records with the usual parameters, in their order, and the others.
     """
-    counts = Counter((record.method, _parameters(record)) for record in records)
-    usual: dict[str, Record] = {}
-    for record in records:
-        before = usual.setdefault(record.method, record)
-        usual[record.method] = max(
-            before, record, key=lambda one: (counts[one.method, _parameters(one)], _age(one))
-        )
+    usual = {
+        method: _most([record for record in records if record.method == method], _parameters)
+        for method in {record.method for record in records}
+    }
     kept, aside = [], []
     for record in records:
         main = usual[record.method]
@@ -190,37 +187,30 @@ def _unlike(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 def _one_per_cell(
     records: Sequence[Record], aside: list[LeftOut]
 ) -> tuple[list[Record], list[LeftOut]]:
-    """Chooses the newest record of each cell, with the parameters that most cells of a method have.
-
-    A cell that was only run with other parameters is left out: under the method's name it would be
-    taken for the method of the other cells.
+    """Chooses the newest record of each cell among those with the usual parameters.
 
     Returns:
         The chosen records, and those set aside: `aside` and the ones not chosen.
     """
-    chosen: list[Record] = []
-    for method in sorted({record.method for record in records}):
-        own = [record for record in records if record.method == method]
-        main = _most(own, _parameters)
-        for bits in sorted({record.bits for record in own}):
-            cell = [record for record in own if record.bits == bits]
-            usual = [record for record in cell if _parameters(record) == _parameters(main)]
-            best = max(usual, key=_age, default=main)
-            chosen += [best] if usual else []
-            for record in cell:
-                if _parameters(record) != _parameters(main):
-                    differing = "; ".join(_unlike(_own(record), _own(main)))
-                    aside.append(LeftOut(record, f"{best.name} is shown: {differing}"))
-                elif record is not best:
-                    aside.append(LeftOut(record, f"{best.name} is the newer record of this cell"))
-    return chosen, sorted(aside, key=lambda left: left.record.name)
+    usual, unusual = usual_parameters(records)
+    newest: dict[tuple[str, str], Record] = {}
+    for record in sorted(usual, key=_age):
+        newest[record.method, record.bits] = record
+    older = [
+        LeftOut(record, f"{best.name} is the newer record of this cell")
+        for record in usual
+        if record is not (best := newest[record.method, record.bits])
+    ]
+    left = [*aside, *unusual, *older]
+    return [*newest.values()], sorted(left, key=lambda entry: entry.record.name)
 
 
 def _most(records: Sequence[Record], key: Callable[[Record], Hashable]) -> Record:
     """Returns the newest record among those whose key is shared by the most cells."""
-    cells: defaultdict[Hashable, set[tuple[str, str]]] = defaultdict(set)
+    cells: defaultdict[Hashable, set[tuple[object, ...]]] = defaultdict(set)
     for record in records:
-        cells[key(record)].add((record.bits, record.method))
+        draw = record.config.get("calibration", {}).get("seed")
+        cells[key(record)].add((record.model, record.bits, record.method, draw))
     return max(records, key=lambda record: (len(cells[key(record)]), _age(record)))
 
 
