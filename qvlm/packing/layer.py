@@ -341,6 +341,7 @@ class PackedLinear(nn.Module):
         return self.layer_name or "a linear"
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.use_layout(None)  # in which the new codes are
         self.derived = {}  # another one, by which kernels see that the buffers have new numbers
         super()._load_from_state_dict(*args, **kwargs)
 

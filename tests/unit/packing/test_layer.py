@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvlm.errors import RunError, UserError
+from qvlm.packing.formats import pack, unpack
 from qvlm.packing.kernels import int4_weight_only, kernel_named, names
 from qvlm.packing.kernels import native_library as native
 from qvlm.packing.kernels.bounds import accumulation_bound
@@ -233,6 +234,22 @@ def test_a_layer_that_has_run_takes_other_numbers(inputs: str) -> None:
         packed.load_state_dict(expected.state_dict())
         assert torch.equal(packed(x), expected(x)), kernel
         assert not torch.equal(packed(x), before), kernel
+
+
+def test_a_layer_in_the_layout_of_a_kernel_takes_other_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A checkpoint's codes are not read as those of the kernel that ran before."""
+    kernel = kernel_named("int4_weight_only")
+    monkeypatch.setattr(type(kernel), "to_layout", lambda _, codes: 255 - pack(codes, 4))
+    monkeypatch.setattr(type(kernel), "from_layout", lambda _, packed: unpack(255 - packed, 4, 64))
+    layer, other = (
+        PackedLinear.from_quantized(quantized((48, 64), seed=seed)[0], "reference")
+        for seed in (0, 1)
+    )
+    layer.use_layout(kernel)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.weight_codes(), other.weight_codes())
 
 
 def test_casting_the_module_changes_nothing() -> None:
