@@ -137,10 +137,11 @@ _KEPT: WeakKeyDictionary[PackedLinear, _Kept] = WeakKeyDictionary()
 
 
 def _kept(layer: PackedLinear) -> _Kept:
-    """Returns what is kept of a layer, made anew if its buffers are other ones."""
+    """Returns what is kept of a layer, made anew if its buffers are other ones or have moved."""
     sources = (layer.derived, *layer._buffers.values())
     kept = _KEPT.get(layer)
-    if kept is None or not all(map(operator.is_, kept.sources, sources)):
+    same = kept is not None and all(map(operator.is_, kept.sources, sources))
+    if kept is None or not same or kept.weight.has_moved():
         grid = layer.input_grid(layer.codes) if layer.form.inputs == "static" else None
         kept = _KEPT[layer] = _Kept(sources, _new_weight(layer), grid)
     return kept

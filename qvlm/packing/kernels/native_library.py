@@ -82,10 +82,11 @@ class Weight:
     """
 
     def __init__(self, codes: Tensor, width: int, bits: int, group: int) -> None:
-        self._held = [codes]
+        self._held: list[Tensor] = []
+        self._places: list[int] = []
         self.width, self.out = width, codes.shape[0]
         self.at = _Weight(
-            codes=codes.data_ptr(),
+            codes=self._hold(codes),
             rows=self.out,
             width=width,
             row_bytes=codes.shape[1],
@@ -136,9 +137,14 @@ class Weight:
         paired = self.at.group % PAIRED == 0 and self.width % PAIRED == 0
         return bool(self.at.bits == LOOKED_UP and paired)
 
+    def has_moved(self) -> bool:
+        """Whether a tensor has other memory by now, as one that is shared with a process has."""
+        return [x.data_ptr() for x in self._held] != self._places
+
     def _hold(self, x: Tensor) -> int:
         self._held.append(x)
-        return x.data_ptr()
+        self._places.append(x.data_ptr())
+        return self._places[-1]
 
 
 def takes(width: int, bits: int, group: int) -> bool:

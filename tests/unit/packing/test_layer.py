@@ -252,6 +252,19 @@ def test_a_layer_in_the_layout_of_a_kernel_takes_other_numbers(
     assert torch.equal(layer.weight_codes(), other.weight_codes())
 
 
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_layer_whose_memory_moves_computes_the_same(weight: str) -> None:
+    """Sharing tensors with another process moves them, and leaves each the same object."""
+    packed = PackedLinear.from_quantized(quantized((48, 64), weight=weight)[0])
+    x = torch.randn(3, 64)
+    expected, before = packed(x), [tensor.data_ptr() for tensor in packed.buffers()]
+    packed.share_memory()
+    assert [tensor.data_ptr() for tensor in packed.buffers()] != before
+    taken = [torch.full_like(tensor, 85) for tensor in packed.buffers() for _ in range(50)]
+    assert torch.equal(packed(x), expected)
+    assert taken
+
+
 def test_casting_the_module_changes_nothing() -> None:
     layer, x = quantized((48, 64), (4, 4), inputs="per_channel_group")
     packed = PackedLinear.from_quantized(layer, "reference")
