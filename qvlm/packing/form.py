@@ -129,10 +129,16 @@ def pack_numbers(layer: QuantLinear) -> tuple[Form, dict[str, Tensor]]:
     """Returns the form of a quantized linear, and the tensor of each of its buffers.
 
     Raises:
-        UserError: If a quantizer of the layer has no packed form. The message names the layer.
+        UserError: If a quantizer of the layer has no packed form, or its first token stays in
+            floating point. The message names the layer.
         RunError: If the weight differs from what its codes stand for.
     """
     name = layer.layer_name or "a linear"
+    if layer.first_token is not None:
+        raise UserError(
+            f"{name} cannot be packed, because its input stays in floating point at the first "
+            "position. Quantize it with quantizer.first_token=quantized."
+        )
     quantizer, weight = layer.weight_quantizer, layer.quantized_weight()
     codes = quantizer.quantize(weight)
     # Numbers are compared, not bits: a code of zero may stand for a negative zero.
@@ -197,7 +203,8 @@ def _weight_scales(layer: QuantLinear, name: str) -> tuple[dict[str, Any], dict[
         "scale_shape": tuple(scale.shape),
         "ordered": quantizer.order is not None,
     }
-    return fields, {"scale": as_bits(scale), "zero_point": zero_point.to(torch.uint8)}
+    zero_point = _as_code(zero_point, quantizer.bits, f"weight of {name}")
+    return fields, {"scale": as_bits(scale), "zero_point": zero_point}
 
 
 def _input_scales(
@@ -226,5 +233,19 @@ def _input_scales(
         scale, zero_point = scale[order], zero_point[order]
     return fields, {
         "input_scale": as_bits(scale),
-        "input_zero_point": zero_point.to(torch.uint8),
+        "input_zero_point": _as_code(zero_point, quantizer.bits, f"input of {name}"),
     }
+
+
+def _as_code(zero_point: Tensor, bits: int, what: str) -> Tensor:
+    """Returns zero points as uint8, in which others than codes would become other numbers.
+
+    Raises:
+        UserError: If one is not an integer of so many bits.
+    """
+    if not bool(((zero_point >= 0) & (zero_point < 2**bits) & (zero_point % 1 == 0)).all()):
+        raise UserError(
+            f"The zero points of the {what} cannot be packed. Choose integers from 0 to "
+            f"{2**bits - 1}."
+        )
+    return zero_point.to(torch.uint8)

@@ -17,6 +17,7 @@ from qvlm.packing.kernels import native_library as native
 from qvlm.packing.kernels.bounds import accumulation_bound
 from qvlm.packing.layer import PackedLinear
 from qvlm.packing.simulated import simulated
+from qvlm.quantization.first_token import FirstToken
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.quantizer import TokenQuantizer
 from qvlm.quantization.spec import ACTIVATION_GRANULARITIES
@@ -307,6 +308,23 @@ def test_shapes_and_dtypes_of_inputs_are_kept() -> None:
     assert packed(torch.zeros(0, 64)).shape == (0, 48)
 
 
+@pytest.mark.parametrize("zero_point", [-3.0, 2.5, 16.0, 300.0, float("nan")])
+def test_zero_points_that_are_not_codes_are_refused(zero_point: float) -> None:
+    """The simulation computes with them, but a byte would hold another number."""
+    for part in ("weight", "input"):
+        layer, _ = quantized((5, 64), (4, 4))
+        quantizer = getattr(layer, f"{part}_quantizer")
+        other = quantizer.with_scales(
+            quantizer.scale, torch.full_like(quantizer.zero_point, zero_point)
+        )
+        setattr(layer, f"{part}_quantizer", other)
+        if part == "weight":  # to values of the new grid
+            codes = torch.zeros(5, 64, dtype=torch.uint8)
+            layer.weight = other.dequantize(codes)
+        with pytest.raises((UserError, RunError), match=f"{part} of some.layer"):
+            PackedLinear.from_quantized(layer)
+
+
 def test_bad_kernels_inputs_and_weights_are_named() -> None:
     layer, x = quantized((5, 64), (8, 8))
     with pytest.raises(UserError, match=f"Choose one of: {', '.join(names())}"):
@@ -319,6 +337,10 @@ def test_bad_kernels_inputs_and_weights_are_named() -> None:
     x[3, 5] = float("inf")
     with pytest.raises(RunError, match="some.layer"):
         PackedLinear.from_quantized(layer)(x)
+    layer.first_token = FirstToken({})
+    with pytest.raises(UserError, match="some.layer cannot be packed, because its input stays"):
+        PackedLinear.from_quantized(layer)
+    layer.first_token = None
     assert layer.weight is not None
     layer.weight[2, 3] += 0.01
     with pytest.raises(RunError, match="some.layer"):
