@@ -9,13 +9,13 @@ Left out: other formats, and quantizing a float checkpoint while it is loaded.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import (
@@ -26,10 +26,11 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qvlm.errors import UserError
-from qvlm.packing.form import Form
+from qvlm.packing.form import Form, buffers
 from qvlm.packing.layer import PackedLinear
 from qvlm.packing.model import packed_layers
 from qvlm.quantization.experts import unfuse_experts
+from qvlm.quantization.quantizer import SMALLEST_SCALE
 from qvlm.records.strict import build
 
 METHOD = "qvlm_packed"
@@ -37,6 +38,8 @@ VERSION = 3
 # Forms of version 1 have no order of channels, and those of version 2 no transform of inputs; both
 # are what a form has by default.
 READABLE = (1, 2, 3)
+# What safetensors calls the types of buffers.
+_TYPES = {torch.uint8: "U8", torch.int32: "I32"}
 
 
 @register_quantization_config(METHOD)
@@ -97,6 +100,15 @@ class PackedQuantizer(HfQuantizer):
             parent: Any = model.get_submodule(name.rpartition(".")[0])
             parent._is_hf_initialized = True
 
+        files = kwargs.get("checkpoint_files") or ()
+        _require_types(map(Path, files), self.quantization_config.forms())
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, layer in packed_layers(model).items():
+            if not layer.codes.is_meta:
+                _require_numbers(name, layer)
+        return model
+
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,6 +129,48 @@ def _fits(form: Form, linear: nn.Linear) -> bool:
     """Whether a packed layer can replace a linear; a method may have given it a bias."""
     sizes = form.in_features, form.out_features
     return sizes == (linear.in_features, linear.out_features) and (form.bias or linear.bias is None)
+
+
+def _require_types(files: Iterable[Path], forms: Mapping[str, Form]) -> None:
+    """Refuses buffers of another type, which transformers converts or takes as they are.
+
+    Raises:
+        ValueError: If a file holds one. Its bits would be read as other numbers.
+    """
+    expected = {
+        f"{name}.{part}": dtype
+        for name, form in forms.items()
+        for part, (_, dtype) in buffers(form).items()
+    }
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for key in expected.keys() & opened.keys():
+                found, dtype = opened.get_slice(key).get_dtype(), expected[key]
+                if found != _TYPES[dtype]:
+                    raise ValueError(f"{key} is stored as {found}, and {_TYPES[dtype]} is needed")
+
+
+def _require_numbers(name: str, layer: PackedLinear) -> None:
+    """Refuses numbers that no quantizer has; kernels read memory by some of them.
+
+    Raises:
+        ValueError: If the layer holds one.
+    """
+    form = layer.form
+    order = layer.channels().sort().values
+    if not torch.equal(order, torch.arange(layer.in_features, device=order.device)):
+        raise ValueError(f"the order of {name} is not a permutation")
+    present = dict(layer.named_buffers())
+    for part, bits in (("zero_point", form.weight_bits), ("input_zero_point", form.input_bits)):
+        if part in present and bool((present[part] > 2**bits - 1).any()):
+            raise ValueError(f"the {part} of {name} has numbers of more than {bits} bits")
+    for part in {"scale", "mean", "bias", "input_scale"} & present.keys():
+        numbers = present[part].view(torch.float32)
+        if not bool(numbers.isfinite().all()):
+            raise ValueError(f"the {part} of {name} has numbers that are not finite")
+        uniform = part == "input_scale" or (part == "scale" and form.weight == "uniform")
+        if uniform and bool((numbers < SMALLEST_SCALE).any()):
+            raise ValueError(f"the {part} of {name} has numbers that are no scales")
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
@@ -203,8 +257,4 @@ def load_packed(kind: type[PreTrainedModel], folder: str | Path, **kwargs: Any) 
             f"{folder} does not fit its config.json: {len(keys)} {problem.replace('_', ' ')}, "
             f"first {keys[0]}"
         )
-    for name, layer in packed_layers(model).items():
-        order = layer.channels().sort().values  # kernels read the input at these places
-        if not torch.equal(order, torch.arange(layer.in_features, device=order.device)):
-            raise UserError(f"{folder} does not load: the order of {name} is not a permutation")
     return model.eval()

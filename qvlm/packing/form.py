@@ -5,7 +5,6 @@ floating-point tensors, cannot round scales, which decide about codes.
 """
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
@@ -18,6 +17,9 @@ from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.normal_float import NormalFloatQuantizer
 from qvlm.quantization.position_quantizer import PositionQuantizer
 from qvlm.quantization.quantizer import TokenQuantizer, UniformQuantizer
+
+# Sizes are below this. Kernels take them in 64 bits, where 2^64 would be zero.
+MOST = 2**48
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class Form:
             ValueError: If a field is out of range, or does not follow from the others.
         """
         width, out, group = self.in_features, self.out_features, self.group_size
-        _require("in_features and out_features", min(width, out) > 0)
-        _require("group_size", group > 0)
+        _require("in_features and out_features", min(width, out) > 0 and width * out < MOST)
+        _require("group_size", 0 < group < MOST)
         for name in ("weight_bits", "input_bits"):
             _require(name, 2 <= getattr(self, name) <= 8)
         _require("inputs", self.inputs in ("token", "static", "position"))
@@ -81,8 +83,8 @@ class Form:
             _require("input_shape", len(self.input_shape) == 1 and self.input_shape[0] > 0)
         else:
             _require("input_shape", self.input_shape in ((), (width,)))
-        _require("ratio", isfinite(self.ratio) and self.ratio > 0)
-        _require("constant_block_size", self.constant_block_size > 0)
+        _require("ratio", 0 < self.ratio <= 1)
+        _require("constant_block_size", 0 < self.constant_block_size < MOST)
         if self.weight == "uniform":
             groups = -(-width // group)
             _require("scale_shape", self.scale_shape in ((1, groups), (out, groups)))

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as Llava
 
 from qvlm.cell import inputs as prepare
@@ -16,11 +19,13 @@ from qvlm.models.architectures import architecture
 from qvlm.models.meta import meta_model
 from qvlm.packing import weight_bytes
 from qvlm.packing.checkpoint import load_packed, save_packed
+from qvlm.packing.form import Form
 from qvlm.packing.kernels.int4_weight_only import layout_is_known
+from qvlm.packing.layer import PackedLinear
 from qvlm.packing.model import pack_model, packed_layers
 from qvlm.packing.uncalibrated import put_empty_layers
 from qvlm.planning.footprint import configuration
-from tests.helpers.layers import logits, rounded
+from tests.helpers.layers import logits, quantized, rounded
 
 pytestmark = [pytest.mark.instruction_set, pytest.mark.slow]
 
@@ -81,6 +86,41 @@ def test_faults_are_named(folder: Path) -> None:
         load_packed(Llava, folder)
 
 
+FOREIGN: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "zero point of 200": ("zero_point", lambda x: torch.full_like(x, 200), "more than 4 bits"),
+    "input's zero point": ("input_zero_point", lambda x: x | 16, "more than 4 bits"),
+    "scale of zero": ("scale", torch.zeros_like, "numbers that are no scales"),
+    "negative scale": ("scale", lambda x: x | -(2**31), "numbers that are no scales"),
+    "infinite scale": ("input_scale", lambda x: x | 0x7F800000, "not finite"),
+    "scale in float32": ("scale", lambda x: x.view(torch.float32), "is stored as F32, and I32"),
+    "codes in int64": ("codes", lambda x: x.long(), "is stored as I64, and U8"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+@pytest.mark.parametrize("kind", ["ours", "transformers"])
+def test_numbers_that_no_save_wrote_are_refused(case: str, kind: str, tmp_path: Path) -> None:
+    """Transformers converts a tensor of another type, and kernels read memory by some numbers."""
+    model = rounded()
+    pack_model(model)
+    save_packed(model, tmp_path)
+    part, change, sentence = FOREIGN[case]
+    tensors = load_file(file := tmp_path / "model.safetensors")
+    name = next(key for key in tensors if key.endswith(f".{part}"))
+    save_file(tensors | {name: change(tensors[name]).clone()}, file, {"format": "pt"})
+    with pytest.raises((UserError, ValueError), match=sentence):
+        load_packed(Llava, tmp_path) if kind == "ours" else Llava.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["group_size", "constant_block_size"])
+def test_sizes_beyond_64_bits_are_refused(field: str) -> None:
+    """C would take such a size for zero, and divide by it."""
+    layer = quantized((48, 64), weight="normal_float")[0]
+    fields = asdict(PackedLinear.from_quantized(layer).form)
+    with pytest.raises(ValueError, match=f"{field} of a packed layer is out of range"):
+        Form(**fields | {field: 2**64, "constants": (0, 1)})
+
+
 LOAD = """
 import sys
 import torch
@@ -111,6 +151,9 @@ def test_loading_takes_little_more_than_the_packed_model(tmp_path: Path) -> None
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().zero_()
     for layer in packed_layers(model).values():
+        for name, tensor in layer.named_buffers():
+            if name.endswith("scale"):
+                tensor.view(torch.float32).fill_(1)
         if layer.form.ordered:
             layer.order.copy_(torch.arange(layer.in_features))
     assert weight_bytes(model) > 2**27
