@@ -1,5 +1,7 @@
 """Reads every layer of a quantized checkpoint, and collects what is wrong with it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from qvlm.proving.checkpoint import open_checkpoint
 from qvlm.proving.copies import Copies
 from qvlm.proving.floats import FloatWeight, left_over
 from qvlm.proving.formats import Format, Own
-from qvlm.proving.stored import UnreadableError
+from qvlm.proving.stored import StoredWeight, UnreadableError
 from qvlm.quantization import LayerBits, check_bits
 
 _WHOLE = "checkpoint"  # what a fault of no single layer is a fault of
@@ -100,24 +102,48 @@ def prove(path: str | Path, run: bool = True) -> Proof:
     Raises:
         UserError: If it cannot be opened.
     """
-    form = open_checkpoint(Path(path))
-    names = form.layers()
-    rows, scales = _read_layers(form, names)
-    floats = left_over(form, names)
-    every = dict.fromkeys([*names, *(part.name.removesuffix(".weight") for part in floats)])
-    faults = [
-        *((_WHOLE, fault) for fault in form.faults()),
-        *experts.missing(every).items(),
-        *experts.uncalibrated(scales).items(),
-        *((_WHOLE, fault) for fault in _mostly_float(rows, floats)),
-    ]
+    with _of_any_form(path):
+        form = open_checkpoint(Path(path))
+        names = form.layers()
+        rows, scales = _read_layers(form, names)
+        floats = left_over(form, names)
+        every = dict.fromkeys([*names, *(part.name.removesuffix(".weight") for part in floats)])
+        faults = [
+            *((_WHOLE, fault) for fault in form.faults()),
+            *experts.missing(every).items(),
+            *experts.uncalibrated(scales).items(),
+            *((_WHOLE, fault) for fault in _mostly_float(rows, floats)),
+        ]
+        claim = form.claim()
     inputs: list[LayerBits] = []
     uncalibrated: list[str] = []
     if run and isinstance(form, Own) and (Path(path) / ORIGIN).is_file():
         inputs, failures = _run(Path(path))
         faults += failures
         uncalibrated = read_origin(path).uncalibrated if inputs else []
-    return Proof(str(path), form.name, form.claim(), rows, floats, faults, inputs, uncalibrated)
+    return Proof(str(path), form.name, claim, rows, floats, faults, inputs, uncalibrated)
+
+
+@contextmanager
+def _of_any_form(path: str | Path) -> Iterator[None]:
+    """Turns what a checkpoint of another form than its format's raises into one sentence.
+
+    Raises:
+        UserError: If something other than a `UserError` or a `RunError` is raised.
+    """
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except Exception as error:  # a configuration of unknown origin raises anything
+        raise UserError(
+            f"prove: {path} has a configuration or a tensor of another form than its format's "
+            f"({_reason(error)}). Give a whole copy."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def _read_layers(form: Format, names: list[str]) -> tuple[list[LayerProof], dict[str, Tensor]]:
@@ -126,25 +152,32 @@ def _read_layers(form: Format, names: list[str]) -> tuple[list[LayerProof], dict
     for name in names:
         try:
             weight = form.read(name)
+            row = _looked_at(name, weight, copies)
         except UnreadableError as error:
             rows.append(LayerProof(name, faults=(str(error),)))
-            continue
-        found = checks.counted(weight)
-        scales[name] = weight.scale
-        rows.append(
-            LayerProof(
-                layer=name,
-                shape=weight.shape,
-                bits=weight.claimed_bits,
-                values=found.values,
-                per_scale=found.per_scale,
-                sharing=weight.codes.shape[1],
-                count=weight.count,
-                empty=checks.empty_groups(weight),
-                faults=(*checks.faults(weight, found), *copies.faults(name, weight)),
-            )
-        )
+        except (UserError, RunError):
+            raise
+        except Exception as error:  # as above, and the other layers can still be read
+            rows.append(LayerProof(name, faults=(f"it cannot be read ({_reason(error)})",)))
+        else:
+            rows.append(row)
+            scales[name] = weight.scale
     return rows, scales
+
+
+def _looked_at(name: str, weight: StoredWeight, copies: Copies) -> LayerProof:
+    found = checks.counted(weight)
+    return LayerProof(
+        layer=name,
+        shape=weight.shape,
+        bits=weight.claimed_bits,
+        values=found.values,
+        per_scale=found.per_scale,
+        sharing=weight.codes.shape[1],
+        count=weight.count,
+        empty=checks.empty_groups(weight),
+        faults=(*checks.faults(weight, found), *copies.faults(name, weight)),
+    )
 
 
 def _mostly_float(rows: list[LayerProof], floats: list[FloatWeight]) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qvlm.errors import UserError
 from qvlm.proving.checkpoint import open_checkpoint
 from qvlm.proving.gguf import GgufFile
 from qvlm.proving.proof import prove
@@ -306,6 +308,40 @@ def test_what_the_configuration_makes_up_is_named(case: str, copied: Callable[[s
     folder = copied(name)
     configure(folder, change)
     assert_fault(folder, LAYER, sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "change"),
+    [
+        ("ct_w4", ".weight_shape", lambda x: x[0]),
+        ("ct_w4", ".weight_shape", lambda x: x.float()),
+        ("ct_w4", ".weight_scale", lambda x: x.to(torch.int32)),
+        ("torchao_int8", "._weight_scale", lambda x: x.new_empty(0)),
+    ],
+)
+def test_a_layer_of_another_form_is_named_and_the_others_are_read(
+    name: str, suffix: str, change: Callable[[Tensor], Tensor], copied: Callable[[str], Path]
+) -> None:
+    folder = copied(name)
+    edit(folder, {LAYER + suffix: change(tensors(folder)[LAYER + suffix]).clone()})
+    assert_fault(folder, LAYER, "")
+    assert [layer.layer for layer in prove(folder).layers if layer.faults] == [LAYER]
+
+
+@pytest.mark.parametrize("value", [-1, 0.5, [1], {"a": 1}, "x", True])
+@pytest.mark.parametrize("key", ["quant_method", "ignore", "config_groups", "group_0", "targets"])
+def test_a_configuration_of_another_form_is_no_traceback(
+    key: str, value: object, copied: Callable[[str], Path]
+) -> None:
+    def change(settings: dict[str, Any]) -> None:
+        groups = settings["config_groups"]
+        inner = {"group_0": groups, "targets": groups["group_0"]}
+        inner.get(key, settings)[key] = value
+
+    folder = copied("ct_w4")
+    configure(folder, change)
+    with suppress(UserError):
+        prove(folder)
 
 
 @pytest.mark.parametrize(
