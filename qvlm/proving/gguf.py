@@ -88,7 +88,11 @@ class GgufFile(Mapping[str, Tensor]):
         if version not in (2, 3) or max(tensors, keys) > _MOST:
             raise ValueError(f"version {version} is not read")
         self.settings = {self._text(): self._value(self._number("I")) for _ in range(keys)}
-        self.infos = dict(self._info() for _ in range(tensors))
+        self.infos: dict[str, Info] = {}
+        for name, info in (self._info() for _ in range(tensors)):
+            if name in self.infos:
+                raise ValueError(f"the tensor {name} is there twice")
+            self.infos[name] = info
         alignment = self.settings.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1:
             raise ValueError("its alignment is not a whole number")

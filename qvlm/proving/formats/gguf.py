@@ -67,9 +67,13 @@ class Gguf(Format):
     def faults(self) -> list[str]:
         """See `Format.faults`."""
         bits, taken = self._claimed_bits(), self._bits_of_most()
+        parts, said = self.settings.get("split.count"), []
+        if type(parts) is int and parts > 1:
+            part = self.settings.get("split.no", 0) + 1
+            said.append(f"it is part {part} of {parts}, and the other parts are not read")
         if bits is None or taken in (bits, None):
-            return []
-        return [f"most weights of the file are said to have {bits} bits, and have {taken}"]
+            return said
+        return [*said, f"most weights of the file are said to have {bits} bits, and have {taken}"]
 
     def _claimed_bits(self) -> int | None:
         file_type = self.settings.get("general.file_type")

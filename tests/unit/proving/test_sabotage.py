@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -567,6 +568,28 @@ def test_gguf_that_lies_is_named(tmp_path: Path) -> None:
     content[start : start + 2] = np.array(np.nan, np.float16).tobytes()
     file.write_bytes(content)
     assert_fault(file, "blk.1.ffn_down", "1 of its 64 scales are not a number")
+
+
+def test_one_part_of_a_split_gguf_is_not_the_whole(tmp_path: Path) -> None:
+    content = (MADE / "q4_0.gguf").read_bytes()
+    file = tmp_path / "model-00001-of-00003.gguf"
+    header, keys = struct.unpack_from("<4sIQQ", content), b""
+    for name, number in (("split.no", 0), ("split.count", 3)):
+        keys += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<IH", 2, number)
+    keys += struct.pack("<QcIQ", 1, b"x", 8, -(len(keys) + 21) % 32) + bytes(-(len(keys) + 21) % 32)
+    counts = struct.pack("<4sIQQ", *header[:3], header[3] + 3)
+    file.write_bytes(counts + keys + content[24:])
+    assert_fault(file, "checkpoint", "it is part 1 of 3, and the other parts are not read")
+
+
+def test_a_tensor_that_a_gguf_holds_twice_is_named(tmp_path: Path) -> None:
+    names = ("blk.0.attn_q.weight", "blk.1.attn_q.weight")
+    sound = {name: q8_0((32, 32), seed) for seed, name in enumerate(names)}
+    file = write_gguf(tmp_path / "model.gguf", sound)
+    assert prove(file).holds
+    file.write_bytes(file.read_bytes().replace(b"blk.1", b"blk.0"))
+    with pytest.raises(UserError, match=r"the tensor blk\.0\.attn_q\.weight is there twice"):
+        prove(file)
 
 
 def test_a_mixture_in_gguf_is_read_and_what_is_wrong_is_named(tmp_path: Path) -> None:
