@@ -29,7 +29,6 @@ from qvlm.packing.kernels import native_build, native_library
 from qvlm.packing.kernels.base import Kernel
 from qvlm.packing.kernels.native import NATIVE
 from qvlm.records.environment import hardware
-from qvlm.records.files import write_file
 
 if TYPE_CHECKING:
     from qvlm.packing.layer import PackedLinear
@@ -181,7 +180,7 @@ def _keep(key: str, seconds: dict[str, float]) -> None:
     if file is None:
         return
     try:
-        write_file(file, json.dumps(_kept() | {key: seconds}, indent=1, sort_keys=True))
-        file.chmod(0o600)
+        content = json.dumps(_kept() | {key: seconds}, indent=1, sort_keys=True)
+        native_build.write_private(file, content.encode())
     except OSError as error:
         warnings.warn(f"Timings of kernels cannot be kept in {file}: {error}.", stacklevel=2)

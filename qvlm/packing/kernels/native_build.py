@@ -21,12 +21,12 @@ import stat
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from qvlm.errors import UserError
-from qvlm.records.files import write_file
+from qvlm.records.files import sync, temporary_name
 
 FOLDER = Path(__file__).parent
 WITHOUT = "QVLM_WITHOUT"
@@ -156,9 +156,26 @@ def compiled(folder: Path, source: str, flags: list[str]) -> Path:
         found.unlink(missing_ok=True)
     content = _compile(compiler, FOLDER / source, flags)
     target = folder / f"{stem}-{_digest(content)}.so"
-    write_file(target, content)
-    target.chmod(0o600)
+    write_private(target, content)
     return target
+
+
+def write_private(file: Path, content: bytes) -> None:
+    """Writes a file that `is_own` accepts from the moment at which it has its name.
+
+    A mode that is set afterwards would let another process delete or ignore it in between.
+
+    Raises:
+        OSError: If it cannot be written. Then no other file is left.
+    """
+    written = temporary_name(file)
+    try:
+        written.touch(0o600)
+        written.write_bytes(content)
+        sync(written)
+        written.replace(file)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def is_intact(file: Path) -> bool:
@@ -176,12 +193,16 @@ def is_intact(file: Path) -> bool:
 
 
 def _load(source: str, flags: list[str]) -> ctypes.CDLL:
-    """Loads the library of a C file of this package, and compiles it if need be."""
-    with ExitStack() as stack:
-        folder = cache_folder()
-        if folder is None:  # a library stays loaded when its file is deleted
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvlm-")))
-        return ctypes.CDLL(str(compiled(folder, source, flags)))
+    """Loads the library of a C file of this package, and compiles it if need be.
+
+    Where the cache folder is full or nothing may be run from it, a temporary folder serves.
+    """
+    if (folder := cache_folder()) is not None:
+        with suppress(OSError):
+            return ctypes.CDLL(str(compiled(folder, source, flags)))
+    with tempfile.TemporaryDirectory(prefix="qvlm-") as own:
+        # A library stays loaded when its file is deleted.
+        return ctypes.CDLL(str(compiled(Path(own), source, flags)))
 
 
 def _compile(compiler: str, source: Path, flags: list[str]) -> bytes:

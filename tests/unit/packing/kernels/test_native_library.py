@@ -4,6 +4,7 @@ Nothing here needs an instruction set: what the C products must give, the stock 
 too, and a test checks all that serve on the machine it runs on.
 """
 
+import errno
 import os
 import shutil
 import stat
@@ -286,6 +287,40 @@ def test_it_is_compiled_once_for_the_user_alone(compiler: Path, tmp_path: Path) 
     assert count(compiler) == 1
     assert stat.S_IMODE(compiled.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(compiled.stat().st_mode) == 0o600
+
+
+def test_a_library_is_for_the_user_alone_from_its_first_moment(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may look at once, and deletes what others could have written."""
+    before = os.umask(0o002)
+    found: list[bool] = []
+    rename = Path.replace
+
+    def seen(written: Path, target: Path) -> Path:
+        rename(written, target)
+        found.append(native_build.is_intact(target))
+        return target
+
+    monkeypatch.setattr(Path, "replace", seen)
+    try:
+        cached()
+    finally:
+        os.umask(before)
+    assert found == [True]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_full_cache_folder_is_done_without(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write = native_build.write_private
+
+    def full(file: Path, content: bytes) -> None:
+        if file.is_relative_to(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, content)
+
+    fresh.setattr(native_build, "write_private", full)
+    native_build.supported()  # compiles a file and loads it
 
 
 def truncate(file: Path) -> None:
