@@ -33,8 +33,8 @@ from qvlm.quantization.linear import QuantLinear
 from qvlm.quantization.position_quantizer import require_positions
 from qvlm.quantization.quantizer import affine_grid
 
-# Number of rows, type of the input and number of threads.
-Asked = tuple[int, torch.dtype, int]
+# Number of rows, type of the input, number of threads and device.
+Asked = tuple[int, torch.dtype, int, torch.device]
 
 
 class PackedLinear(nn.Module):
@@ -56,8 +56,8 @@ class PackedLinear(nn.Module):
         layout: Name of the kernel whose layout `codes` has, or None.
         order: Only if `form.ordered`, the channel that each stored channel is, [in] int32.
         used: Number of calls that each kernel served, by name.
-        choices: Kernel that "auto" took for each number of rows, type and number of threads, and
-            the seconds that it and others were measured to take, by name.
+        choices: Kernel that "auto" took for each number of rows, type, number of threads and
+            device, and the seconds that it and others were measured to take, by name.
         derived: What kernels derive from the buffers once and keep, by a name of their choice.
 
     Raises:
@@ -140,7 +140,7 @@ class PackedLinear(nn.Module):
         """Returns the name of the kernel for an input that is there, measured where that helps."""
         if forced := self._forced(dtype):
             return forced
-        asked = (rows, dtype, torch.get_num_threads())
+        asked = (rows, dtype, torch.get_num_threads(), self.codes.device)
         if asked not in self.choices:
             kernel, seconds = kernels.chosen(self, rows, dtype)
             self.choices[asked] = (kernel.name, seconds)
@@ -336,6 +336,13 @@ class PackedLinear(nn.Module):
         if not self.form.ordered or not x.ndim or x.shape[-1] != self.in_features:
             return x
         return torch.empty_like(x).index_copy_(x.ndim - 1, self.order.long(), x)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
+        device = self.codes.device
+        super()._apply(*args, **kwargs)
+        if self.codes.device != device:
+            self.kernel = self._kernel  # which may not run there, and would read other memory
+        return self
 
     def _label(self) -> str:
         return self.layer_name or "a linear"

@@ -80,7 +80,7 @@ def kernel_choices(model: nn.Module) -> list[dict[str, Any]]:
     """
     rows: dict[tuple[Any, ...], list[int]] = {}
     for layer in packed_layers(model).values():
-        for (count, dtype, threads), (kernel, seconds) in layer.choices.items():
+        for (count, dtype, threads, _), (kernel, seconds) in layer.choices.items():
             shape = (layer.out_features, layer.in_features)
             times = tuple((name, 1e3 * value) for name, value in seconds.items())
             kind = (shape, str(dtype).removeprefix("torch."), threads, kernel, times)

@@ -181,6 +181,26 @@ def test_a_kernel_that_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPa
     assert packed.kernel == "auto"
 
 
+def test_a_layer_that_moves_to_another_device_chooses_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel for the CPU would read the memory of a GPU. The meta device stands for one."""
+    layer, x = quantized((64, 128), (4, 4), group_size=64)
+    packed, forced = PackedLinear.from_quantized(layer), PackedLinear.from_quantized(layer)
+    kernel = packed.choose(3)
+    packed(x[:3])
+    forced.kernel = kernel
+
+    def obstacle(layer: PackedLinear) -> str | None:
+        return "it is not on the CPU" if layer.codes.is_meta else None
+
+    monkeypatch.setattr(kernel_named(kernel), "obstacle", obstacle)
+    assert packed._choose(3, torch.float32) == kernel
+    assert packed.to("meta")._choose(3, torch.float32) != kernel
+    with pytest.raises(UserError, match=f"{kernel}.*cannot serve some.layer: it is not on the CPU"):
+        forced.to("meta")
+
+
 def test_sums_are_exact_where_onednn_may_not_use_vnni() -> None:
     """PyTorch takes oneDNN because the CPU has VNNI; without it oneDNN saturates in 16 bits."""
     code = (
