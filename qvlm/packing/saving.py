@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -109,25 +109,53 @@ def save_folder(folder: Path, fill: Callable[[Path], object]) -> None:
 
     Raises:
         UserError: If the folder holds anything but a save.
-        RunError: If it cannot be written. Then it is as it was before.
+        RunError: If it cannot be written, or another save into it is going on. Then it is as it
+            was before.
     """
     require_own(folder)
     folder = resolve_folder(folder)
     partial = partial_folder(folder)
-    try:
+    with ExitStack() as stack:
+        if (partial / UNFINISHED).is_file():
+            stack.enter_context(_held(partial))
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
         with writing(folder):
             if partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
             write_file(partial / UNFINISHED, "")
+            stack.enter_context(_held(partial))
             fill(partial)
             mode = stat.S_IMODE((partial / UNFINISHED).stat().st_mode)
             for file in partial.iterdir():  # safetensors makes private files
                 file.chmod(mode)
                 sync(file)
             publish(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _held(partial: Path) -> Iterator[None]:
+    """Holds the mark of an unfinished save, which its process holds until it ends.
+
+    Raises:
+        RunError: If another save holds it, whose files would be mixed with these.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    with (partial / UNFINISHED).open("rb") as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"save_packed: another save into {partial} is going on. Wait for its end, or give "
+                "another folder."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def publish(partial: Path, folder: Path) -> None:

@@ -154,6 +154,19 @@ def test_an_unfinished_save_is_begun_anew_and_other_files_in_its_place_are_not(
     assert (partial / PROGRESS).is_file()
 
 
+def test_two_saves_into_one_folder_are_not_mixed(tmp_path: Path) -> None:
+    def meanwhile(folder: Path) -> None:
+        fill(folder)
+        before = content(folder)
+        with pytest.raises(RunError, match="another save into .* is going on"):
+            save_folder(tmp_path / "packed", lambda other: (other / "config.json").write_text("{}"))
+        assert content(folder) == before
+
+    save_folder(tmp_path / "packed", meanwhile)
+    assert (tmp_path / "packed" / "model.safetensors").exists()
+    save_folder(tmp_path / "packed", fill)  # once it has ended
+
+
 def test_the_mark_is_the_first_file(tmp_path: Path) -> None:
     seen: list[list[str]] = []
     save_folder(tmp_path / "packed", lambda folder: (seen.append(os.listdir(folder)), fill(folder)))
