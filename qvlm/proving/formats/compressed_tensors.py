@@ -152,7 +152,8 @@ class CompressedTensors(Format):
                 return group
         if not groups:
             raise UnreadableError("the configuration has no config_groups")
-        return groups[0]
+        of_all = (group for group in groups if "Linear" in (group.get("targets") or []))
+        return next(of_all, groups[0])
 
     @staticmethod
     def _two_dimensional(scale: Tensor) -> Tensor:

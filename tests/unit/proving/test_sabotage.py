@@ -311,6 +311,23 @@ def test_what_the_configuration_makes_up_is_named(case: str, copied: Callable[[s
     assert_fault(folder, LAYER, sentence)
 
 
+def test_a_group_of_other_layers_is_not_taken_for_that_of_all(
+    copied: Callable[[str], Path],
+) -> None:
+    def change(settings: dict[str, Any]) -> None:
+        whole = settings["config_groups"]["group_0"]
+        assert whole["targets"] == ["Linear"]
+        other = whole | {
+            "targets": ["re:.*experts.*"],
+            "weights": whole["weights"] | {"num_bits": 8},
+        }
+        settings["config_groups"] = {"group_0": other, "group_1": whole}
+
+    folder = copied("ct_w4")
+    configure(folder, change)
+    assert prove(folder).holds
+
+
 @pytest.mark.parametrize(
     ("name", "suffix", "change"),
     [
