@@ -186,6 +186,7 @@ class InMemoryModel(LM):
     def _batch(self, start: int, requests: Sequence[Instance]) -> list[Answer]:
         settings = Generation.of(requests[0])  # those of all requests of a batch
         limit, tokenizer = settings.max_new_tokens, self.loaded.tokenizer
+        marks = self._marks(settings)
         prompts = [context(request, self.loaded.image_token) for request in requests]
         pictures = [images(request) for request in requests]
         rows = self.loaded.token_ids(prompts, pictures)
@@ -212,19 +213,24 @@ class InMemoryModel(LM):
 
         def ended(new: Tensor) -> Tensor:
             """Whether each row of new tokens [rows, tokens] holds a text that ends it, [rows]."""
-            ends = [settings.ended(text) for text in self.loaded.decode(new)]
+            ends = [settings.ended(text) for text in self.loaded.decode(new, marks)]
             return torch.tensor(ends, device=new.device)
 
         eos = tokenizer.eos_token_id
         generated = decode(
             self.loaded.model, inputs, limit, eos, options_of, ended if settings.until else None
         )
-        texts = self.loaded.decode(generated)
+        texts = self.loaded.decode(generated, marks)
         full = (generated != eos).all(1) & (generated.shape[1] == limit)
         return [
-            Answer(settings.cut(text), reached and not settings.ended(text))
+            Answer(_without(settings.cut(text), marks), reached and not settings.ended(text))
             for text, reached in zip(texts, full.tolist(), strict=True)
         ]
+
+    def _marks(self, settings: Generation) -> dict[int, str]:
+        """The special tokens by id that stand in a text that ends an answer, such as <|im_end|>."""
+        special = self.loaded.special_tokens
+        return {at: text for at, text in special.items() if any(text in e for e in settings.until)}
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Scores each request's continuation after its context.
@@ -325,6 +331,12 @@ class InMemoryModel(LM):
                     if not isfinite(each.log_probability):
                         raise not_finite(self.loaded.name, f"text of {name(request)}")
         return scored
+
+
+def _without(text: str, marks: Mapping[int, str]) -> str:
+    for mark in marks.values():
+        text = text.replace(mark, "")
+    return text
 
 
 def _count_right(requests: Sequence[Instance], answers: Sequence[Answer]) -> int:

@@ -4,7 +4,7 @@
 prompting. Everything that reads or writes text for a model goes through it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,9 +194,24 @@ class LoadedModel:
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
 
-    def decode(self, ids: Tensor) -> list[str]:
-        """Turns token ids [batch, tokens] into texts without special tokens."""
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """Texts of the special tokens of the tokenizer, by their ids."""
+        added = self.tokenizer.added_tokens_decoder
+        return {index: str(token) for index, token in added.items() if token.special}
+
+    def decode(self, ids: Tensor, kept: Collection[int] = ()) -> list[str]:
+        """Turns token ids [batch, tokens] into texts without special tokens.
+
+        Args:
+            ids: Token ids of each text.
+            kept: Ids of special tokens that the texts show.
+        """
+        if not kept:
+            return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        hidden = self.special_tokens.keys() - set(kept)
+        rows = [[each for each in row if each not in hidden] for row in ids.tolist()]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=False)
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
