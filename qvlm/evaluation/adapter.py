@@ -26,7 +26,15 @@ from qvlm.evaluation.answers import Answer, KeptAnswers
 from qvlm.evaluation.decoding import RefuseNonFinite, decode, not_finite
 from qvlm.evaluation.likelihood import Likelihood, Passage
 from qvlm.evaluation.metrics import wilson
-from qvlm.evaluation.request import Generation, alike, context, encoded_images, images, name
+from qvlm.evaluation.request import (
+    Generation,
+    alike,
+    context,
+    continuation,
+    encoded_images,
+    images,
+    name,
+)
 from qvlm.evaluation.task import score
 from qvlm.models.loaded import LoadedModel
 from qvlm.runtime.workers import WorkQueue, is_rank_zero, run_on_all_ranks
@@ -190,6 +198,7 @@ class InMemoryModel(LM):
         prompts = [context(request, self.loaded.image_token) for request in requests]
         pictures = [images(request) for request in requests]
         rows = self.loaded.token_ids(prompts, pictures)
+        rows = [ids or [likelihood.prefix(self.loaded)] for ids in rows]
         if self.shorten:
             rows = [
                 ids if own else likelihood.shortened(self.loaded, ids, limit)
@@ -255,7 +264,7 @@ class InMemoryModel(LM):
         passage = likelihood.continuation(
             self.loaded,
             context(request, self.loaded.image_token),
-            request.args[1],
+            continuation(request, self.loaded.image_token),
             images(request) if self.loaded.image_tokens_vary else encoded,
             f"question {name(request)}",
             self.shorten,
@@ -266,7 +275,7 @@ class InMemoryModel(LM):
         """Whether the prompt of a request is cut to leave room for an answer."""
         if encoded_images(request):
             return False
-        (ids,) = self.loaded.token_ids([context(request)], [[]])
+        (ids,) = self.loaded.token_ids([context(request, self.loaded.image_token)], [[]])
         limit = Generation.of(request).max_new_tokens
         return len(likelihood.shortened(self.loaded, ids, limit)) < len(ids)
 

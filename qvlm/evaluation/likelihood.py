@@ -70,14 +70,20 @@ def continuation(
 
     Raises:
         ValueError: If the texts do not hold exactly one `<image>` for each image.
-        UserError: If the model's context is too short for the continuation, or for a text that
-            must not be shortened.
+        UserError: If the continuation has no token of its own, or the model's context is too short
+            for it, or for a text that must not be shortened.
     """
     bare = context.rstrip()
     whole, before = loaded.token_ids([context + text, bare], [images, images])
-    if not before:  # of a tokenizer that begins without a bos token
-        whole, before = [_prefix(loaded), *whole], [_prefix(loaded)]
+    if not before or len(whole) < 2:  # of a tokenizer that begins without a bos token
+        whole, before = [prefix(loaded), *whole], [prefix(loaded), *before]
     scored = len(whole) - len(before)
+    if scored < 1 and text.strip():
+        raise UserError(
+            f"model {loaded.name}: {what} has a continuation, {text[:80]!r}, whose tokens are one "
+            "with the last word of its context, so it has no likelihood of its own. Begin it with "
+            "a blank or a line."
+        )
     longest = context_length(loaded) + 1  # the last token is predicted and never read
     if len(whole) <= longest:
         return Passage(whole, scored, images)
@@ -96,7 +102,7 @@ def windows(loaded: LoadedModel, text: str, length: int | None = None) -> list[P
     """
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     longest = length or context_length(loaded)
-    parts = get_rolling_token_windows(ids, _prefix(loaded), longest, context_len=1)
+    parts = get_rolling_token_windows(ids, prefix(loaded), longest, context_len=1)
     return [
         Passage([*before, *scored], len(scored))
         for before, scored in map(make_disjoint_window, parts)
@@ -196,8 +202,8 @@ def batches(passages: Sequence[Passage], batch_size: int) -> Iterator[list[int]]
         yield longest_first[start : start + batch_size]
 
 
-def _prefix(loaded: LoadedModel) -> int:
-    """The token that the first token of a text follows."""
+def prefix(loaded: LoadedModel) -> int:
+    """Returns the token that the first token of a text follows."""
     tokenizer = loaded.tokenizer
     bos = tokenizer.bos_token_id
     return int(tokenizer.eos_token_id if bos is None else bos)

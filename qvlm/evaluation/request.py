@@ -2,12 +2,12 @@
 
 lm-eval marks the place of an image by `<image>`, as our prompts do. A context that names fewer
 images than it has gets the missing places at its beginning, and a literal `<image>` in a text
-without images is removed.
+without images is removed, as it is in a continuation.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from PIL import Image
 from qvlm.data.images import to_rgb
 from qvlm.data.prompts import IMAGE_TOKEN
 from qvlm.errors import UserError
+from qvlm.validation import refused, whole_number
 
 MAX_NEW_TOKENS = 256  # of an answer, where a task sets no limit; as lm-eval's own models have it
 
@@ -56,12 +57,14 @@ class Generation:
         Sampling has temperature 1 and the whole distribution, unless the request limits it.
 
         Raises:
-            UserError: If a setting is not supported, or tokens are sampled at temperature 0.
+            UserError: If a setting is not supported or has a value of a wrong kind, or tokens are
+                sampled at temperature 0.
         """
         settings = {key: value for key, value in request.args[1].items() if value is not None}
         for key, value in settings.items():
             if key not in _SETTINGS and (key not in _NEUTRAL or value != _NEUTRAL[key]):
                 raise UserError(_unsupported(key, value))
+        _require_kinds(settings)
         given = normalize_gen_kwargs(settings, MAX_NEW_TOKENS)
         sampling: dict[str, Any] = {"do_sample": given["do_sample"]}
         if given["do_sample"]:
@@ -125,7 +128,7 @@ def context(request: Instance, image_token: str = IMAGE_TOKEN) -> str:
     """
     text, count = str(request.args[0]), len(encoded_images(request))
     if count == 0:
-        return text.replace(IMAGE_TOKEN, "")
+        return _without_images(text, image_token)
     missing = count - sum(map(text.count, {IMAGE_TOKEN, image_token}))
     if missing < 0:
         raise UserError(
@@ -133,6 +136,11 @@ def context(request: Instance, image_token: str = IMAGE_TOKEN) -> str:
             "each <image> of the prompt an image in doc_to_image."
         )
     return f"{IMAGE_TOKEN}\n" * missing + text
+
+
+def continuation(request: Instance, image_token: str = IMAGE_TOKEN) -> str:
+    """The text whose likelihood is asked. It shows no image; see `context`."""
+    return _without_images(str(request.args[1]), image_token)
 
 
 def encoded_images(request: Instance) -> list[Any]:
@@ -160,6 +168,25 @@ def images(request: Instance) -> list[Image.Image]:
             f"data: the image of question {name(request)} does not decode. Give a "
             "complete file in a format that Pillow reads, such as PNG or JPEG"
         ) from error
+
+
+def _require_kinds(settings: Mapping[str, Any]) -> None:
+    """Refuses values that would be taken for others, such as the text "false" for true."""
+    sampled = settings.get("do_sample", False)
+    if not isinstance(sampled, bool):
+        raise refused("generation_kwargs.do_sample", sampled, "true or false")
+    ends = settings.get("until", [])
+    for end in ends if isinstance(ends, list) else [ends]:
+        if not isinstance(end, str):
+            raise refused("generation_kwargs.until", end, "texts")
+    for key in _LIMITS:
+        if key in settings:
+            whole_number(f"generation_kwargs.{key}", settings[key])
+
+
+def _without_images(text: str, image_token: str) -> str:
+    """Returns a text without the words that stand for images."""
+    return text.replace(IMAGE_TOKEN, "").replace(image_token, "")
 
 
 def _unsupported(key: str, value: Any) -> str:

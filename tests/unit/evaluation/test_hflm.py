@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qvlm.data.prompts import Prompting
+from qvlm.errors import UserError
 from qvlm.evaluation.adapter import InMemoryModel
 from qvlm.models import LoadedModel
 from tests.helpers.language_models import tiny_language_model
@@ -94,3 +95,27 @@ def test_generated_texts_agree(both: tuple[HFLM, LoadedModel], until: list[str])
     ]
     expected = [peer.generate_until([each], disable_tqdm=True)[0] for each in requests]
     assert answered(own, 4, "generate_until", requests) == expected
+
+
+def test_a_continuation_without_tokens_of_its_own_is_refused(
+    both: tuple[HFLM, LoadedModel],
+) -> None:
+    """It would have a likelihood of 1 and win over any other choice."""
+    _, own = both
+    with pytest.raises(UserError, match=r"question q7 has a continuation, 'ick', whose tokens are"):
+        answered(own, 1, "loglikelihood", [instance("loglikelihood", "the qu", "ick")])
+    empty = [instance("loglikelihood", "the", "")]
+    assert answered(own, 1, "loglikelihood", empty) == [(0.0, True)]
+
+
+def test_a_text_may_name_an_image_or_be_empty(both: tuple[HFLM, LoadedModel]) -> None:
+    _, own = both
+    pairs = [("the <image>", " fox <image>"), ("the ", " fox ")]
+    named, bare = answered(
+        own, 1, "loglikelihood", [instance("loglikelihood", *pair) for pair in pairs]
+    )
+    assert named == bare
+    settings = {"max_gen_toks": 5}
+    (text,) = answered(own, 1, "generate_until", [instance("generate_until", "", settings)])
+    (begun,) = answered(own, 1, "generate_until", [instance("generate_until", "<s>", settings)])
+    assert text == begun or own.begins_with_bos

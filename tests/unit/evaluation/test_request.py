@@ -68,6 +68,9 @@ def test_a_family_sees_the_same_pixels(mode: str, tiny: Loaded) -> None:
         ({"max_length": 5}, r"max_length=5 .* Choose from: until, .*max_gen_toks"),
         ({"temprature": 0.7}, r"temprature=0\.7 .* Choose from: until, do_sample, temperature"),
         ({"do_sample": True, "temperature": 0.0}, r"temperature=0\.0 with do_sample=True"),
+        ({"do_sample": "false", "temperature": 0.7}, "do_sample=false is not true or false"),
+        ({"until": ["a", 3]}, "until=3 is not texts"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0 is not a whole number of at least 1"),
     ],
 )
 def test_a_setting_that_would_be_ignored_is_refused(settings: dict[str, Any], message: str) -> None:
