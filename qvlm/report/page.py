@@ -188,7 +188,7 @@ def _by_kl(content: Content) -> list[tuple[str, Markup, list[str]]]:
                 kl = record.metrics["kl"]
                 value, ends = with_interval(kl)
                 about = f"{_label(record)}: {value} nats per answer token, 95 % {ends}"
-                half = 1.96 * kl["standard_error"]
+                half = 1.96 * (kl["standard_error"] or 0.0)  # a single problem has none
                 y = band + (place + 1) / (len(records) + 1)
                 mark, run = content.marks[record.method], content.numbers[record.name]
                 low = max(kl["mean"] - half, kl["mean"] / 10)

@@ -40,16 +40,19 @@ def interval(row: dict[str, Any]) -> str:
     return f"{row['ci_low']:.1f}-{row['ci_high']:.1f}" if row["n"] else NONE
 
 
-def with_interval(row: Mapping[str, float], digits: int = 4) -> tuple[str, str]:
-    """Returns a mean and its 95 % interval.
+def with_interval(row: Mapping[str, float | None], digits: int = 4) -> tuple[str, str]:
+    """Returns a mean and its 95 % interval, which a single problem does not have.
 
     Args:
         row: `mean` and `standard_error`; see `Divergence.summary`.
         digits: Number of decimals.
     """
-    half = NormalDist().inv_cdf(0.975) * row["standard_error"]
-    low, high = max(0.0, row["mean"] - half), row["mean"] + half
-    return f"{row['mean']:.{digits}f}", f"{low:.{digits}f}-{high:.{digits}f}"
+    mean, error = row["mean"], row["standard_error"]
+    assert mean is not None
+    if error is None:
+        return f"{mean:.{digits}f}", NONE
+    half = NormalDist().inv_cdf(0.975) * error
+    return f"{mean:.{digits}f}", f"{max(0.0, mean - half):.{digits}f}-{mean + half:.{digits}f}"
 
 
 def paired_interval(difference: PairedDifference) -> str:

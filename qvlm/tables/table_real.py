@@ -164,7 +164,7 @@ def page(records: Sequence[Record], command: str) -> str:
                 documents=text["documents"],
                 tokens=f"{text['tokens']:,}",
                 perplexity=f"{found['value']:.2f}" if found else NOT_MEASURED,
-                interval=f"{found['low']:.2f} to {found['high']:.2f}" if found else NOT_MEASURED,
+                interval=_interval([found] if found else [], 2),
             )
         )
         parts += [ONCE] if model == "smollm2" else []
@@ -200,7 +200,6 @@ def _detail(cells: Cells, bits: str) -> str:
             continue
         kls = [record.metrics["text"]["kl"] for record in records]
         values = [kl["value"] for kl in kls]
-        low, high = (fmean(kl[end] for kl in kls) for end in ("low", "high"))
         seconds = fmean(record.run["stages"]["quantize"]["seconds"] for record in records)
         lines.append(
             [
@@ -208,7 +207,7 @@ def _detail(cells: Cells, bits: str) -> str:
                 row.activations,
                 str(len(records)),
                 f"{fmean(values):.3f}",
-                f"{low:.3f} to {high:.3f}",
+                _interval(kls, 3),
                 f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else NOT_MEASURED,
                 f"{mean(records, 'perplexity'):.1f}",
                 f"{mean(records, 'agreement'):.1f}",
@@ -216,6 +215,15 @@ def _detail(cells: Cells, bits: str) -> str:
             ]
         )
     return table(header, lines, left=2) if lines else f"Nothing is measured at {bits}."
+
+
+def _interval(measures: Sequence[Mapping[str, float | None]], digits: int) -> str:
+    """The mean interval of a measure over draws. A single document has none."""
+    ends = [[measure[end] for measure in measures] for end in ("low", "high")]
+    known = [[value for value in own if value is not None] for own in ends]
+    if not measures or known != ends:
+        return NOT_MEASURED
+    return " to ".join(f"{fmean(own):.{digits}f}" for own in known)
 
 
 def _made(records: Sequence[Record], command: str) -> list[str]:

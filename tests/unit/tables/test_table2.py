@@ -7,6 +7,7 @@ import pytest
 
 from qvlm.errors import UserError
 from qvlm.records.record import Record, find_records, write_record
+from qvlm.report.page import page as report_page
 from qvlm.tables.table2 import COLUMNS, build, write
 from tests.helpers.pages import cells, section, table2_page
 from tests.helpers.records import STANDS_FOR, make_record
@@ -91,7 +92,7 @@ def test_the_page_shows_values_intervals_and_counts(runs: Path) -> None:
     ]
 
 
-def with_kl(record: Record, mean: float, error: float) -> Record:
+def with_kl(record: Record, mean: float, error: float | None) -> Record:
     metrics = {**record.metrics, "kl": {"mean": mean, "standard_error": error}}
     parts = record.config, record.run, metrics, record.predictions, record.layers
     return write_record(record.path, *parts)
@@ -125,6 +126,16 @@ def test_changed_answers_are_not_known_without_full_precision(runs: Path) -> Non
     make_record(runs)
     assert build(find_records(runs))["changed"].isna().all()
     assert "not known" in section(table2_page(runs), "### mini_llava, W4A4")
+
+
+def test_the_divergence_of_a_single_problem_has_no_interval(runs: Path) -> None:
+    make_record(runs, bits="FP")
+    with_kl(make_record(runs), 0.0312345, None)
+    lines = section(table2_page(runs), "### mini_llava, W4A4").splitlines()
+    ends = [cells(line)[-1] for line in lines if line.startswith("|")]
+    assert ends[ends.index("0.0312") + 1] == "-"
+    report = report_page(find_records(runs), "qvlm report")
+    assert "0.03123 nats per answer token" in report
 
 
 def test_the_csv_has_all_digits_of_the_divergence(runs: Path) -> None:

@@ -1,6 +1,7 @@
 """The table of a real language model: planted records, and records that must not be shown."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qvlm.evaluation.text import summarize
 from qvlm.records.record import Record
 from qvlm.tables.answers import folder_of, obstacle, read_answers, write_answers
 from qvlm.tables.selection import select
@@ -69,6 +71,21 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert cells_of(page([bare], "c"), "RTN", "static, per channel")[-1].startswith(
         f"**{NOT_MEASURED}**"
     )
+
+
+def test_a_single_document_has_no_interval(tmp_path: Path) -> None:
+    sums = {"document": ["a"], "tokens": [900], "nll": [2700.0], "kl": [90.0], "agreement": [700.0]}
+    full = planted(tmp_path, bits="FP", kl=None)
+    records = [planted(tmp_path, draw=draw) for draw in range(2)]
+    alone = [
+        replace(record, predictions=frame, metrics={"text": summarize(frame)})
+        for record in (full, *records)
+        for frame in [pd.DataFrame(sums)]
+    ]
+    text = page(alone, "make table-real")
+    assert f"95 % interval {NOT_MEASURED}" in text
+    row = cells_of(text.partition("in detail")[2], "RTN", "static, per channel")
+    assert row[:3] == ["2", "0.100", NOT_MEASURED]
 
 
 def test_the_first_token_in_float_is_a_row_of_its_own(tmp_path: Path) -> None:
