@@ -44,6 +44,7 @@ from qvlm.records.record import Record
 from qvlm.tables.published_answers import BEHIND, CHECKPOINTS, published_predictions
 from qvlm.tables.report import number, paired_interval, signed
 
+TEMPERATURE = 0.2  # at which the published answers were sampled
 BELIEVED = 98.0  # percent of the questions
 EXPLAINED = 95.6
 _REFUSED = 0.01  # share of right runs that the comparison with a sampled run refuses
@@ -237,6 +238,7 @@ def _same(a: pd.Series, b: pd.Series) -> pd.Series:
 def _full_precision(path: Path, checkpoint: str | None) -> tuple[Record, str]:
     """Loads a run, and finds the checkpoint that it is compared with."""
     record = Record.load(path)
+    _require_problems(record)
     if not record.bit_widths.is_full_precision:
         raise UserError(f"{record.name} is not a run in full precision. Give the run of method=fp.")
     found = checkpoint or BEHIND.get(str(record.config["model"].get("stands_for")))
@@ -246,6 +248,33 @@ def _full_precision(path: Path, checkpoint: str | None) -> tuple[Record, str]:
             f"--published with one of: {', '.join(CHECKPOINTS)}."
         )
     return record, found
+
+
+def _require_problems(record: Record) -> None:
+    if record.kind != "problems":
+        raise UserError(
+            f"{record.name} has no answers to problems, but is a run on {record.kind}. Give a run "
+            "with data=scienceqa or data=official."
+        )
+
+
+def _require_sampled(sampled: Record, greedy: Record) -> None:
+    """Refuses a run whose answers say nothing about how far sampling alone changes them."""
+    _require_problems(sampled)
+    own, other = (
+        (record.run["files_hashed"].get("model"), record.run["influences"]["model"])
+        for record in (sampled, greedy)
+    )
+    if own != other or not sampled.bit_widths.is_full_precision:
+        raise UserError(
+            "--sampled: it is not a run of the same model in full precision. Give such a run."
+        )
+    temperature = sampled.run["influences"]["evaluation"].get("temperature", 0.0)
+    if temperature != TEMPERATURE:
+        raise UserError(
+            f"--sampled: it is a run at temperature {temperature:g}, and the published answers are "
+            f"of {TEMPERATURE:g}. Give a run with evaluation.temperature={TEMPERATURE:g}."
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -270,8 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         least = None
         if options.sampled:
             sampled = Record.load(options.sampled)
-            if sampled.run["files_hashed"].get("model") != record.run["files_hashed"].get("model"):
-                raise UserError("--sampled: it is not a run of the same model. Give such a run.")
+            _require_sampled(sampled, record)
             least = least_agreement(record.predictions, sampled.predictions)
         print(report(joined, checkpoint))
         average = class_rows(joined)[-1]

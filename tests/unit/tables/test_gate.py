@@ -2,6 +2,7 @@
 
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,12 +20,16 @@ V13 = published_predictions("llava_v13_13b")
 
 
 def record_of(
-    runs: Path, predictions: pd.DataFrame, bits: str = "FP", stands_for: str | None = "llava_13b"
+    runs: Path,
+    predictions: pd.DataFrame,
+    bits: str = "FP",
+    stands_for: str | None = "llava_13b",
+    temperature: float = 0.0,
 ) -> Record:
     """The record of a run that chose so."""
     right = predictions["prediction"].fillna(-1) == predictions["answer"]
     predictions = predictions.assign(correct=right, skill="", text="")
-    planted = make_record(runs, bits=bits)
+    planted = make_record(runs, bits=bits, evaluation={"temperature": temperature})
     config = {**planted.config, "model": {**planted.config["model"], "stands_for": stands_for}}
     metrics = {"classes": class_metrics(predictions)}
     return write_record(planted.path, config, planted.run, metrics, predictions, planted.layers)
@@ -84,11 +89,35 @@ def test_a_sampled_run_of_the_same_model_decides(
         prediction = greedy.predictions["prediction"].copy()
         prediction[: 2 * count : 2] = (prediction[: 2 * count : 2] + 1) % 2
         other = runs.parent / f"other{count}"
-        sampled = record_of(other, greedy.predictions.assign(prediction=prediction))
+        answers = greedy.predictions.assign(prediction=prediction)
+        sampled = record_of(other, answers, temperature=0.2)
         said = gate.main([str(greedy.path), "--sampled", str(sampled.path)])
         words = "".join(capsys.readouterr())
         assert said == code, words
         assert "sampling explains any share from" in words
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"temperature": 1.0}, "at temperature 1, and the published answers are of 0.2"),
+        ({}, "at temperature 0, and"),
+        ({"temperature": 0.2, "bits": "W4A4"}, "not a run of the same model in full precision"),
+    ],
+)
+def test_another_sampled_run_explains_nothing(
+    runs: Path, capsys: pytest.CaptureFixture[str], how: dict[str, Any], words: str
+) -> None:
+    greedy = record_of(runs, changed(1500))
+    sampled = record_of(runs.parent / "other", V13, **how)
+    assert gate.main([str(greedy.path), "--sampled", str(sampled.path)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_without_problems_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = make_record(runs, bits="FP", tasks={"x": 0.5})
+    assert gate.main([str(record.path), "--published", "llava_v13_13b"]) == 2
+    assert "is a run on tasks" in capsys.readouterr().err
 
 
 def test_the_least_agreement_that_sampling_explains() -> None:
