@@ -2,7 +2,8 @@
 
 A run is the folder of a record, or a file of committed answers. The command compares what
 identifies the records (configuration, code, weights and data), what they ran on (versions,
-hardware), what their layers prove, and their answers, question by question.
+hardware), what their layers prove, and their answers, question by question. Of runs on plain text
+and on tasks it compares the measures.
 """
 
 import argparse
@@ -17,10 +18,11 @@ from qvlm.command import run_command
 from qvlm.data.prompts import LETTERS
 from qvlm.errors import UserError
 from qvlm.evaluation.metrics import mcnemar, paired_difference
+from qvlm.evaluation.tasks import scores
 from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
 from qvlm.tables.answers import SUFFIX, UNPARSABLE, letters_of, read_one
-from qvlm.tables.report import paired_interval, signed
+from qvlm.tables.report import number, paired_interval, signed
 from qvlm.validation import shown
 
 # Parts of run.json, by the title under which they are compared.
@@ -61,7 +63,10 @@ def explain(first: Record, second: Record, most: int | None = None) -> str:
     layers = _layers(first, second)
     if layers:
         parts += ["## Proof of bits", layers]
-    parts += ["## Answers", *_answers(first, second, most)]
+    if first.kind == second.kind == "problems":
+        parts += ["## Answers", *_answers(first, second, most)]
+    else:
+        parts += ["## Measures", _measures(first, second)]
     return "\n\n".join(parts)
 
 
@@ -105,6 +110,25 @@ def _layers(first: Record, second: Record) -> str:
         if levels[0] != levels[1]:
             rows.append([name, *levels])
     return table(["layer, levels of weights / inputs", "first", "second"], rows) if rows else ""
+
+
+def _measures(first: Record, second: Record) -> str:
+    """Returns the table of what two runs measured that are not both on problems."""
+    sides = [_measured(record) for record in (first, second)]
+    names = dict.fromkeys([*sides[0], *sides[1]])
+    rows = [[name, *(side.get(name, "-") for side in sides)] for name in names]
+    return table(["measure", "first", "second"], rows)
+
+
+def _measured(record: Record) -> dict[str, str]:
+    if record.kind == "tasks":
+        found = scores(record.metrics["tasks"]["results"])
+        return {f"{task}, {metric}": f"{value:.6g}" for task, metric, value, _ in found}
+    if record.kind == "text":
+        text = record.metrics["text"]
+        known = [name for name in ("perplexity", "kl", "agreement") if text.get(name) is not None]
+        return {name: f"{text[name]['value']:.6g}" for name in known}
+    return {"accuracy, %": number(record.metrics["classes"]["Avg"]["accuracy"])}
 
 
 def _answers(first: Record, second: Record, most: int | None) -> list[str]:

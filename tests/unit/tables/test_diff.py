@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from qvlm.records.record import Record
@@ -34,6 +35,24 @@ def test_a_run_does_not_differ_from_itself(record: Record) -> None:
     assert f"The same in both: {same}." in text
     assert "Answers that differ: 0 (0.00 %)" in text
     assert "|" not in text
+
+
+def test_runs_on_text_and_tasks_are_compared_by_their_measures(runs: Path) -> None:
+    sums = pd.DataFrame({"document": ["a", "b"], "tokens": [90, 110], "nll": [270.0, 330.0]})
+    one = make_record(runs, documents=sums)
+    other = make_record(runs, name="b", documents=sums.assign(kl=[9.0, 11.0], agreement=[45, 55]))
+    assert rows(diff.explain(one, other), "## Measures") == [
+        ["perplexity", "20.0855", "20.0855"],
+        ["kl", "-", "0.1"],
+        ["agreement", "-", "50"],
+    ]
+    first, second = (
+        make_record(runs, name=f"t{index}", tasks={"x": value})
+        for index, value in ((0, 0.5), (1, 0.75))
+    )
+    assert rows(diff.explain(first, second), "## Measures") == [["x, accuracy", "0.5", "0.75"]]
+    mixed = rows(diff.explain(one, make_record(runs, name="p", accuracy=0)), "## Measures")
+    assert mixed == [["perplexity", "20.0855", "-"], ["accuracy, %", "-", "0.00"]]
 
 
 @pytest.mark.parametrize(
