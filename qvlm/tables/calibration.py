@@ -65,7 +65,12 @@ def cross(records: Sequence[Record]) -> Crossed:
     quantized = [record for record in static if not record.bit_widths.is_full_precision]
     draws = sorted({draw(record) for record in quantized})
     settings = [f"{words}, draw {at}" for at in draws for words in SETS.values()]
-    return crossed_by(static, lambda record: f"{kind(record)}, draw {draw(record)}", settings)
+    return crossed_by(
+        static,
+        lambda record: f"{kind(record)}, draw {draw(record)}",
+        settings,
+        ["calibration.images", "calibration.seed"],
+    )
 
 
 def kind(record: Record) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from qvlm.records.record import Record
 from qvlm.tables.labels import bits_order, method_order
-from qvlm.tables.selection import LeftOut, Selection, of_whole_method, select
+from qvlm.tables.selection import LeftOut, Selection, of_whole_method, one_setting, select
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,10 @@ class Crossed:
 
 
 def crossed_by(
-    records: Sequence[Record], setting: Callable[[Record], str], settings: Sequence[str]
+    records: Sequence[Record],
+    setting: Callable[[Record], str],
+    settings: Sequence[str],
+    varying: Sequence[str],
 ) -> Crossed:
     """Chooses the records of each setting as for a table of its own.
 
@@ -32,13 +35,26 @@ def crossed_by(
         records: Records of a folder of runs.
         setting: Says in words which setting a quantized record has.
         settings: Settings in the order of the page. Records of any other are not mentioned.
+        varying: Options and groups of options in which the settings differ. In all others the
+            settings of a model are alike, so that their rows stand side by side.
     """
-    ordinary = [record for record in records if of_whole_method(record)]
+    concerned = [
+        record
+        for record in records
+        if of_whole_method(record)
+        and (record.bit_widths.is_full_precision or setting(record) in settings)
+    ]
+    aside: dict[str, LeftOut] = {}
+    ordinary = []
+    for model in sorted({record.model for record in concerned}):
+        own = [record for record in concerned if record.model == model]
+        kept, others = one_setting(own, varying)
+        ordinary += kept
+        aside |= {entry.record.name: entry for entry in others}
     full = [record for record in ordinary if record.bit_widths.is_full_precision]
     quantized = [record for record in ordinary if not record.bit_widths.is_full_precision]
     chosen: dict[str, Record] = {}
     refused: dict[str, LeftOut] = {}
-    aside: dict[str, LeftOut] = {}
     for words in settings:
         own = [record for record in quantized if setting(record) == words]
         found = select([*full, *own]) if own else Selection()

@@ -103,7 +103,7 @@ def select(
         models[record.model].append(record)
     selection = Selection()
     for model in sorted(models):
-        chosen, aside = _one_per_cell(*_one_setting(models[model]))
+        chosen, aside = _one_per_cell(*one_setting(models[model]))
         selection.set_aside.extend(aside)
         proven = {row["layer"]: record.name for record in chosen for row in record.layers}
         for record in sorted(chosen, key=_order):
@@ -142,17 +142,26 @@ def usual_parameters(records: Sequence[Record]) -> tuple[list[Record], list[Left
     return kept, aside
 
 
-def _one_setting(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
+def one_setting(
+    records: Sequence[Record], varying: Sequence[str] = ()
+) -> tuple[list[Record], list[LeftOut]]:
     """Returns one model's records in the setting with the most cells, and the other records.
 
     Records in full precision have no quantizer and no calibration. Quantized records therefore
     decide, if there are any.
+
+    Args:
+        records: Records of one model.
+        varying: Options and groups of options, such as "calibration.seed" and "quantizer", in which
+            the rows of a page differ, and which are therefore no part of the setting.
     """
+    if not records:
+        return [], []
     quantized = [record for record in records if not record.bit_widths.is_full_precision]
-    main = _most(quantized or records, _setting)
+    main = _most(quantized or records, lambda record: _hashable(_shared(record, varying)), varying)
     kept, aside = [], []
     for record in records:
-        if differing := _differences(record, main):
+        if differing := _differences(record, main, varying):
             aside.append(LeftOut(record, f"another setting: {'; '.join(differing)}"))
         else:
             kept.append(record)
@@ -166,11 +175,12 @@ def _one_setting(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]
     return current, aside
 
 
-def _differences(record: Record, main: Record) -> list[str]:
+def _differences(record: Record, main: Record, varying: Sequence[str]) -> list[str]:
     """Says where the setting of a record differs from that of `main`."""
-    own, wanted = _shared(record), _shared(main)
+    own, wanted = _shared(record, varying), _shared(main, varying)
     if record.bit_widths.is_full_precision:
-        wanted = {key: value for key, value in wanted.items() if key in own}
+        parts = record.run["influences"]
+        wanted = {key: value for key, value in wanted.items() if key.partition(".")[0] in parts}
     return _unlike(own, wanted)
 
 
@@ -205,12 +215,16 @@ def _one_per_cell(
     return [*newest.values()], sorted(left, key=lambda entry: entry.record.name)
 
 
-def _most(records: Sequence[Record], key: Callable[[Record], Hashable]) -> Record:
+def _most(
+    records: Sequence[Record], key: Callable[[Record], Hashable], varying: Sequence[str] = ()
+) -> Record:
     """Returns the newest record among those whose key is shared by the most cells."""
     cells: defaultdict[Hashable, set[tuple[object, ...]]] = defaultdict(set)
     for record in records:
         draw = record.config.get("calibration", {}).get("seed")
-        cells[key(record)].add((record.model, record.bits, record.method, draw))
+        row = {k: v for k, v in _flat(record.run["influences"]).items() if _is_any(k, varying)}
+        cell = (record.model, record.bits, record.method, draw, _hashable(row))
+        cells[key(record)].add(cell)
     return max(records, key=lambda record: (len(cells[key(record)]), _age(record)))
 
 
@@ -218,14 +232,16 @@ def _age(record: Record) -> tuple[str, str]:
     return record.run["finished"], record.name
 
 
-def _shared(record: Record) -> dict[str, Any]:
-    """Returns the part of the configuration that the rows of one table have in common."""
-    influences = record.run["influences"]
-    return {key: value for key, value in influences.items() if key not in ("method", "bits")}
+def _shared(record: Record, varying: Sequence[str]) -> dict[str, Any]:
+    """Returns the options that the rows of one table have in common."""
+    own = ("method", "bits", *varying)
+    options = _flat(record.run["influences"])
+    return {key: value for key, value in options.items() if not _is_any(key, own)}
 
 
-def _setting(record: Record) -> Hashable:
-    return _hashable(_shared(record))
+def _is_any(option: str, names: Sequence[str]) -> bool:
+    """Whether an option is one of these, or belongs to a group of these."""
+    return any(option == name or option.startswith(f"{name}.") for name in names)
 
 
 def _parameters(record: Record) -> Hashable:

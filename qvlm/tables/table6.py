@@ -49,7 +49,7 @@ channel by its text."""
 
 def cross(records: Sequence[Record]) -> Crossed:
     """Chooses the records of each granularity as for a table of its own."""
-    return crossed_by(records, activations, [*GRANULARITIES.values()])
+    return crossed_by(records, activations, [*GRANULARITIES.values()], ["quantizer"])
 
 
 def long(crossed: Crossed) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from qvlm.tables.granularity import FIRST_IN_FLOAT, GRANULARITIES, PER_TOKEN, ac
 from qvlm.tables.labels import FP, bits_order, method_order
 from qvlm.tables.proof import fault
 from qvlm.tables.report import hardware, revision
-from qvlm.tables.selection import usual_parameters
+from qvlm.tables.selection import one_setting, usual_parameters
 
 NAME = "table_real"
 NOT_MEASURED = "not measured"
@@ -79,8 +79,19 @@ def arrange(records: Sequence[Record]) -> tuple[list[Record], Cells, list[str]]:
     """
     full: list[Record] = []
     cells: dict[Row, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
-    kept, unusual = usual_parameters(records)
-    refused = [f"`{left.record.name}`: {left.reason}" for left in unusual]
+    usual, others = usual_parameters(records)
+    kept, aside = one_setting(usual, ["quantizer", "calibration.seed"])
+    others += aside
+    by_words: dict[str, list[Record]] = defaultdict(list)
+    for record in kept:
+        full_precision = record.bit_widths.is_full_precision
+        by_words[FP if full_precision else activations(record)].append(record)
+    kept = []
+    for own in by_words.values():
+        alike, aside = one_setting(own, ["calibration.seed"])
+        kept += alike
+        others += aside
+    refused = [f"`{left.record.name}`: {left.reason}" for left in others]
     for record in sorted(kept, key=lambda record: record.run["finished"]):
         if reason := fault(record, {}):
             refused.append(f"`{record.name}`: {reason}")
@@ -113,6 +124,16 @@ def rows_of(cells: Cells) -> list[Row]:
     return sorted(dict.fromkeys([*wanted, *cells]), key=rank)
 
 
+def shown(records: Sequence[Record]) -> list[Record]:
+    """Returns the records that the page shows, each model's one in full precision first."""
+    found: list[Record] = []
+    for model in sorted({record.model for record in records}):
+        full, cells, _ = arrange([record for record in records if record.model == model])
+        found += full[:1]
+        found += [r for by_bits in cells.values() for draws in by_bits.values() for r in draws]
+    return found
+
+
 def mean(records: Sequence[Record], measure: str) -> float | None:
     """Returns the mean of a measure over draws, or None if one of them lacks it."""
     found = [record.metrics["text"][measure] for record in records]
@@ -120,11 +141,9 @@ def mean(records: Sequence[Record], measure: str) -> float | None:
 
 
 def long(records: Sequence[Record]) -> pd.DataFrame:
-    """Returns the rows of the CSV, one per record and measure."""
+    """Returns the rows of the CSV, one per record that the page shows and measure."""
     entries = []
-    for record in sorted(records, key=lambda r: (r.model, bits_order(r.bit_widths), r.name)):
-        if fault(record, {}):
-            continue
+    for record in sorted(shown(records), key=lambda r: (r.model, bits_order(r.bit_widths), r.name)):
         full = record.bit_widths.is_full_precision
         for measure in MEASURES:
             value = record.metrics["text"][measure] or dict.fromkeys(("value", "low", "high"))
@@ -157,7 +176,7 @@ def page(records: Sequence[Record], command: str) -> str:
     for model in sorted({record.model for record in records}):
         full, cells, bad = arrange([record for record in records if record.model == model])
         refused += bad
-        text = next(r for r in records if r.model == model).metrics["text"]
+        text = next(r for r in [*shown(records), *records] if r.model == model).metrics["text"]
         found = full[0].metrics["text"]["perplexity"] if full else None
         parts.append(
             HEAD.format(
@@ -171,7 +190,7 @@ def page(records: Sequence[Record], command: str) -> str:
         parts += [_overview(cells), "## W4A4 in detail", _detail(cells, "W4A4")]
     parts.append("## Refused rows")
     parts.append(bullets(refused) if refused else "None.")
-    parts += ["## How this was made", bullets(_made(records, command))]
+    parts += ["## How this was made", bullets(_made(shown(records), command))]
     return "\n\n".join(parts) + "\n"
 
 

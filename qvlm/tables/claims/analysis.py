@@ -22,7 +22,7 @@ from qvlm.tables.claims.plan import model_of
 from qvlm.tables.comparison import paired
 from qvlm.tables.labels import FP
 from qvlm.tables.proof import fault
-from qvlm.tables.selection import LeftOut, usual_parameters
+from qvlm.tables.selection import LeftOut, one_setting, usual_parameters
 
 # Claims whose intervals hold together, and how many intervals these are.
 FAMILIES = (CLAIMS, OWN)
@@ -53,10 +53,16 @@ def concerned(records: Sequence[Record]) -> list[Record]:
 
 
 def gather(records: Sequence[Record]) -> Answers:
-    """Chooses the records of the design: proven, newest, and of the usual number of questions."""
+    """Chooses the records of the design: proven, newest, of one setting for each training."""
     every = sorted(concerned(records), key=lambda record: (record.run["finished"], record.name))
-    own, unusual = usual_parameters(every)
+    usual_ones, unusual = usual_parameters(every)
     found = Answers(left_out=unusual)
+    own = []
+    for model in dict.fromkeys(record.model for record in usual_ones):
+        alike = [record for record in usual_ones if record.model == model]
+        kept, others = one_setting(alike, ["calibration.seed"])
+        own += kept
+        found.left_out.extend(others)
     if not own:
         return found
     usual = Counter(len(record.predictions) for record in own).most_common(1)[0][0]

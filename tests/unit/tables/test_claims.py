@@ -85,6 +85,20 @@ def test_a_verdict_is_where_the_interval_lies(
     assert verdict(Estimate((low + high) / 2, low, high, 9.0, {}), paper) == words
 
 
+def test_a_newer_cell_of_another_setting_does_not_take_a_place(make: Make) -> None:
+    records = [
+        make("mini_llava", method, draw, 0.8) for method in (QVLM, "AWQ") for draw in range(2)
+    ]
+    other = {**records[0].run["influences"], "quantizer": {"ranges": "minmax"}}
+    run = {**records[0].run, "influences": other, "finished": "2027-01-01"}
+    strange = replace(records[0], path=records[0].path.with_name("strange"), run=run)
+    found = gather([strange, *records])
+    assert {*map(id, found.records.values())} == {*map(id, records)}
+    (left,) = found.left_out
+    assert left.record is strange
+    assert left.reason.startswith("another setting: quantizer.p is null, not 0.5; quantizer.ranges")
+
+
 def test_the_page_compares_methods_over_trainings_and_draws(make: Make) -> None:
     names = ["mini_llava", "mini_llava-seed1", "mini_llava-seed2"]
     shares = {QVLM: 0.9, "AWQ": 0.4, "RTN": 0.9, "QLoRA": 0.95}

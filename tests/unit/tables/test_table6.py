@@ -1,5 +1,6 @@
 """Table 6: each method under each granularity, chosen apart, tested within a granularity."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def runs(tmp_path: Path) -> Path:
         planted(folder, "Q-VLM", granularity, 85 - 20 * index)
     planted(folder, TOKEN, "per_channel", 88)
     return folder
+
+
+def test_rows_of_other_questions_do_not_stand_beside(runs: Path) -> None:
+    for record in find_records(runs):
+        if "per_tensor" in record.name:
+            shutil.rmtree(record.path)
+    for method in ("RTN", "Q-VLM"):
+        try_ = {"n": 40, "evaluation": {"limit": 40}, "finished": "2026-09-01"}
+        planted(runs, method, "per_tensor", 70, **try_)
+    text = page(cross(find_records(runs)), "make table6")
+    assert "| static, per tensor" not in text
+    aside = text.partition("## Records not shown")[2]
+    assert aside.count("another setting: evaluation.limit is 40, not null") == 2
+    assert "mini_llava-fp" not in aside
+    assert "Questions: 300 of miniature, split test, seed 0." in text
 
 
 def row_of(text: str, method: str, activations: str) -> list[str]:

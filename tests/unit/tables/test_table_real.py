@@ -73,6 +73,31 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"evaluation": {"limit": 1}}, "another setting: evaluation.limit is 1, not null"),
+        ({"quantizer": {"ranges": "minmax"}}, "another setting: quantizer.ranges is minmax, not"),
+        ({"weights": "new"}, "has newer weights or data"),
+    ],
+)
+def test_draws_of_another_setting_are_not_averaged_in(
+    tmp_path: Path, other: dict[str, Any], words: str
+) -> None:
+    usual: dict[str, Any] = {}
+    if "weights" in other:  # of which the newest counts
+        other, usual = {}, {**other, "finished": "2026-02-01"}
+    records = [planted(tmp_path, draw=draw, kl=0.3, **usual) for draw in (0, 2)]
+    records.insert(0, planted(tmp_path, draw=1, kl=9.0, finished="2026-01-02", **other))
+    records.append(planted(tmp_path, "per_token", **usual))
+    text = page(records, "make table-real")
+    mean = np.average([0.9, 1.0, 1.1], weights=TOKENS)
+    assert cells_of(text, "RTN", "static, per channel")[-1].startswith(f"**{0.3 * mean:.3f}**")
+    assert words in text.partition("## Refused rows")[2]
+    assert "Records: 3." in text
+    assert set(long(records)["run"]) == {record.name for record in records[1:]}
+
+
 def test_a_single_document_has_no_interval(tmp_path: Path) -> None:
     sums = {"document": ["a"], "tokens": [900], "nll": [2700.0], "kl": [90.0], "agreement": [700.0]}
     full = planted(tmp_path, bits="FP", kl=None)
