@@ -61,11 +61,18 @@ def run(table: Table, arguments: Sequence[str] | None = None) -> int:
         print(page.read_text(encoding="utf-8"), end="")
         for entry in selection.refused:
             print(f"warning: refused {entry.record.name}: {entry.reason}", file=sys.stderr)
-        if selection.shown:
-            newest = max(selection.shown, key=lambda record: record.run["finished"]).config
+        # Committed answers do not say how they were tracked.
+        own = [record for record in selection.shown if "tracking" in record.config]
+        if own:
+            newest = max(own, key=lambda record: record.run["finished"]).config
             tracking = TrackingConfig(**newest["tracking"])
             mode = options.tracking or tracking.mode
             log_table(csv, page, replace(tracking, mode=mode), newest["group"], selection.shown)
+        elif options.tracking not in (None, "off"):
+            print(
+                f"note: {table.name} is not tracked, because --runs has no record that it shows",
+                file=sys.stderr,
+            )
 
     return run_command(parser, work, arguments)
 

@@ -33,6 +33,19 @@ def test_the_command_prints_the_page_and_writes_both(
     assert f"`python -m qvlm.tables.table2 --runs {runs} --out {out}`" in capfd.readouterr().out
 
 
+def test_committed_answers_alone_make_a_page(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_record(runs, bits="FP", generated=True)
+    make_record(runs, generated=True)
+    words = ["--out", str(runs.parent / "out"), "--command", "make table2"]
+    assert main(["--runs", str(runs), *words]) == 0
+    first = capfd.readouterr().out
+    assert main(["--runs", str(runs.parent / "none"), "--add", *words]) == 0
+    assert capfd.readouterr() == (first, "")
+    offline = ["--tracking", "offline"]
+    assert main(["--runs", str(runs.parent / "none"), "--add", *words, *offline]) == 0
+    assert "table2 is not tracked" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_no_records_are_the_users_error(
     runs: Path, exists: bool, capfd: pytest.CaptureFixture[str]
