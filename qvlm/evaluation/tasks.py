@@ -7,6 +7,7 @@ same. What is left out are tasks that run code that a model wrote.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,12 @@ def scores(results: Mapping[str, Any]) -> Iterator[Score]:
 
     Args:
         results: Entry `results` of `evaluate_tasks`. A metric is followed by the name of its
-            filter, where that is not "none".
+            filter, where that is not "none". A value that a record holds as null was not finite.
     """
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, comma, chosen = key.partition(",")
+            value = nan if value is None else value
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = metrics.get(f"{metric}_stderr,{chosen}")

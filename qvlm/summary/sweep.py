@@ -35,8 +35,12 @@ def sweep_summary(records: Sequence[Record]) -> RenderableType:
     parts: list[RenderableType] = []
     for (model, questions), cells in groups.items():
         cells.sort(key=lambda cell: (*bits_order(cell.bit_widths), *method_order(cell.method)))
-        proven = {row["layer"]: cell.name for cell in cells for row in cell.layers}
-        faults = {cell.name: reason for cell in cells if (reason := fault(cell, proven))}
+        proven: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        for cell in cells:
+            proven[_quantizer(cell)] |= {row["layer"]: cell.name for row in cell.layers}
+        faults = {
+            cell.name: reason for cell in cells if (reason := fault(cell, proven[_quantizer(cell)]))
+        }
         parts += [Text(), Text.assemble((model, "bold"), f" on {questions}")]
         parts.append(_comparison(cells, faults))
         parts += [
@@ -62,13 +66,15 @@ def _comparison(records: Sequence[Record], faults: Mapping[str, str]) -> Table:
     named = [name.replace(".", ".\n") for name in options]
     table = new_table("method", "bits", *named, left=2 + len(options))
     kind = records[0].kind
-    for column in (*_measures(records[0]), "time, s"):
+    scored = {record.name: _scores(record) for record in records if kind == "tasks"}
+    named_scores = list(dict.fromkeys(chain.from_iterable(scored.values())))
+    for column in (*_measures(kind, named_scores), "time, s"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("bits proven", justify="right")
     for record in records:
         same = record.bit_widths.is_full_precision
         if kind == "tasks":
-            numbers = [f"{value:.4g}" for _, _, value, _ in scores_of(record)]
+            numbers = [scored[record.name].get(name, NONE) for name in named_scores]
         elif kind == "text":
             numbers = [_text_number(record, "kl"), _text_number(record, "perplexity")]
         else:
@@ -86,11 +92,21 @@ def _comparison(records: Sequence[Record], faults: Mapping[str, str]) -> Table:
     return table
 
 
-def _measures(record: Record) -> list[str]:
+def _quantizer(record: Record) -> str:
+    """Names what decides which layers are quantized: the settings of the quantizer."""
+    return repr(record.run["influences"].get("quantizer"))
+
+
+def _scores(record: Record) -> dict[str, str]:
+    """Returns the values of a record's tasks by their headings."""
+    return {f"{task},\n{metric}": f"{value:.4g}" for task, metric, value, _ in scores_of(record)}
+
+
+def _measures(kind: str, scores: Sequence[str]) -> list[str]:
     """Returns the headings of what the cells of a sweep are compared by."""
-    if record.kind == "tasks":
-        return [f"{task},\n{metric}" for task, metric, _, _ in scores_of(record)]
-    if record.kind == "text":
+    if kind == "tasks":
+        return [*scores]
+    if kind == "text":
         return ["KL, nats", "perplexity"]
     return ["accuracy, %", "against FP, points"]
 

@@ -228,3 +228,30 @@ def test_a_cell_on_tasks_shows_its_metrics(tmp_path: Path) -> None:
     assert row(compared, "AWQ", "W4A4")[2:4] == ["0.25", "0.75"]
     fewer = replace(record, predictions=record.predictions[:3])
     assert "its results of piqa do not follow" in plain(summary.cell_summary(fewer))
+
+
+def test_a_score_that_is_not_finite_keeps_its_column(tmp_path: Path) -> None:
+    make_record(tmp_path, tasks={"one": 0.5, "two": 0.25}, name="a")
+    make_record(tmp_path, bits="W6A6", tasks={"one": float("nan"), "two": 0.75}, name="b")
+    records = [Record.load(tmp_path / name) for name in "ab"]
+    text = plain(summary.sweep_summary(records))
+    assert row(text, "RTN", "W6A6")[2:4] == ["nan", "0.75"]
+    assert row(text, "RTN", "W4A4")[2:4] == ["0.5", "0.25"]
+    assert row(plain(summary.cell_summary(records[1])), "one")[3] == "nan"
+
+
+def test_a_sweep_over_what_is_quantized_compares_proofs_of_the_same_quantizer(
+    tmp_path: Path,
+) -> None:
+    layers = [layer for layer in make_layers("W4A4") if "vision" not in layer["layer"]]
+    records = [
+        make_record(tmp_path, name="both", quantizer={"vision_tower": True}),
+        make_record(tmp_path, name="language", quantizer={"vision_tower": False}, layers=layers),
+    ]
+    text = plain(summary.sweep_summary(records))
+    assert "refuse" not in text
+    assert "NO" not in text
+    lacking = make_record(tmp_path, "AWQ", quantizer={"vision_tower": True}, layers=layers)
+    assert "missing from the proof, which both has" in plain(
+        summary.sweep_summary([*records, lacking]), 300
+    )
