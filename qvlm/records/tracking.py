@@ -168,9 +168,9 @@ class _Run:
         """Does something with the run. Any failure becomes a warning and ends the run."""
         if self._failed:
             return
-        import wandb
-
         try:
+            import wandb  # which fails where its own packages have other versions
+
             if self._run is None:
                 self._open.enter_context(_environment(self._tracking))
                 self._open.callback(wandb.teardown)  # its service process would outlive its runs
@@ -197,8 +197,14 @@ class _Run:
             run.finish(exit_code=int(failed))
         except Exception as error:
             self._fail(error)
-        finally:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Ends W&B's service, which may be gone, and restores the environment."""
+        try:
             self._open.close()
+        except Exception as error:
+            self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         if not self._failed:
@@ -206,7 +212,7 @@ class _Run:
             _warn(f"Weights & Biases did not log {name} ({_reason(error)})")
         self._failed = True
         self.close(failed=True)
-        self._open.close()
+        self._leave()
 
 
 def _open(tracking: TrackingConfig, about: Mapping[str, Any]) -> Any:

@@ -311,6 +311,30 @@ def test_a_failure_on_the_way_is_one_warning(
     assert err == (f"warning: Weights & Biases did not log {record.name} (ValueError: disk full)\n")
 
 
+@pytest.mark.parametrize("gone", ["package", "service"])
+def test_a_broken_installation_costs_no_cell(
+    gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    teardown = wandb.teardown
+
+    def broken(*given: Any) -> None:
+        teardown(*given)
+        raise RuntimeError("the service is gone")
+
+    if gone == "package":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        monkeypatch.setattr(wandb, "teardown", broken)
+    record = make_record(tmp_path / "runs", n=3)
+    with Tracker(TrackingConfig(dir=str(tmp_path / "wandb")), "g", record.name) as tracker:
+        tracker.progress(1, 10, 100.0, 20.0, 100.0)
+        tracker.finish(record, make_questions(record))
+    err = capfd.readouterr().err
+    assert err.startswith(f"warning: Weights & Biases did not log {record.name} (")
+    assert err.count("\n") == 1
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
 def test_off_never_imports_wandb(tmp_path: Path) -> None:
     record = make_record(tmp_path / "runs", n=3)
     script = """
