@@ -1,6 +1,7 @@
 """What the summaries of cells and of sweeps have in common."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from shlex import quote
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -72,7 +73,7 @@ def report_place(records: Sequence[Record]) -> Text:
     results = {record.path.parent.parent: None for record in records}
     pages = [folder / "report" / "index.html" for folder in results]
     where = [
-        str(page) if page.is_file() else f"{program()} report --results={folder}"
+        str(page) if page.is_file() else f"{program()} report {quote(f'--results={folder}')}"
         for page, folder in zip(pages, results, strict=True)
     ]
     return Text(", ".join(where), overflow="fold")

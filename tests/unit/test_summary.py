@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,9 @@ def test_it_says_where_the_report_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     record = make_record(tmp_path / "runs")
     for rendered in (summary.cell_summary, lambda one: summary.sweep_summary([one, one])):
         assert f"qvlm report --results={tmp_path}" in plain(rendered(record), 300)
+    odd = make_record(tmp_path / 'of "June, 2"' / "runs")
+    words = plain(summary.cell_summary(odd), 300).partition("qvlm report ")[2].splitlines()[0]
+    assert shlex.split(words) == [f"--results={odd.path.parents[1]}"]
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "index.html").touch()
     for rendered in (summary.cell_summary, lambda one: summary.sweep_summary([one, one])):
