@@ -22,7 +22,7 @@ from qvlm.evaluation.tasks import scores
 from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
 from qvlm.tables.answers import SUFFIX, UNPARSABLE, letters_of, read_one
-from qvlm.tables.report import number, paired_interval, signed
+from qvlm.tables.report import number, p_value, paired_interval, signed
 from qvlm.validation import shown
 
 # Parts of run.json, by the title under which they are compared.
@@ -157,7 +157,8 @@ def _answers(first: Record, second: Record, most: int | None) -> list[str]:
         f"difference {signed(difference.difference)} points ({paired_interval(difference)})",
         f"Answers that differ: {int(differing.sum())} ({share:.2f} %)",
         f"Right in the first only: {test.only_a}, in the second only: {test.only_b}, in neither "
-        f"though they differ: {int(neither.sum())} (exact McNemar test, p = {test.p_value:.4f})",
+        f"though they differ: {int(neither.sum())} "
+        f"(exact McNemar test, p = {p_value(test.p_value)})",
         f"Unparsable: {' and '.join(str(int(count)) for count in unparsable)}",
     ]
     parts = [bullets(sentences)]

@@ -86,7 +86,9 @@ def paired_tests(made: Sequence[Comparison], impossible: Sequence[str]) -> str:
 
 
 def p_value(value: float) -> str:
-    """Returns a p-value."""
+    """Returns a p-value. One below what a float can hold is not 0."""
+    if value < 1e-300:
+        return "<1e-300"
     return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from qvlm.evaluation.metrics import mcnemar
 from qvlm.records.record import Record, find_records
 from qvlm.tables.comparison import compare, paired
+from qvlm.tables.report import p_value
 from qvlm.tables.selection import select
 from tests.helpers.pages import cells, section, table2_page
 from tests.helpers.records import make_record
@@ -99,3 +101,10 @@ def test_different_questions_are_not_compared(runs: Path) -> None:
     relabeled = same.predictions.assign(answer=(same.predictions["answer"] + 1) % 3)
     other = Record(same.path, same.config, same.run, same.metrics, relabeled, same.layers)
     assert paired(first, other) is None
+
+
+def test_a_p_value_is_never_shown_as_zero() -> None:
+    beyond = mcnemar([True] * 5000, [False] * 5000).p_value
+    assert [p_value(value) for value in (beyond, 3e-5, 1e-4, 1.0)] == [
+        *("<1e-300", "3e-05", "0.0001", "1.0000"),
+    ]

@@ -126,3 +126,10 @@ def test_the_command_takes_records_and_committed_answers(
     assert "Answers that differ: 0 (0.00 %)" in capsys.readouterr().out
     assert diff.main([str(record.path), str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a run. Give the folder of a record" in capsys.readouterr().err
+
+
+def test_a_small_p_value_is_not_zero(runs: Path, record: Record) -> None:
+    other = make_record(runs.parent / "other", accuracy=0, generated=True)
+    text = diff.explain(record, other)
+    assert "p = 0.0000" not in text
+    assert "e-" in text.partition("exact McNemar test, p = ")[2][:8]
