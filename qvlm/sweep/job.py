@@ -12,6 +12,7 @@ occupies.
 
 import importlib.util
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,7 @@ class Job:
             return error
         except Exception as error:
             error.add_note(traceback.format_exc())  # pickling drops the traceback itself
-            return error
+            return _portable(error)
 
     def checkpoint(self) -> Any:
         """What submitit queues before a job is preempted or out of time: the same job again."""
@@ -77,6 +78,21 @@ class Launcher(Protocol):
     def launch(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
         """Yields the position of each job in `jobs` and its outcome, as the jobs end."""
         ...
+
+
+def _portable(error: Exception) -> Exception:
+    """An exception that another process can read: the same, or one with its name, text and notes.
+
+    One that cannot be read would end the whole sweep.
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # exceptions of libraries may hold anything, and take any arguments
+        made = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in error.__notes__:
+            made.add_note(note)
+        return made
+    return error
 
 
 def run_job(job: Job) -> Outcome:
