@@ -204,10 +204,13 @@ class InMemoryModel(LM):
                 ids if own else likelihood.shortened(self.loaded, ids, limit)
                 for ids, own in zip(rows, pictures, strict=True)
             ]
-        limit = min(
+        rooms = [
             likelihood.room_for_answer(self.loaded, len(ids), limit, f"question {name(request)}")
             for ids, request in zip(rows, requests, strict=True)
-        )
+        ]
+        if len(set(rooms)) > 1:
+            return self._in_parts(start, requests, rooms)
+        limit = rooms[0]
         inputs = self.loaded.collate(rows, pictures)
         if settings.sampling["do_sample"]:
             torch.manual_seed(self.seed + start)
@@ -235,6 +238,17 @@ class InMemoryModel(LM):
             Answer(_without(settings.cut(text), marks), reached and not settings.ended(text))
             for text, reached in zip(texts, full.tolist(), strict=True)
         ]
+
+    def _in_parts(
+        self, start: int, requests: Sequence[Instance], rooms: Sequence[int]
+    ) -> list[Answer]:
+        """Asks the requests of equal room together, so that no answer is cut for its neighbors."""
+        answers: dict[int, Answer] = {}
+        for room in sorted(set(rooms)):
+            rows = [row for row, own in enumerate(rooms) if own == room]
+            given = self._batch(start, [requests[row] for row in rows])
+            answers |= zip(rows, given, strict=True)
+        return [answers[row] for row in range(len(requests))]
 
     def _marks(self, settings: Generation) -> dict[int, str]:
         """The special tokens by id that stand in a text that ends an answer, such as <|im_end|>."""

@@ -19,7 +19,7 @@ from PIL import Image
 from qvlm.data.images import to_rgb
 from qvlm.data.prompts import IMAGE_TOKEN
 from qvlm.errors import UserError
-from qvlm.validation import refused, whole_number
+from qvlm.validation import number, refused, whole_number
 
 MAX_NEW_TOKENS = 256  # of an answer, where a task sets no limit; as lm-eval's own models have it
 
@@ -182,6 +182,11 @@ def _require_kinds(settings: Mapping[str, Any]) -> None:
     for key in _LIMITS:
         if key in settings:
             whole_number(f"generation_kwargs.{key}", settings[key])
+    if "top_k" in settings:
+        whole_number("generation_kwargs.top_k", settings["top_k"], 0)  # 0 keeps all tokens
+    for key, most in (("temperature", None), ("top_p", 1)):
+        if key in settings:
+            number(f"generation_kwargs.{key}", settings[key], 0, most)
 
 
 def _without_images(text: str, image_token: str) -> str:

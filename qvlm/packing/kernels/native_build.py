@@ -16,6 +16,7 @@ before the first packed layer is made. `make test-narrow` sets it.
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -143,12 +144,10 @@ def compiled(folder: Path, source: str, flags: list[str]) -> Path:
     Raises:
         OSError: If there is no compiler, or it fails, or the folder cannot be written.
     """
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise OSError("there is no C compiler")
+    compiler = _compiler()
     headers = sorted(FOLDER.glob("*.h"))
     content = b"".join(file.read_bytes() for file in (FOLDER / source, *headers))
-    identity = hashlib.sha256(content + " ".join([compiler, *FLAGS, *flags]).encode())
+    identity = hashlib.sha256(content + " ".join([*compiler, *FLAGS, *flags]).encode())
     stem = f"{Path(source).stem}-{identity.hexdigest()[:16]}"
     for found in sorted(folder.glob(f"{stem}-*.so")):
         if is_intact(found):
@@ -205,7 +204,24 @@ def _load(source: str, flags: list[str]) -> ctypes.CDLL:
         return ctypes.CDLL(str(compiled(Path(own), source, flags)))
 
 
-def _compile(compiler: str, source: Path, flags: list[str]) -> bytes:
+def _compiler() -> list[str]:
+    """The command of the C compiler: a program, and what `CC` gives it, as in "ccache gcc".
+
+    Raises:
+        OSError: If there is none.
+    """
+    named = os.environ.get("CC", "")
+    try:
+        command = shlex.split(named)
+    except ValueError as error:
+        raise OSError(f"CC={named!r} is no command: {error}") from error
+    found = command or [path for name in ("cc", "gcc") if (path := shutil.which(name))][:1]
+    if not found:
+        raise OSError("there is no C compiler")
+    return found
+
+
+def _compile(compiler: list[str], source: Path, flags: list[str]) -> bytes:
     """Compiles a C file and returns the content of the library.
 
     Raises:
@@ -215,13 +231,13 @@ def _compile(compiler: str, source: Path, flags: list[str]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="qvlm-") as folder:
         made, library = Path(folder, "native.o"), Path(folder, "native.so")
         for command in (
-            [compiler, *FLAGS, *flags, "-c", str(source), "-o", str(made)],
-            [compiler, "-shared", *undefined, str(made), "-o", str(library)],
+            [*compiler, *FLAGS, *flags, "-c", str(source), "-o", str(made)],
+            [*compiler, "-shared", *undefined, str(made), "-o", str(library)],
         ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 message = (done.stderr.strip().splitlines() or ["it gave no reason"])[0]
-                raise OSError(f"the C compiler {compiler} fails: {message}")
+                raise OSError(f"the C compiler {shlex.join(compiler)} fails: {message}")
         return library.read_bytes()
 
 

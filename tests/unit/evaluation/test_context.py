@@ -71,6 +71,23 @@ def test_a_prompt_without_room_for_an_answer_is_refused_by_name(
         ask(loaded, prompt, limit, *images, shorten=shorten)
 
 
+def test_an_answer_does_not_depend_on_the_others_of_its_batch(loaded: LoadedModel) -> None:
+    """A long prompt leaves little room for its own answer, and takes none from a short one's."""
+    prompts = ["a b c d e f g h i j", "a b", "g h i j k l m n", "c d"]
+    requests = [
+        Instance("generate_until", {"question_id": prompt}, (prompt, {"max_gen_toks": 8}), 0)  # type: ignore[arg-type]
+        for prompt in prompts
+    ]
+
+    def answers(batch_size: int) -> list[int]:
+        model = InMemoryModel(loaded, batch_size, progress=False, shorten=False)
+        return [len(ids(loaded, text)) for text in model.generate_until(requests)]
+
+    alone = answers(1)
+    assert alone[1] > alone[0]
+    assert answers(4) == alone
+
+
 @pytest.mark.parametrize("scoring", ["generate", "rank"])
 def test_an_evaluation_refuses_a_question_that_is_too_long(
     loaded: LoadedModel, scoring: str

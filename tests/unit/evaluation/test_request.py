@@ -70,6 +70,9 @@ def test_a_family_sees_the_same_pixels(mode: str, tiny: Loaded) -> None:
         ({"do_sample": True, "temperature": 0.0}, r"temperature=0\.0 with do_sample=True"),
         ({"do_sample": "false", "temperature": 0.7}, "do_sample=false is not true or false"),
         ({"until": ["a", 3]}, "until=3 is not texts"),
+        ({"do_sample": True, "top_k": -1}, "top_k=-1 is not a whole number of at least 0"),
+        ({"do_sample": True, "top_p": 1.5}, r"top_p=1\.5 is not a finite number from 0 to 1"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature=hot is not a finite number"),
         ({"max_gen_toks": 0}, "max_gen_toks=0 is not a whole number of at least 1"),
     ],
 )

@@ -236,6 +236,9 @@ def test_what_is_in_the_way_is_said(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv("CC", "/no/such/compiler")
     assert "/no/such/compiler" in (native.obstacle() or "")
     native.obstacle.cache_clear()
+    fresh.setenv("CC", 'gcc "')
+    assert native.obstacle() == "CC='gcc \"' is no command: No closing quotation"
+    native.obstacle.cache_clear()
     fresh.delenv("CC")
     fresh.setenv("PATH", "")
     assert native.obstacle() == "there is no C compiler"
@@ -267,6 +270,14 @@ def compiler(fresh: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     compiler.chmod(0o755)
     fresh.setenv("CC", str(compiler))
     return compiler
+
+
+def test_the_command_of_the_compiler_may_have_arguments(
+    fresh: pytest.MonkeyPatch, compiler: Path, tmp_path: Path
+) -> None:
+    fresh.setenv("CC", f"env {compiler}")
+    assert native_build.compiled(tmp_path, "native.c", []).read_text() == "x\n"
+    assert count(compiler) == 1
 
 
 def count(compiler: Path) -> int:
