@@ -85,8 +85,13 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         unfuse_experts(model)  # a walk has taken them apart before they were quantized
+        head: Any = model.get_output_embeddings()
+        if getattr(model.config, "head_bias", False) and head.bias is None:
+            # A rotation has folded the shift of the last norm into it, and config.json says so.
+            bias = torch.empty(head.out_features, dtype=head.weight.dtype, device="meta")
+            head.bias = nn.Parameter(bias, requires_grad=False)
         for name, form in self.quantization_config.forms().items():
             try:
                 linear = model.get_submodule(name)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AyaVisionConfig
+from transformers import AyaVisionConfig, PhiConfig
 
 from qvlm.errors import UserError
 from qvlm.families import FAMILIES
@@ -160,6 +160,31 @@ def test_each_linear_is_quantized_once_proven_packed_saved_and_loaded(
     assert again.tokenizer.eos_token == loaded.tokenizer.eos_token
     assert torch.equal(logits(again), logits(loaded))
     assert not check_bits(measure_packed_bits(again.model, expected, [batch]))
+
+
+def test_a_head_that_a_rotation_gave_a_bias_is_packed_and_loaded_with_it(
+    tiny: Loaded, tmp_path: Path
+) -> None:
+    """Phi's last norm has a shift. LLaVA's head has no bias until the shift is folded into it."""
+    loaded = tiny("llava")
+    config = loaded.model.config
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    sizes += ("num_attention_heads", "max_position_embeddings", "bos_token_id", "eos_token_id")
+    config.text_config = PhiConfig(**{key: getattr(config.text_config, key) for key in sizes})
+    torch.manual_seed(0)
+    loaded.model = type(loaded.model)(config).eval()
+    with torch.no_grad():
+        shift = loaded.model.get_parameter("model.language_model.final_layernorm.bias")
+        shift.normal_()
+    RoCo().quantize(walk_over(loaded))
+    head: Any = loaded.model.get_output_embeddings()
+    assert head.bias.abs().max() > 0
+    pack_model(loaded.model, "reference")
+    expected = expected_layers(loaded.model, True)
+    save_packed_model(loaded, tmp_path / "packed", make_origin(expected=expected))
+    again = load_tiny(tmp_path / "packed")
+    force_kernel(again.model, "reference")
+    assert torch.equal(logits(again), logits(loaded))
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
