@@ -7,12 +7,15 @@ plausible answers, 40 % accuracy and no other sign.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from PIL import Image
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from qvlm.data.prompts import CHAT, Prompting
-from qvlm.errors import UserError
+from qvlm.errors import UserError, first_line
+from qvlm.families import Family
 from qvlm.models.chat import ChatPrompting, FamilyModel
 from qvlm.models.checkpoints.checkpoint import Checkpoint
 from qvlm.models.checkpoints.families import read_config
@@ -137,10 +140,73 @@ def _load_family_model(
             f"{owner}: the tokenizer has {len(tokenizer)} tokens, but the model has a vocabulary "
             f"of {rows}. Give the tokenizer that belongs to the weights."
         )
+    _require_parts(model, family, owner)
     model.generation_config = _greedy(tokenizer)
     model.to(device).eval()
     images = processor.image_processor
-    return FamilyModel(model, tokenizer, images, chat, name, processor=processor, family=family)
+    loaded = FamilyModel(model, tokenizer, images, chat, name, processor=processor, family=family)
+    if not is_packed(content):  # it was checked before it was packed
+        _check_with_a_picture(loaded, owner)
+    return loaded
+
+
+def _require_parts(model: PreTrainedModel, family: Family, owner: str) -> None:
+    """Refuses a model of a family whose parts are not where the family's table says."""
+    names = {name for name, _ in model.named_modules()}
+    for part in (family.tower, *family.projector, family.decoder):
+        if part is not None and part not in names:
+            holder = part
+            while holder not in names:
+                holder = holder.rpartition(".")[0]
+            raise UserError(
+                f"{owner}: {type(model.get_submodule(holder)).__name__} has no {part}, which the "
+                f"table of {family.title} names. Describe the model in a table of its own as "
+                "docs/families.md shows, or choose another one."
+            )
+
+
+class _Reached(Exception):
+    """Stops a forward pass at the first decoder layer."""
+
+
+@torch.no_grad()
+def _check_with_a_picture(loaded: FamilyModel, owner: str) -> None:
+    """Refuses a processor that does not make of a picture what the network reads.
+
+    Everything in front of the first decoder layer runs once.
+    """
+    assert loaded.family is not None
+    picture = Image.new("RGB", (64, 48), (127, 127, 127))
+
+    def stop(*_: object) -> None:
+        raise _Reached
+
+    layer = loaded.model.get_submodule(f"{loaded.family.decoder}.0")
+    handle = layer.register_forward_pre_hook(stop)
+    try:
+        images = [[picture]]
+        rows = loaded.token_ids(["".join(loaded.prompting.around(1))], images)
+        batch: dict[str, Any] = loaded.collate(rows, images)
+        positions = loaded.positions(batch["attention_mask"])
+        loaded.model(**batch, **positions, use_cache=False)
+    except _Reached:
+        pass
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _not_together(owner, error) from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+            raise
+        raise _not_together(owner, error) from error
+    finally:
+        handle.remove()
+
+
+def _not_together(owner: str, error: Exception) -> UserError:
+    return UserError(
+        f"{owner}: its processor does not make of a picture what its network reads "
+        f"({first_line(error).rstrip('.')}). Give the processor_config.json, "
+        "preprocessor_config.json and config.json that belong together."
+    )
 
 
 def _not_for_chat(option: str, value: object, wanted: object) -> UserError:

@@ -403,11 +403,16 @@ def write_family(folder: Path, name: str) -> PreTrainedModel:
     family = tiny_family(name)
     model = tiny_model(name)
     model.save_pretrained(folder)
+    write_encoding(folder, family)
+    return model
+
+
+def write_encoding(folder: Path, family: TinyFamily) -> None:
+    """Writes tokenizer, image processor and chat template of a family into a checkpoint folder."""
     tiny_tokenizer(family).save_pretrained(folder)
     family.image_processor.save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps(family.settings))
     (folder / "chat_template.jinja").write_text(family.template)
-    return model
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

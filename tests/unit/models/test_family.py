@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration, PixtralVisionConfig
 from transformers.models.smolvlm import processing_smolvlm
 
 from qvlm.data.prompts import CHAT, Prompting
@@ -28,6 +29,7 @@ from tests.helpers.families import (
     tiny_family,
     tiny_model,
     tiny_tokenizer,
+    write_encoding,
 )
 
 # What the processor of each family writes around a request with one picture.
@@ -199,6 +201,42 @@ def test_a_folder_that_is_not_a_checkpoint_is_refused(
         (folder / file).write_text(json.dumps(content | change))
     with pytest.raises(UserError, match=reason):
         load_tiny(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "reason"),
+    [
+        ("processor_config.json", '"patch_size": 7', '"patch_size": 14', "tokens: 4, features"),
+        ("processor_config.json", '"patch_size": 7, ', "", "unsupported operand"),
+        ("processor_config.json", "default", "full", "do not match"),
+        ("preprocessor_config.json", ": 28", ": 56", r"\(56\*56\) doesn't match model \(28\*28\)"),
+        ("config.json", '_index": 300', '_index": 299', "tokens: 0, features"),
+    ],
+)
+def test_a_processor_of_another_model_is_refused_when_it_is_loaded(
+    file: str, before: str, after: str, reason: str, folder_of: Folders, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folder_of("llava"), tmp_path / "copy"))
+    content = (folder / file).read_text()
+    assert before in content
+    (folder / file).write_text(content.replace(before, after))
+    wanted = f"does not make of a picture what its network reads .*{reason}.*belong together"
+    with pytest.raises(UserError, match=wanted):
+        load_tiny(folder)
+
+
+def test_a_tower_that_the_table_does_not_describe_is_refused(tmp_path: Path) -> None:
+    """Pixtral is a LLaVA by its model_type, with a tower of its own."""
+    family = tiny_family("llava")
+    tower = family.config.vision_config
+    sizes = {key: getattr(tower, key) for key in ("hidden_size", "image_size", "patch_size")}
+    family.config.vision_config = PixtralVisionConfig(
+        **sizes, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlavaForConditionalGeneration(family.config).save_pretrained(tmp_path)
+    write_encoding(tmp_path, family)
+    with pytest.raises(UserError, match=r"PixtralVisionModel has no model\.vision_tower\.encoder"):
+        load_tiny(tmp_path)
 
 
 @pytest.mark.parametrize(
