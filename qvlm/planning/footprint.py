@@ -34,9 +34,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qvlm.cell import inputs as prepare
+from qvlm.command import folder, run_command
 from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.schema import RunConfig, canonical
-from qvlm.errors import RunError, UserError
+from qvlm.errors import UserError
 from qvlm.markdown import table
 from qvlm.models.architectures import architecture
 from qvlm.models.cache import CACHE, ROOM
@@ -260,9 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--text-tokens", type=int, default=TEXT_TOKENS, help="text tokens of a question"
     )
-    parser.add_argument("--runs", type=Path, default=Path("results/runs"), help="folder of records")
-    given = parser.parse_args(arguments)
-    try:
+    parser.add_argument(
+        "--runs", type=folder, default=Path("results/runs"), help="folder of records"
+    )
+
+    def work(given: argparse.Namespace) -> None:
         if not given.budget > 0:
             raise UserError(f"--budget: {given.budget:g} is not above 0. Choose a number above 0.")
         if given.text_tokens < 1:
@@ -277,10 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"GiB for one question: {given.text_tokens} text tokens, an image and ", end="")
         print(f"{ANSWER_TOKENS} tokens of answer.\n")
         print(table(header, lines, left=3))
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+
+    return run_command(parser, work, arguments)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,22 @@ def test_every_model_of_the_configuration_is_known() -> None:
     assert set(footprint.MODELS) == {*KNOWN, *WITH_TOWERS, *MINIATURES}
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--budget", "much"], "argument --budget: invalid float value: 'much'"),
+        (["--models", "foo"], "argument --models: invalid choice: 'foo'"),
+        (["--budget", "0"], "--budget: 0 is not above 0"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    words: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert footprint.main(words) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
 def test_cache_and_activations() -> None:
     config = footprint.configuration("mini_llava", "fp")
     built = architecture("mini_llava")
