@@ -24,13 +24,12 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from qvlm.cell import inputs as prepare
 from qvlm.cell.material import calibration_batches
 from qvlm.command import run_command
-from qvlm.config.compose import CONF, from_hydra, register
+from qvlm.config.compose import compose
 from qvlm.config.schema import RunConfig, canonical
 from qvlm.errors import UserError
 from qvlm.markdown import table
@@ -199,10 +198,19 @@ def plot(rows: pd.DataFrame) -> bytes:
 
 
 def configuration(overrides: Sequence[str]) -> RunConfig:
-    """Returns the configuration of a cell in full precision with these overrides."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return canonical(from_hydra(compose("config", [*overrides, "method_name=fp", "bits=fp"])))
+    """Returns the configuration of a cell in full precision with these overrides.
+
+    Raises:
+        UserError: If an override is wrong, or asks for another method or bit width.
+    """
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key.partition(".")[0] in ("method", "bits") and value != "fp":
+            raise UserError(
+                f"{word} is not possible here: outliers are those of the model in full precision. "
+                "Leave it out."
+            )
+    return canonical(compose([*overrides, "method=fp", "bits=fp"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -80,6 +80,23 @@ def test_a_massive_first_token_shows_in_the_residual_stream() -> None:
     assert value(found, 1, RESIDUAL, "first_norm") > 10 * value(found, 1, RESIDUAL, "norm")
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("model=foo", "model=foo is not a known option. Choose one of: "),
+        ("bits=w4a4", "bits=w4a4 is not possible here: outliers are those of the model in full"),
+        ("method=awq", "method=awq is not possible here"),
+        ("calibration.seeds=3", "calibration.seeds is not a known key. Choose one of: "),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    word: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word, f"--out={tmp_path}"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
 def test_models_stand_side_by_side(tmp_path: Path) -> None:
     texts, out = write_texts(tmp_path / "texts"), tmp_path / "out"
     for name, seed in (("one", 0), ("two", 1), ("one", 2)):
