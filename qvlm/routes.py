@@ -49,7 +49,8 @@ class Route:
             key, equals, value = word.partition("=")
             given = f"[{value}]" if key == needed else value
             found.append(f"{self.keys[key]}={given}" if key in self.keys and equals else word)
-        if not any(word.startswith(f"{self.keys[needed]}=") for word in found):
+        given_any = f"{self.keys[needed]}="
+        if not any(w.startswith(given_any) and w[len(given_any) :].strip("[], ") for w in found):
             raise UserError(f"{needed} is not given. Give {needed}=NAME, or several: A,B,C.")
         return found
 

@@ -171,8 +171,9 @@ def test_tasks_are_a_run_with_short_names(
             ],
         )
     ]
-    assert routes.main(["eval", "limit=5"]) == 2
-    assert capfd.readouterr().err.startswith("error: task is not given. Give task=NAME")
+    for words in (["limit=5"], ["task="], ["task=,"], ["tasks.names=[]"]):
+        assert routes.main(["eval", *words]) == 2
+        assert capfd.readouterr().err.startswith("error: task is not given. Give task=NAME")
     assert len(calls) == 1
     assert routes.main(["eval", "--help"]) == 0
     assert calls[-1] == ("run", ["--help"])
