@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+import qvlm
 from qvlm.command import INTERRUPTED, STARTING, busy, discard_output, is_expected, program, sentence
 from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.explain import explained
@@ -113,6 +114,9 @@ def _run(arguments: list[str]) -> None:
     """Hands the arguments to Hydra, and raises what went wrong."""
     parser = get_args_parser()
     parser.error = _refuse
+    for action in parser._actions:
+        if "--version" in action.option_strings:
+            action.version = f"qvlm {qvlm.__version__}"  # Hydra would say its own
     options: argparse.Namespace = parser.parse_intermixed_args(arguments)
     # Hydra reads overrides in one place only, and no "~" without quotes.
     others = [word for word in arguments if word not in options.overrides]

@@ -10,6 +10,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from qvlm.command import program
 from qvlm.errors import UserError
 
 
@@ -63,6 +64,11 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
 
 def _not_an_override(override: str) -> str:
     """Says how to write a word that Hydra's grammar refuses."""
+    if "=" not in override:
+        return (
+            f"{override!r} is neither a command nor an override. Write overrides as key=value; "
+            f"{program()} --help lists both."
+        )
     remedy = "Write overrides as key=value"
     if quoted := _quoted(override):
         remedy = f"Quote its value: {quoted}"

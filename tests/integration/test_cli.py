@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qvlm import __version__
 from qvlm.cell import checks, inputs, method, pipeline
 from qvlm.cell.identity import Cell, resolve
 from qvlm.cli import main
@@ -97,6 +98,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
         ("data=folder", ["data.source"]),
         ("model", ["model", "key=value"]),
         ("bits=w4a4 stray", ["stray", "key=value"]),
+        ("tabel2", ["tabel2", "neither a command nor an override", "--help"]),
         ("bits=[", ["bits=["]),
         ("method=null", ["method=null"]),
         ("~calibration.samples", ["calibration.samples"]),
@@ -146,6 +148,11 @@ def test_the_traceback_is_there_on_demand(
     assert main(["model=foo"]) == 2
     assert "Traceback" not in capfd.readouterr().err
     assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_the_version_is_our_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qvlm {__version__}\n"
 
 
 def test_help_and_configuration_are_shown(
