@@ -210,7 +210,13 @@ def configuration(overrides: Sequence[str]) -> RunConfig:
                 f"{word} is not possible here: outliers are those of the model in full precision. "
                 "Leave it out."
             )
-    return canonical(compose([*overrides, "method=fp", "bits=fp"]))
+    config = canonical(compose([*overrides, "method=fp", "bits=fp"]))
+    if config.model.packed is not None:
+        raise UserError(
+            f"model.packed={config.model.packed} is not possible here: outliers are those of the "
+            "model in full precision. Give model.path=FOLDER."
+        )
+    return config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

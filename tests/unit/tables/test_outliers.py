@@ -86,6 +86,7 @@ def test_a_massive_first_token_shows_in_the_residual_stream() -> None:
         ("model=foo", "model=foo is not a known option. Choose one of: "),
         ("bits=w4a4", "bits=w4a4 is not possible here: outliers are those of the model in full"),
         ("method=awq", "method=awq is not possible here"),
+        ("model.packed=mine", "model.packed=mine is not possible here"),
         ("calibration.seeds=3", "calibration.seeds is not a known key. Choose one of: "),
     ],
 )
