@@ -26,6 +26,7 @@ from qvlm.models.checkpoints.families import read_config
 from qvlm.models.checkpoints.language_model import is_language_model, read_language_model
 from qvlm.models.checkpoints.own import read_architecture
 from qvlm.models.checkpoints.weights import Weights
+from qvlm.models.llava import LlavaArchitecture
 from qvlm.models.meta import meta_model
 from qvlm.packing.checkpoint import PackedConfig, is_packed
 from qvlm.packing.form import Form, buffers
@@ -33,6 +34,8 @@ from qvlm.packing.origin import ORIGIN
 from qvlm.records.files import write_file, write_folder
 
 METHOD = "compressed-tensors"
+# Other families may keep experts fused, or name tensors otherwise in their checkpoints.
+EXPORTED = ("llama", "llava", LlavaArchitecture.model_type)
 SHARD_BYTES = 2 * 10**9
 _INDEX = "model.safetensors.index.json"
 # Kinds of files that go along: the tokenizer, the image processor and their templates.
@@ -59,6 +62,11 @@ def export(folder: Path, out: Path, layout: str = BYTES) -> int:
     config = read_config(folder, "export")
     if not is_packed(config):
         raise UserError(f"export: {folder} is not a packed checkpoint. Give save_packed=FOLDER's.")
+    if (kind := config.get("model_type")) not in EXPORTED:
+        raise UserError(
+            f"export: {folder} has model_type={kind}, whose tensors are not exported. Give a "
+            "packed LLaVA or LLaMA."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"export: --out={out} is not empty. Give a new or an empty folder.")
     forms = _forms(config)

@@ -162,6 +162,13 @@ def test_the_command_writes_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
     assert "is not empty. Give a new or an empty folder." in capsys.readouterr().err
     assert main([out, *words[1:], str(tmp_path / "again")]) == 2
     assert "is not a packed checkpoint" in capsys.readouterr().err
+    config = tmp_path / "packed" / "config.json"
+    llama = config.read_text()
+    config.write_text(llama.replace('"model_type": "llama"', '"model_type": "qwen2_vl"'))
+    assert main([*words, str(tmp_path / "again")]) == 2
+    said = capsys.readouterr().err
+    assert "has model_type=qwen2_vl, whose tensors are not exported. Give a packed LLaVA" in said
+    config.write_text(llama)
     (file,) = (tmp_path / "packed").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-10])
     assert main([*words, str(tmp_path / "again")]) == 2
