@@ -2,12 +2,15 @@
 
 transformers finds an architecture by the `model_type` of config.json. Ours is registered as soon as
 transformers' module of configurations is imported, by a stand-in whose `from_dict` imports
-`qvlm.models`. That registers the architecture itself, its processor and the packed format.
+`qvlm.models`. That registers the architecture itself, its processor and the packed format. The
+packed format has a stand-in of its own, because a LLaMA alone and the models of families have the
+`model_type` of transformers: without it their packed layers would be left at random.
 
 lm-eval finds a model by its name. "qvlm" is registered once lm-eval has registered its own, and
 `qvlm.lm_eval_model` is imported when somebody asks for it.
 """
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +20,9 @@ from types import ModuleType
 from typing import Any
 
 MODEL_TYPE = "qvlm_llava"
+PACKED = "qvlm_packed"
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+QUANTIZERS = "transformers.quantizers.auto"
 LM_EVAL_MODELS = "lm_eval.models"
 
 
@@ -25,6 +30,7 @@ def register_lazily() -> None:
     """Registers our models now, or when transformers or lm-eval is imported."""
     for name, register in (
         (CONFIGURATIONS, _register_architecture),
+        (QUANTIZERS, _register_packed_format),
         (LM_EVAL_MODELS, _register_with_lm_eval),
     ):
         if name in sys.modules:
@@ -56,6 +62,23 @@ def _register_architecture(module: ModuleType) -> None:
             return LlavaArchitecture.from_dict(config_dict, **kwargs)
 
     module.AutoConfig.register(MODEL_TYPE, StandIn)
+
+
+def _register_packed_format(module: ModuleType) -> None:
+    known = module.AUTO_QUANTIZATION_CONFIG_MAPPING
+    if PACKED in known:
+        return  # qvlm.packing was imported before
+
+    class StandIn(module.QuantizationConfigMixin):  # type: ignore[name-defined]
+        """The configuration of packed layers until `qvlm.models` is imported."""
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            """Returns the configuration itself; see `QuantizationConfigMixin.from_dict`."""
+            importlib.import_module("qvlm.models")  # takes the place of this one
+            return known[PACKED].from_dict(config_dict, **kwargs)
+
+    known[PACKED] = StandIn
 
 
 class _AfterImport(MetaPathFinder):

@@ -23,6 +23,7 @@ from transformers.quantizers import (
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qvlm.errors import UserError
@@ -40,6 +41,8 @@ VERSION = 3
 READABLE = (1, 2, 3)
 # What safetensors calls the types of buffers.
 _TYPES = {torch.uint8: "U8", torch.int32: "I32"}
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)  # the stand-in of `qvlm.registration`
 
 
 @register_quantization_config(METHOD)

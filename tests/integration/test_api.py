@@ -15,6 +15,8 @@ from qvlm.errors import RunError, UserError
 from qvlm.quantization import QuantLinear
 from qvlm.records.record import Record
 from tests.helpers.cells import Tracked, run
+from tests.helpers.families import write_family
+from tests.helpers.language_models import save_language_model, write_texts
 from tests.helpers.problems import make_dataset, make_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +132,46 @@ def test_transformers_opens_what_was_saved(order: int, model: qvlm.Model, tmp_pa
     assert done.returncode == 0, done.stderr
     said = model.ask("g h", ["r", "s"], Image.new("RGB", (20, 12), "red"))
     assert done.stdout.strip() == str([said])
+
+
+OTHERS = """
+import sys
+{imports}
+import torch
+kinds = AutoModelForCausalLM, AutoModelForImageTextToText
+tokens = torch.arange(3, 11)[None]
+for kind, folder in zip(kinds, sys.argv[1:]):
+    with torch.no_grad():
+        logits = kind.from_pretrained(folder)(input_ids=tokens).logits
+        wanted = qvlm.load(folder).loaded.model(input_ids=tokens).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_transformers_opens_packed_models_that_have_its_own_model_type(
+    order: int, tmp_path: Path
+) -> None:
+    """A LLaMA alone and a model of a family, whose packed layers were left at random."""
+    save_language_model(tmp_path / "text")
+    write_texts(tmp_path / "texts")
+    write_family(tmp_path / "family", "llava")
+    few = ["device=cpu", "calibration.samples=2"]
+    text = ["data=text", f"data.source={tmp_path / 'texts'}", "calibration.tokens=8"]
+    models = {
+        "llama": ("smollm2", f"model.path={tmp_path / 'text'}", *text, *few),
+        "llava": ("hf", f"model.path={tmp_path / 'family'}", *few),
+    }
+    for name, words in models.items():
+        loaded = qvlm.load(*words)
+        qvlm.quantize(loaded, "rtn", "w4a4")
+        qvlm.save(loaded, tmp_path / name)
+    auto = "from transformers import AutoModelForCausalLM, AutoModelForImageTextToText"
+    script = OTHERS.format(imports="\n".join(["import qvlm", auto][::order]))
+    folders = [str(tmp_path / name) for name in models]
+    words = [sys.executable, "-c", script, *folders]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
