@@ -68,6 +68,11 @@ def load_scienceqa(
     """
     rows = open_scienceqa(source, split, seed)
     wanted = [row for row, image in enumerate(rows.has_image) if with_images or not image]
+    if not wanted:
+        raise UserError(
+            f"data.source: split {split} of {source} holds no problems"
+            f"{'' if with_images else ' without an image'}. Give data with at least one."
+        )
     if limit is not None and not 0 < limit <= len(wanted):
         raise UserError(
             f"evaluation.limit: {limit} is not a number of problems that split {split} of {source} "

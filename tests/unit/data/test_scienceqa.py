@@ -154,6 +154,16 @@ def test_truncated_file_is_one_sentence(tmp_path: Path, problems: list[dict[str,
         load_scienceqa(str(tmp_path), "test")
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+def test_a_split_without_problems_is_refused(
+    limit: int | None, tmp_path: Path, problems: list[dict[str, Any]]
+) -> None:
+    rows = datasets.Dataset.from_list(problems)
+    rows.select([]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="split test of .* holds no problems. Give data with at"):
+        load_scienceqa(str(tmp_path), "test", limit)
+
+
 @pytest.mark.parametrize(
     ("source", "split", "limit", "message"),
     [
