@@ -33,6 +33,7 @@ from qvlm.cell.origin import describe_origin, expected_of
 from qvlm.cell.walk import ProgressWalk
 from qvlm.config.compose import CONF, compose
 from qvlm.config.schema import RunConfig
+from qvlm.data.prompts import pictures_of
 from qvlm.data.sources import table_split
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation import Evaluation, likelihood
@@ -49,6 +50,7 @@ from qvlm.quantization import (
     expected_layers,
     measure_bits,
 )
+from qvlm.validation import whole_number
 
 
 @dataclass
@@ -100,8 +102,16 @@ class Model:
             hint: Text that belongs to the question.
 
         Raises:
-            UserError: If the question leaves no room for an answer in the model's context.
+            UserError: If the question leaves no room for an answer in the model's context, the
+                choices are one text, or an image is none of Pillow's.
         """
+        if isinstance(choices, str):
+            raise UserError(f"choices={choices!r} is one text. Give a list of texts.")
+        for picture in pictures_of(image):
+            if not isinstance(picture, Image.Image):
+                raise UserError(
+                    f"image={picture!r:.60} is not an image. Give PIL.Image.open(FILE), or None."
+                )
         problem = {"question": question, "choices": choices, "image": image, "hint": hint}
         batch = self.loaded.encode([problem])
         prompt, limit = batch["input_ids"].shape[1], inputs.answer_length(self.config)
@@ -252,6 +262,10 @@ def evaluate(
             return evaluate_text(model.loaded, text.score_windows(config, model.loaded, documents))
         problems = inputs.load_problems(config, model.loaded.reads_images)
     else:
+        if not len(data):
+            raise UserError("data holds no problems. Give a data set with at least one.")
+        if limit is not None:
+            whole_number("limit", limit, 1, len(data))
         rows = table_split(data, "data", "data", lambda row: f"data, row {row}", None)
         problems = rows.take(range(len(data) if limit is None else limit))
     return evaluate_model(

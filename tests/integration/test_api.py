@@ -81,6 +81,15 @@ def test_any_data_set_of_the_schema_is_evaluated(model: qvlm.Model) -> None:
     assert evaluation.metrics["classes"]["Avg"]["n"] == 7
     assert len(qvlm.evaluate(model, own, limit=3).predictions) == 3
     assert len(qvlm.evaluate(model, limit=11).predictions) == 11
+    with pytest.raises(UserError, match="data holds no problems"):
+        qvlm.evaluate(model, own.select([]))
+    for limit in (0, 8):
+        with pytest.raises(UserError, match=f"limit={limit} is not a whole number from 1 to 7"):
+            qvlm.evaluate(model, own, limit=limit)
+    with pytest.raises(UserError, match="image='photo.png' is not an image"):
+        model.ask("g h", ["r", "s"], "photo.png")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="choices='rs' is one text"):
+        model.ask("g h", "rs")
     with pytest.raises(UserError, match="column 'hint' is missing"):
         qvlm.evaluate(model, own.remove_columns("hint"))
     with pytest.raises(UserError, match="data, row 1"):
