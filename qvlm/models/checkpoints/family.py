@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -45,6 +46,11 @@ def family_of(content: Mapping[str, Any], owner: str) -> Family:
         UserError: If the family has no table.
     """
     kind = content.get("model_type")
+    if kind == LlamaConfig.model_type:
+        raise UserError(
+            f"{owner} is a LLaMA alone, which is not of a family. Give model=smollm2 "
+            "model.path=FOLDER (docs/text.md)."
+        )
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{owner}: model_type={kind} in config.json is not a family that is served. Describe "

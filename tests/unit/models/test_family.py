@@ -182,6 +182,7 @@ def test_the_processor_that_stands_for_smolvlms_makes_the_same(
     ("file", "change", "reason"),
     [
         ("config.json", {"model_type": "unknown_vl"}, "model_type=unknown_vl .* docs/families.md"),
+        ("config.json", {"model_type": "llama"}, "is a LLaMA alone.*model=smollm2 model.path="),
         ("config.json", {"vision_config": 3}, "config.json does not describe a model"),
         ("chat_template.jinja", None, "has no chat template.*Add chat_template.jinja"),
         ("model.safetensors", None, "has no weights"),
