@@ -23,7 +23,7 @@ from qvlm.data.sources import (
     parquet_split,
     saved_split,
 )
-from qvlm.data.validation import COLUMNS, FEATURES
+from qvlm.data.validation import COLUMNS, FEATURES, SUBJECTS
 from qvlm.errors import UserError
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 # The published test split: its classes by subject, and IMG for questions with an image.
-SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 PUBLISHED_CLASSES = {"NAT": 2252, "SOC": 889, "LAN": 1100, "IMG": 2017}
 PUBLISHED_QUESTIONS = sum(PUBLISHED_CLASSES[label] for label in SUBJECTS.values())
 MINIATURE_SIZES = {"train": 8000, "validation": 2000, "test": 4000, "claims": 20000}

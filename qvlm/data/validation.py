@@ -4,6 +4,7 @@ A fault is one sentence with the file, the row, the column and what is accepted.
 passes can be evaluated, calibrated on and tracked.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from qvlm.errors import UserError
 Row = Mapping[str, Any]
 
 _TEXT = datasets.Value("string")
+# Subjects by the names of their classes, and the grades that have a class.
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+GRADES = tuple(f"grade{number}" for number in range(1, 13))
 # The columns of `derek-thomas/ScienceQA`.
 COLUMNS = datasets.Features(
     {
@@ -83,7 +87,24 @@ def validated(
             raise UserError(
                 f"{where(position)}, column {fault.column!r}: {fault.found}. {fault.accepted}"
             ) from fault
+    _warn_of_no_class(checked, where)
     return datasets.Dataset.from_list(checked, features=FEATURES)
+
+
+def _warn_of_no_class(rows: Sequence[Row], where: Callable[[int], str]) -> None:
+    """Says so if a subject or grade is not one of ScienceQA's, for example "Grade 3"."""
+    for column, known, classes in (
+        ("subject", SUBJECTS, ", ".join(SUBJECTS)),
+        ("grade", GRADES, f"{GRADES[0]} to {GRADES[-1]}"),
+    ):
+        others = [at for at, row in enumerate(rows) if row[column] and row[column] not in known]
+        if others:
+            warnings.warn(
+                f"{where(others[0])}, column {column!r}: {_shown(rows[others[0]][column])} has no "
+                f"class. {len(others)} of {len(rows)} problems have such a {column} and count only "
+                f"in the average. Classes have {classes}; give null for none.",
+                stacklevel=2,
+            )
 
 
 class _Fault(Exception):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,21 @@ def test_a_replaced_file_of_the_same_time_is_read_anew(
         os.utime(file, (0, 0))
         asked = load_scienceqa(str(tmp_path), "test")["question"][:]
         assert asked == [problem["question"] for problem in part]
+
+
+def test_a_subject_or_grade_of_no_class_is_said(
+    tmp_path: Path, problems: list[dict[str, Any]]
+) -> None:
+    """Such problems are in no row but that of the average."""
+    rows = [{**problem, "subject": "", "grade": ""} for problem in problems[:4]]
+    with warnings.catch_warnings(action="error"):
+        load_scienceqa(str(folder_with(tmp_path, rows, COLUMNS)), "test")
+    rows[1]["grade"], rows[2]["subject"], rows[3]["subject"] = "Grade 3", "biology", "history"
+    with pytest.warns(UserWarning, match="has no class") as said:
+        load_scienceqa(str(folder_with(tmp_path, rows, COLUMNS)), "test")
+    words = [str(each.message) for each in said]
+    assert "row 2, column 'subject': 'biology' has no class. 2 of 4 problems" in words[0]
+    assert "row 1, column 'grade': 'Grade 3' has no class. 1 of 4 problems" in words[1]
 
 
 def test_split_without_any_image_keeps_its_column(
