@@ -157,7 +157,7 @@ def long(records: Sequence[Record]) -> pd.DataFrame:
                     "measure": measure,
                     **value,
                     "tokens": record.metrics["text"]["tokens"],
-                    "quantize_seconds": record.run["stages"].get("quantize", {}).get("seconds"),
+                    "search_seconds": record.run["report"].get("search_seconds"),
                     "run": record.name,
                 }
             )
@@ -211,7 +211,7 @@ def _cell(records: Sequence[Record]) -> str:
 
 def _detail(cells: Cells, bits: str) -> str:
     header = ["method", "activations", "draws", "KL", "95 % interval", "from draw to draw"]
-    header += ["perplexity", "same token, %", "quantize, s"]
+    header += ["perplexity", "same token, %", "search, s"]
     lines = []
     for row in rows_of(cells):
         records = cells.get(row, {}).get(bits, [])
@@ -219,7 +219,7 @@ def _detail(cells: Cells, bits: str) -> str:
             continue
         kls = [record.metrics["text"]["kl"] for record in records]
         values = [kl["value"] for kl in kls]
-        seconds = fmean(record.run["stages"]["quantize"]["seconds"] for record in records)
+        seconds = fmean(record.run["report"]["search_seconds"] for record in records)
         lines.append(
             [
                 row.method,
@@ -260,6 +260,7 @@ def _made(records: Sequence[Record], command: str) -> list[str]:
         f"Code: {'; or '.join(dict.fromkeys(map(revision, records)))}.",
         f"Calibration: {'; or '.join(calibrated) or NOT_MEASURED}.",
         "Texts: `qvlm/data/texts`, whose README names sources and licenses; split test.",
+        "search, s: processor time of the search, so that what ran beside it does not count.",
         "Intervals take documents as clusters, which share their words and their subject. They do "
         "not hold the draw of the calibration rows, whose range stands beside them.",
     ]

@@ -367,7 +367,7 @@ def test_the_hero_runs_on_an_original_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of Q-VLM, the fine-tuning of the tower too, at the least that it can be."""
-    monkeypatch.setattr(LoadedModel, "decode", lambda _, ids: ["A"] * len(ids))
+    monkeypatch.setattr(LoadedModel, "decode", lambda _, ids, kept=(): ["A"] * len(ids))
     standin = write("moe_llava_phi2", tmp_path)
     config = load(
         *("model=moe_llava_phi2", f"model.path={standin.folder}"),
@@ -386,7 +386,7 @@ def test_a_cell_quantizes_proves_packs_and_loads_again(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Random weights name no letter, and a model that never does is refused.
-    monkeypatch.setattr(LoadedModel, "decode", lambda _, ids: ["A"] * len(ids))
+    monkeypatch.setattr(LoadedModel, "decode", lambda _, ids, kept=(): ["A"] * len(ids))
     standin = write(family, tmp_path)
     common = (
         f"results_dir={tmp_path}/results",
