@@ -36,8 +36,9 @@ from qvlm.config.schema import RunConfig
 from qvlm.data.prompts import pictures_of
 from qvlm.data.sources import table_split
 from qvlm.errors import RunError, UserError
-from qvlm.evaluation import Evaluation, likelihood
-from qvlm.evaluation import evaluate as evaluate_model
+from qvlm.evaluation import likelihood
+from qvlm.evaluation.evaluator import Evaluation
+from qvlm.evaluation.evaluator import evaluate as evaluate_model
 from qvlm.evaluation.text import evaluate_text
 from qvlm.methods.base import MethodReport
 from qvlm.models.cache import CACHE, growing_cache

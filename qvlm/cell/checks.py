@@ -12,7 +12,7 @@ from pathlib import Path
 from qvlm.cell.inputs import MPS, find_device, prompting, quantization_config
 from qvlm.cell.method import method_of, not_streamable
 from qvlm.config.schema import MAP, RunConfig
-from qvlm.data.scienceqa import MINIATURE_SIZES
+from qvlm.data.sizes import MINIATURE_SIZES
 from qvlm.errors import UserError
 from qvlm.evaluation.vqa.questions import require_data
 from qvlm.models.placement import memory_limits

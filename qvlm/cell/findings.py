@@ -7,7 +7,7 @@ import datasets
 import torch
 
 from qvlm.cell.identity import Cell
-from qvlm.evaluation import Evaluation
+from qvlm.evaluation.evaluator import Evaluation
 from qvlm.methods.base import MethodReport
 from qvlm.quantization import LayerBits, check_bits
 from qvlm.records.environment import command_line, surroundings

@@ -14,7 +14,9 @@ from torch import Tensor
 from qvlm.cell import inputs, references, text
 from qvlm.cell.identity import Cell
 from qvlm.config.schema import RunConfig
-from qvlm.evaluation import Evaluation, Reference, Watch, answer_passages, evaluate
+from qvlm.evaluation.adapter import Watch
+from qvlm.evaluation.divergence import Reference, answer_passages
+from qvlm.evaluation.evaluator import Evaluation, evaluate
 from qvlm.evaluation.tasks import evaluate_tasks, load_tasks, require_readable
 from qvlm.evaluation.text import SavedStates, evaluate_text
 from qvlm.models.loaded import LoadedModel

@@ -27,7 +27,7 @@ from qvlm.cell.method import method_of
 from qvlm.cell.origin import describe_origin, expected_of, require_bits
 from qvlm.cell.streaming import stream_cell
 from qvlm.cell.walk import ProgressWalk
-from qvlm.evaluation import Watch
+from qvlm.evaluation.adapter import Watch
 from qvlm.methods.base import Method
 from qvlm.models.loaded import LoadedModel
 from qvlm.models.packed import save_packed_model

@@ -10,6 +10,7 @@ Source: `convert_sqa_to_llava*.py`, `conversation.py` and `eval_science_qa.py` o
 MoE-LLaVA's releases. Their templates have no few-shot examples and no captions; neither do ours.
 """
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -221,6 +222,15 @@ class Prompting:
             text = text.replace("Question: ", "")
         text = text.replace(IMAGE_TOKEN, "").strip()
         return f"{text}\n{form.instruction}" if form.instruction else text
+
+
+def guess(question_id: str, n_choices: int, seed: int) -> int:
+    """Draws the choice that replaces an unparsable answer.
+
+    The draw depends on the question and the seed alone, so two methods that both fail on a question
+    get the same choice.
+    """
+    return random.Random(f"{seed}/{question_id}").randrange(n_choices)
 
 
 def pictures_of(image: Any) -> list[Any]:

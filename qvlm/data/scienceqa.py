@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 
 from qvlm.data import miniature
+from qvlm.data.sizes import MINIATURE_SIZES, PUBLISHED_CLASSES, PUBLISHED_QUESTIONS, SUBJECTS
 from qvlm.data.sources import (
     OFFICIAL_FILES,
     OFFICIAL_SPLITS,
@@ -23,27 +24,18 @@ from qvlm.data.sources import (
     parquet_split,
     saved_split,
 )
-from qvlm.data.validation import COLUMNS, FEATURES, SUBJECTS
+from qvlm.data.validation import COLUMNS, FEATURES
 from qvlm.errors import UserError
 
 __all__ = [
     "COLUMNS",
     "FEATURES",
-    "MINIATURE_SIZES",
     "OFFICIAL_FILES",
     "OFFICIAL_SPLITS",
-    "PUBLISHED_CLASSES",
-    "PUBLISHED_QUESTIONS",
-    "SUBJECTS",
     "load_scienceqa",
     "open_scienceqa",
     "require_published",
 ]
-
-# The published test split: its classes by subject, and IMG for questions with an image.
-PUBLISHED_CLASSES = {"NAT": 2252, "SOC": 889, "LAN": 1100, "IMG": 2017}
-PUBLISHED_QUESTIONS = sum(PUBLISHED_CLASSES[label] for label in SUBJECTS.values())
-MINIATURE_SIZES = {"train": 8000, "validation": 2000, "test": 4000, "claims": 20000}
 
 
 def load_scienceqa(

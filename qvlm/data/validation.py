@@ -13,13 +13,13 @@ import datasets
 
 from qvlm.data.images import PLAIN_MODES, as_png, decode, to_rgb
 from qvlm.data.prompts import LETTERS
+from qvlm.data.sizes import SUBJECTS
 from qvlm.errors import UserError
 
 Row = Mapping[str, Any]
 
 _TEXT = datasets.Value("string")
-# Subjects by the names of their classes, and the grades that have a class.
-SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+# The grades that have a class.
 GRADES = tuple(f"grade{number}" for number in range(1, 13))
 # The columns of `derek-thomas/ScienceQA`.
 COLUMNS = datasets.Features(

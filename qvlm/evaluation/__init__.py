@@ -5,37 +5,7 @@ lm-eval use a model that is already in memory, `task.py` holds the functions tha
 names, `answers.py` keeps answers on disk so that an interrupted evaluation can continue, and
 `metrics.py` has accuracies, intervals and paired tests. `likelihood.py` scores given texts, and
 `divergence.py` compares a model with what it was before. Nothing here knows of quantization.
+
+This file imports none of them, so that pages of recorded answers, which need `metrics.py` alone, do
+not wait for PyTorch and transformers.
 """
-
-from qvlm.evaluation.adapter import Watch
-from qvlm.evaluation.divergence import Divergence, Reference, answer_passages
-from qvlm.evaluation.evaluator import Evaluation, evaluate
-from qvlm.evaluation.metrics import (
-    CLASSES,
-    McNemar,
-    PairedDifference,
-    class_metrics,
-    holm,
-    mcnemar,
-    paired_difference,
-    skill_metrics,
-    wilson,
-)
-
-__all__ = [
-    "CLASSES",
-    "Divergence",
-    "Evaluation",
-    "McNemar",
-    "PairedDifference",
-    "Reference",
-    "Watch",
-    "answer_passages",
-    "class_metrics",
-    "evaluate",
-    "holm",
-    "mcnemar",
-    "paired_difference",
-    "skill_metrics",
-    "wilson",
-]

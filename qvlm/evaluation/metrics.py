@@ -210,3 +210,32 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def ratio(
+    values: ArrayLike, sizes: ArrayLike, clusters: ArrayLike | None = None
+) -> tuple[float, float]:
+    """Returns the mean of what clusters of different sizes add up to, and its standard error.
+
+    The mean is `sum(values) / sum(sizes)`. Its standard error is that of a ratio of totals of
+    independently drawn clusters (W. G. Cochran, Sampling Techniques, 1977, section 2.11):
+    `sqrt(k / (k - 1) * sum((values - mean * sizes)^2)) / sum(sizes)` over k clusters.
+
+    Args:
+        values: Sum over each passage, [passages].
+        sizes: Number of tokens of each passage, [passages].
+        clusters: Cluster of each passage, [passages]. None stands for one passage each.
+
+    Returns:
+        Mean and standard error. The error of a single cluster is infinite.
+    """
+    totals, counts = (np.asarray(array, dtype=np.float64) for array in (values, sizes))
+    if clusters is not None:
+        index = np.unique(np.asarray(clusters), return_inverse=True)[1]
+        totals = np.bincount(index, weights=totals).astype(np.float64)
+        counts = np.bincount(index, weights=counts).astype(np.float64)
+    mean = float(totals.sum() / counts.sum())
+    if len(totals) < 2:
+        return mean, float("inf")
+    spread = float(((totals - mean * counts) ** 2).sum()) * len(totals) / (len(totals) - 1)
+    return mean, sqrt(spread) / float(counts.sum())

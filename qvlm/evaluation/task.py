@@ -9,13 +9,12 @@ which would keep some 2,000 decoded images of the real test split in memory. The
 an image when its batch runs.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 
-from qvlm.data.prompts import LETTERS, Prompting
+from qvlm.data.prompts import LETTERS, Prompting, guess
 
 _TEXT = datasets.Value("string")
 COLUMNS = ("image", "question", "choices", "answer", "hint", "grade", "subject", "skill")
@@ -64,15 +63,6 @@ def documents(
     for name, (values, feature) in added.items():
         rows = rows.add_column(name, values, feature=feature)
     return {"test": rows}
-
-
-def guess(question_id: str, n_choices: int, seed: int) -> int:
-    """Draws the choice that replaces an unparsable answer.
-
-    The draw depends on the question and the seed alone, so two methods that both fail on a question
-    get the same choice.
-    """
-    return random.Random(f"{seed}/{question_id}").randrange(n_choices)
 
 
 def visual(doc: Mapping[str, Any]) -> list[Any]:

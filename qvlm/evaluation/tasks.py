@@ -5,9 +5,8 @@ same. What is left out are tasks that run code that a model wrote.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -140,28 +139,6 @@ def evaluate_tasks(
         [sum(map(len, rank.answers.values())) for rank in model.ranks] or [len(samples)],
         [observe(loaded.model)] if observe else [],
     )
-
-
-Score = tuple[str, str, float, float | None]
-"""Task or group, metric, value and standard error."""
-
-
-def scores(results: Mapping[str, Any]) -> Iterator[Score]:
-    """Yields task or group, metric, value and standard error of the results of a record.
-
-    Args:
-        results: Entry `results` of `evaluate_tasks`. A metric is followed by the name of its
-            filter, where that is not "none". A value that a record holds as null was not finite.
-    """
-    for task, metrics in results.items():
-        for key, value in metrics.items():
-            metric, comma, chosen = key.partition(",")
-            value = nan if value is None else value
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = metrics.get(f"{metric}_stderr,{chosen}")
-            label = metric if chosen == "none" else f"{metric} ({chosen})"
-            yield task, label, value, error if isinstance(error, int | float) else None
 
 
 def _manager(

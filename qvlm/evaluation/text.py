@@ -17,26 +17,25 @@ What the model in full precision makes of the windows is kept for all cells (see
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from scipy.stats import t as student
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from qvlm.data.text import Document
 from qvlm.errors import RunError
 from qvlm.evaluation import likelihood
-from qvlm.evaluation.divergence import kl, ratio
+from qvlm.evaluation.divergence import kl
 from qvlm.evaluation.evaluator import Evaluation
 from qvlm.evaluation.likelihood import Passage
 from qvlm.evaluation.states import SavedStates, kept_states
+from qvlm.evaluation.text_metrics import summarize
 from qvlm.models.loaded import LoadedModel
 
-CONFIDENCE = 0.95
 # Number of positions whose logits are computed at a time, which bounds memory.
 _POSITIONS = 64
 
@@ -145,41 +144,6 @@ def evaluate_text(
     table = pd.DataFrame(rows.values())
     observed = [observe(loaded.model)] if observe else []
     return Evaluation({"text": summarize(table)}, table, 0, [len(windows)], observed)
-
-
-def summarize(documents: pd.DataFrame) -> dict[str, Any]:
-    """Computes the measures of `evaluate_text` with their intervals.
-
-    Args:
-        documents: One row per document with its sums.
-
-    Returns:
-        `tokens`, `documents`, and for each measure a mapping with the keys `value`, `low` and
-        `high`: `perplexity`; `kl` in nats per token; `agreement` in percent. Low and high end a
-        95 % interval and are None with a single document. A measure without sums is None.
-    """
-    nll = _per_token(documents, "nll")
-    assert nll is not None
-    agreement = _per_token(documents, "agreement")
-    return {
-        "tokens": int(documents["tokens"].sum()),
-        "documents": len(documents),
-        "perplexity": {key: None if v is None else exp(v) for key, v in nll.items()},
-        "kl": _per_token(documents, "kl"),
-        "agreement": agreement
-        and {key: None if v is None else 100 * v for key, v in agreement.items()},
-    }
-
-
-def _per_token(documents: pd.DataFrame, name: str) -> dict[str, float | None] | None:
-    """The mean of a measure per token, with an interval by Student's t over the documents."""
-    if name not in documents:
-        return None
-    mean, error = ratio(documents[name], documents["tokens"])
-    if not isfinite(error):
-        return {"value": mean, "low": None, "high": None}
-    reach = float(student.ppf((1 + CONFIDENCE) / 2, len(documents) - 1)) * error
-    return {"value": mean, "low": mean - reach, "high": mean + reach}
 
 
 def _states(loaded: LoadedModel, windows: Sequence[Window], label: str) -> Iterator[Tensor]:

@@ -14,12 +14,8 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from qvlm.config.schema import RunConfig
-from qvlm.data.scienceqa import (
-    MINIATURE_SIZES,
-    OFFICIAL_FILES,
-    OFFICIAL_SPLITS,
-    PUBLISHED_QUESTIONS,
-)
+from qvlm.data.scienceqa import OFFICIAL_FILES, OFFICIAL_SPLITS
+from qvlm.data.sizes import MINIATURE_SIZES, PUBLISHED_QUESTIONS
 from qvlm.data.sources import is_repository
 from qvlm.data.text import text_folder
 from qvlm.errors import UserError

@@ -2,17 +2,21 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pandas as pd
 from PIL.Image import Image
 
 from qvlm.data.prompts import LETTERS
 from qvlm.records.record import Record
 
+if TYPE_CHECKING:
+    import datasets
 
-def log_record(run: Any, record: Record, problems: datasets.Dataset | None, examples: int) -> None:
+
+def log_record(
+    run: Any, record: Record, problems: "datasets.Dataset | None", examples: int
+) -> None:
     """Logs a record: tables, charts, summary, and its folder as an artifact.
 
     The table `examples` shows the same few problems for every cell, so that methods can be compared
@@ -132,7 +136,7 @@ def _spaced(rows: list[int], count: int) -> list[int]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _examples(record: Record, problems: datasets.Dataset, count: int) -> Any:
+def _examples(record: Record, problems: "datasets.Dataset", count: int) -> Any:
     import wandb
 
     columns = ["question_id", "skill", "image", "question", "choices", "answer", "prediction"]

@@ -19,15 +19,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import datasets
 import pandas as pd
 from tqdm import tqdm
 
 from qvlm.config.schema import TrackingConfig
 from qvlm.records import tracked
 from qvlm.records.record import Record, plain
+
+if TYPE_CHECKING:
+    import datasets
 
 CONNECT_SECONDS = 30
 UPLOAD_SECONDS = 120
@@ -99,7 +101,7 @@ class Tracker:
         entry = {f"progress/{key}": value for key, value in shown.items()}
         self._run.do(lambda run: run.log(entry))
 
-    def finish(self, record: Record, problems: datasets.Dataset | None) -> None:
+    def finish(self, record: Record, problems: "datasets.Dataset | None") -> None:
         """Logs a complete record and closes the run.
 
         Args:

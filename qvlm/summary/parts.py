@@ -11,7 +11,7 @@ from rich.text import Text
 from qvlm.command import program
 from qvlm.errors import RunError
 from qvlm.evaluation.metrics import CLASSES
-from qvlm.evaluation.tasks import Score, scores
+from qvlm.evaluation.scores import Score, scores
 from qvlm.records.record import Record, read_run
 from qvlm.tables.comparison import drop
 from qvlm.tables.report import NONE, interval, number, paired_interval, signed

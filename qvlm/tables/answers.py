@@ -34,13 +34,12 @@ from typing import Any
 import pandas as pd
 
 from qvlm.data import miniature
-from qvlm.data.prompts import LETTERS
-from qvlm.data.scienceqa import MINIATURE_SIZES
+from qvlm.data.prompts import LETTERS, guess
+from qvlm.data.sizes import MINIATURE_SIZES
 from qvlm.data.text import NAME as TEXTS
 from qvlm.errors import RunError, UserError
 from qvlm.evaluation.metrics import class_metrics
-from qvlm.evaluation.task import guess
-from qvlm.evaluation.text import summarize
+from qvlm.evaluation.text_metrics import summarize
 from qvlm.records.cells import SUFFIX
 from qvlm.records.files import explained, write_file, write_folder
 from qvlm.records.record import Record, plain

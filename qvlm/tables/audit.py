@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from qvlm.command import run_command
-from qvlm.data.scienceqa import PUBLISHED_CLASSES, PUBLISHED_QUESTIONS
+from qvlm.data.sizes import PUBLISHED_CLASSES, PUBLISHED_QUESTIONS
 from qvlm.evaluation.metrics import class_metrics, wilson
 from qvlm.markdown import bullets, table
 from qvlm.tables.command import made_with, table_parser, write_files

@@ -18,7 +18,7 @@ from qvlm.command import run_command
 from qvlm.data.prompts import LETTERS
 from qvlm.errors import UserError
 from qvlm.evaluation.metrics import mcnemar, paired_difference
-from qvlm.evaluation.tasks import scores
+from qvlm.evaluation.scores import scores
 from qvlm.markdown import bullets, table
 from qvlm.records.record import Record
 from qvlm.tables.answers import SUFFIX, UNPARSABLE, letters_of, read_one

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from qvlm.evaluation import skill_metrics
-from qvlm.evaluation.metrics import CLASSES
+from qvlm.evaluation.metrics import CLASSES, skill_metrics
 from qvlm.markdown import bullets, replaced, table
 from qvlm.models.load import MINIATURES
 from qvlm.records.record import Record

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from qvlm.evaluation.metrics import CLASSES, class_metrics
-from qvlm.evaluation.text import summarize
+from qvlm.evaluation.text_metrics import summarize
 from qvlm.records.record import Record
 
 _SHARES = ("accuracy", "ci_low", "ci_high", "unparsable")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from qvlm.data.scienceqa import PUBLISHED_CLASSES
-from qvlm.data.scienceqa import SUBJECTS as SCIENCEQA_SUBJECTS
+from qvlm.data.sizes import PUBLISHED_CLASSES
+from qvlm.data.sizes import SUBJECTS as SCIENCEQA_SUBJECTS
 from qvlm.errors import UserError
 from qvlm.records.record import Record
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import pandas as pd
 
-from qvlm.data.scienceqa import SUBJECTS
+from qvlm.data.sizes import SUBJECTS
 from qvlm.errors import UserError
 from qvlm.tables.published import published
 

@@ -15,8 +15,8 @@ import pandas as pd
 from qvlm.bits import BitWidths
 from qvlm.command import run_command
 from qvlm.errors import UserError
-from qvlm.evaluation.tasks import scores
-from qvlm.evaluation.vqa.questions import NAMES
+from qvlm.evaluation.scores import scores
+from qvlm.evaluation.vqa import NAMES
 from qvlm.markdown import bullets, table
 from qvlm.records.record import Record, find_records
 from qvlm.tables.command import add_runs, made_with, table_parser, write_files

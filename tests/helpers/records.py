@@ -12,9 +12,10 @@ import pandas as pd
 from PIL import Image
 
 from qvlm.data import miniature
-from qvlm.data.scienceqa import COLUMNS, MINIATURE_SIZES
+from qvlm.data.scienceqa import COLUMNS
+from qvlm.data.sizes import MINIATURE_SIZES
 from qvlm.evaluation.metrics import class_metrics
-from qvlm.evaluation.text import summarize
+from qvlm.evaluation.text_metrics import summarize
 from qvlm.records.record import (
     Record,
     write_record,

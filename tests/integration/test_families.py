@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 import qvlm
 from qvlm.data.prompts import pictures_of
 from qvlm.errors import UserError
-from qvlm.evaluation import evaluate, likelihood
+from qvlm.evaluation import likelihood
+from qvlm.evaluation.evaluator import evaluate
 from qvlm.records.record import Record
 from tests.helpers.cells import run
 from tests.helpers.configs import load

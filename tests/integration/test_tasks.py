@@ -9,7 +9,7 @@ import pytest
 
 from qvlm.cell.identity import Cell
 from qvlm.errors import RunError, UserError
-from qvlm.evaluation.tasks import scores
+from qvlm.evaluation.scores import scores
 from qvlm.records.record import Record, find_records
 from tests.helpers.cells import Tracked, run
 from tests.helpers.tasks import PICTURE_TASKS, TEXT_TASKS, write_tasks

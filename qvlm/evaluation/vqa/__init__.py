@@ -3,3 +3,5 @@
 `questions.py` reads the data, which a user has to have, and scores answers. The YAML files beside
 it are the tasks.
 """
+
+NAMES = {"vqav2": "VQAv2", "vizwiz": "VizWiz"}

@@ -20,9 +20,8 @@ import pyarrow.parquet
 
 from qvlm.data.prompts import IMAGE_TOKEN
 from qvlm.errors import UserError
+from qvlm.evaluation.vqa import NAMES
 from qvlm.records.provenance import content_hash
-
-NAMES = {"vqav2": "VQAv2", "vizwiz": "VizWiz"}
 
 _SHORT = "Answer the question using a single word or phrase."
 _UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."

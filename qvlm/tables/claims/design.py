@@ -9,7 +9,7 @@ from math import sqrt
 
 from scipy import stats
 
-from qvlm.data.scienceqa import MINIATURE_SIZES
+from qvlm.data.sizes import MINIATURE_SIZES
 from qvlm.tables.claims.catalog import CLAIMS
 from qvlm.validation import whole_number
 

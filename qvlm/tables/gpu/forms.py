@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from qvlm.data.scienceqa import PUBLISHED_QUESTIONS
+from qvlm.data.sizes import PUBLISHED_QUESTIONS
 from qvlm.quantization import QuantizationConfig, QuantSpec
 
 # ScienceQA's test split: its questions, the share of them with an image, and mean tokens of text

@@ -19,7 +19,7 @@ from qvlm.cell import inputs
 from qvlm.cell.method import method_of
 from qvlm.config.compose import CONF, from_hydra, register
 from qvlm.config.schema import RunConfig
-from qvlm.evaluation import evaluate
+from qvlm.evaluation.evaluator import evaluate
 from qvlm.models.loaded import LoadedModel
 from qvlm.packing import force_kernel, kernels, pack_model, packed_layers
 from qvlm.quantization import Walk, batch_by_length

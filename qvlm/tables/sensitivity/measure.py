@@ -21,7 +21,8 @@ from qvlm.cell.material import calibration_batches, load_material
 from qvlm.cell.method import build_method
 from qvlm.config.schema import MAP, RunConfig
 from qvlm.errors import RunError, UserError
-from qvlm.evaluation import Reference, answer_passages, evaluate
+from qvlm.evaluation.divergence import Reference, answer_passages
+from qvlm.evaluation.evaluator import evaluate
 from qvlm.evaluation.text import Window, evaluate_text, refer
 from qvlm.models.loaded import LoadedModel
 from qvlm.quantization import check_bits, expected_layers, measure_bits

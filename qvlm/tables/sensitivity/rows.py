@@ -17,9 +17,8 @@ from scipy.stats import t as student
 
 from qvlm.cell.identity import Cell
 from qvlm.errors import RunError
-from qvlm.evaluation import paired_difference, wilson
-from qvlm.evaluation.divergence import ratio
-from qvlm.evaluation.text import CONFIDENCE
+from qvlm.evaluation.metrics import paired_difference, ratio, wilson
+from qvlm.evaluation.text_metrics import CONFIDENCE
 from qvlm.tables.sensitivity import NAME
 from qvlm.tables.sensitivity.measure import Outcome
 from qvlm.tables.sensitivity.parts import ALONE, BOTH, EVERYTHING, REFERENCE, Part, State

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from qvlm.data.scienceqa import PUBLISHED_QUESTIONS
+from qvlm.data.sizes import PUBLISHED_QUESTIONS
 from qvlm.markdown import bullets, table
 from qvlm.planning.footprint import GIB
 from qvlm.records.record import Record

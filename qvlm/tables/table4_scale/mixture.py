@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qvlm.data.scienceqa import PUBLISHED_QUESTIONS
+from qvlm.data.sizes import PUBLISHED_QUESTIONS
 from qvlm.markdown import table
 from qvlm.tables.cost import median_and_range
 from qvlm.tables.table4_scale.clock import Clock, QuestionTimes, ask

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from qvlm.data.scienceqa import PUBLISHED_QUESTIONS
+from qvlm.data.sizes import PUBLISHED_QUESTIONS
 from qvlm.markdown import bullets, table
 from qvlm.planning.footprint import ANSWER_TOKENS, SCALE_ANSWER
 from qvlm.records.environment import revision_in_words, surroundings

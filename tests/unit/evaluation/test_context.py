@@ -8,8 +8,9 @@ from lm_eval.api.instance import Instance
 from PIL import Image
 
 from qvlm.errors import UserError
-from qvlm.evaluation import evaluate, likelihood
+from qvlm.evaluation import likelihood
 from qvlm.evaluation.adapter import InMemoryModel
+from qvlm.evaluation.evaluator import evaluate
 from qvlm.models import LoadedModel
 from tests.helpers.problems import make_dataset, make_model, make_problems
 

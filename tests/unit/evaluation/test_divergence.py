@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from qvlm.errors import RunError
-from qvlm.evaluation import Divergence, Evaluation, Reference, answer_passages, likelihood
-from qvlm.evaluation.divergence import kl, ratio
+from qvlm.evaluation import likelihood
+from qvlm.evaluation.divergence import Divergence, Reference, answer_passages, kl
+from qvlm.evaluation.evaluator import Evaluation
+from qvlm.evaluation.metrics import ratio
 from qvlm.models import LoadedModel
 from tests.helpers.problems import make_model, make_problems
 

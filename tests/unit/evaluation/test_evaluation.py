@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 from qvlm.data.prompts import OFFICIAL_LETTERS as LETTERS
+from qvlm.data.prompts import guess
 from qvlm.errors import RunError, UserError
-from qvlm.evaluation import evaluate
-from qvlm.evaluation import task as task_functions
 from qvlm.evaluation.adapter import InMemoryModel
+from qvlm.evaluation.evaluator import evaluate
 from qvlm.models import LoadedModel
 from tests.helpers.problems import make_dataset, make_model, make_problems
 
@@ -232,7 +232,7 @@ def test_a_random_choice_replaces_only_unparsable_answers(
     parsed = predictions["prediction"].notna()
     assert (lucky["correct"] == predictions["correct"])[parsed].all()
     for row in lucky[~parsed].itertuples():
-        choice = task_functions.guess(row.question_id, row.n_choices, seed=3)
+        choice = guess(row.question_id, row.n_choices, seed=3)
         assert row.correct == (choice == row.answer)
     assert lucky["correct"][~parsed].any()
     assert not predictions["correct"][~parsed].any()
@@ -241,8 +241,8 @@ def test_a_random_choice_replaces_only_unparsable_answers(
 
 @pytest.mark.parametrize("n_choices", [2, 3, 5])
 def test_guesses_are_uniform_and_depend_on_the_seed(n_choices: int) -> None:
-    first = [task_functions.guess(f"test-{i}", n_choices, seed=0) for i in range(3000)]
-    second = [task_functions.guess(f"test-{i}", n_choices, seed=1) for i in range(3000)]
+    first = [guess(f"test-{i}", n_choices, seed=0) for i in range(3000)]
+    second = [guess(f"test-{i}", n_choices, seed=1) for i in range(3000)]
     shares = np.bincount(first) / len(first)
     assert len(shares) == n_choices
     assert shares == pytest.approx(np.full(n_choices, 1 / n_choices), abs=0.04)

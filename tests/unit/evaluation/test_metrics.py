@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from qvlm.evaluation import (
+from qvlm.evaluation.metrics import (
     CLASSES,
     class_metrics,
     holm,

@@ -10,7 +10,7 @@ from qvlm.cell.identity import Cell
 from qvlm.cell.pipeline import run_cell
 from qvlm.data.prompts import LETTERS, Prompting
 from qvlm.errors import UserError
-from qvlm.evaluation import evaluate
+from qvlm.evaluation.evaluator import evaluate
 from qvlm.evaluation.metrics import CLASSES
 from qvlm.models import LoadedModel
 from qvlm.records.record import Record

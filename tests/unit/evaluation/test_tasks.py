@@ -17,7 +17,8 @@ from PIL import Image
 
 from qvlm.errors import UserError
 from qvlm.evaluation.adapter import InMemoryModel
-from qvlm.evaluation.tasks import evaluate_tasks, load_tasks, require_readable, scores
+from qvlm.evaluation.scores import scores
+from qvlm.evaluation.tasks import evaluate_tasks, load_tasks, require_readable
 from qvlm.models import LoadedModel
 from tests.helpers.problems import make_model
 from tests.helpers.tasks import ANSWERS, PICTURE_TASKS, QUESTIONS, TEXT_TASKS, write_tasks

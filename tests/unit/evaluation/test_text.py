@@ -10,7 +10,8 @@ import torch
 from qvlm.data.prompts import Prompting
 from qvlm.data.text import Document
 from qvlm.errors import RunError
-from qvlm.evaluation.text import evaluate_text, refer, summarize, windows_of
+from qvlm.evaluation.text import evaluate_text, refer, windows_of
+from qvlm.evaluation.text_metrics import summarize
 from qvlm.models.loaded import LoadedModel
 from tests.helpers.language_models import tiny_language_model, tiny_tokenizer
 

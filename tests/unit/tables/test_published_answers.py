@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from qvlm.data.scienceqa import PUBLISHED_CLASSES, PUBLISHED_QUESTIONS
+from qvlm.data.sizes import PUBLISHED_CLASSES, PUBLISHED_QUESTIONS
 from qvlm.errors import UserError
 from qvlm.evaluation.metrics import class_metrics
 from qvlm.records.record import find_records, write_record

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qvlm.evaluation.text import summarize
+from qvlm.evaluation.text_metrics import summarize
 from qvlm.records.record import Record
 from qvlm.tables.answers import folder_of, obstacle, read_answers, write_answers
 from qvlm.tables.selection import select
