@@ -12,11 +12,14 @@ both; the other factor is one. A folded scale is part of the weight, so c is one
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+
+from qvlm.errors import RunError
 
 if TYPE_CHECKING:
     from qvlm.packing.layer import PackedLinear
@@ -78,11 +81,15 @@ class Kernel(ABC):
         """
 
     def linear(self, layer: PackedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Computes `product` plus the bias, [out] float32, in one call.
+        """Computes `product` plus the bias, [out] float32, of an input that need not be finite.
 
         Returns:
             Output of any floating-point type, [rows, out].
+
+        Raises:
+            RunError: If `x` holds NaN or infinity.
         """
+        require_finite(layer, x)
         y = self.product(layer, x)
         return y if bias is None else y.add_(bias)
 
@@ -114,3 +121,25 @@ class Kernel(ABC):
     def from_layout(self, packed: Tensor) -> Tensor:
         """Returns the codes [out, in] uint8 that `to_layout` packed."""
         raise NotImplementedError(f"kernel {self.name} has no layout of its own")
+
+
+def require_finite(layer: PackedLinear, x: Tensor) -> None:
+    """Refuses an input with NaN or infinity. While a CUDA graph is captured, nothing can be read.
+
+    Raises:
+        RunError: If there is such a number.
+    """
+    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and not _is_finite(x):
+        raise not_finite(layer)
+
+
+def not_finite(layer: PackedLinear) -> RunError:
+    """Returns the error for an input with NaN or infinity."""
+    return RunError(f"The input of {layer.layer_name or 'a linear'} is not finite.")
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all numbers are finite. Their sum, which takes one pass, nearly always tells."""
+    if math.isfinite(x.sum(dtype=torch.float32).item()):
+        return True
+    return bool(torch.isfinite(x).all())

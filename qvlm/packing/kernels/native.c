@@ -36,28 +36,7 @@
 
 #include "native_attention.h"
 
-/* Multiplies an input that has scales of tokens, which are found here, as integer_rows or
-   integer_tiles do, and each row of y with its scale. Returns 0, or 1 if there is not enough memory. */
-int token_product(const Weight *w, const Input *in, float ratio, int64_t few, void *y) {
-    float *grid = malloc(2 * in->rows * sizeof(float));
-    if (!grid) return 1;
-    Input own = *in;
-    own.scale = grid;
-    own.zero = grid + in->rows;
-    own.by_row = 1;
-    token_grids(in, ratio, grid, grid + in->rows);
-    int failed = few ? integer_rows(w, &own, y) : integer_tiles(w, &own, y);
-    _Pragma("omp parallel for schedule(static) if (in->rows * w->rows > SMALL)")
-    for (int64_t row = 0; row < in->rows; row++)
-        for (int64_t n = row * w->rows; n < (row + 1) * w->rows && !failed; n++) {
-            if (in->half)
-                ((float *)y)[n] *= grid[row];
-            else
-                ((double *)y)[n] *= grid[row];
-        }
-    free(grid);
-    return failed;
-}
+#include "native_layer.h"
 
 /* Transforms each of `rows` blocks of `size` numbers, a power of two, in place: the Walsh-Hadamard
    transform in natural order, not scaled. A number passes log2(size) additions or subtractions,

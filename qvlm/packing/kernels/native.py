@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qvlm.packing.absmax import kept_absmax_levels, kept_levels
 from qvlm.packing.kernels import native_library as library
-from qvlm.packing.kernels.base import Kernel
+from qvlm.packing.kernels.base import Kernel, not_finite
 from qvlm.packing.kernels.float_weight import working_bytes
 from qvlm.packing.kernels.rounding import bf16_operands
 
@@ -65,6 +65,17 @@ class _Native(Kernel):
         multiply = library.rounded_product if _rounds(kept.weight, x) else library.float_product
         return multiply(kept.weight, x_hat)
 
+    def linear(self, layer: PackedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Computes the output with its bias in the dtype of `x`, in one call where it can."""
+        layer.use_layout(None)
+        called = _kept(layer).layer
+        if called is None:
+            return super().linear(layer, x, bias)
+        y = library.linear(called, x, bias)
+        if y is None:
+            raise not_finite(layer)
+        return y
+
     def float_weight(self, layer: PackedLinear, rows: slice, dtype: torch.dtype) -> Tensor:
         """Dequantizes rows of the weight, with channels as they are stored; see `reference`."""
         return library.dequantize(_weight(layer), rows, dtype)
@@ -88,8 +99,6 @@ class _Native(Kernel):
     def _integer_product(self, layer: PackedLinear, x: Tensor) -> Tensor:
         kept, bits = _kept(layer), layer.form.input_bits
         order = layer.order if layer.form.ordered else None
-        if layer.form.inputs == "token" and not layer.form.folds:
-            return library.token_product(kept.weight, x, layer.form.ratio, bits, order)
         scale, zero_point = kept.grid or _grid(layer, x)
         y = library.integer_product(kept.weight, x, scale, zero_point, bits, order)
         if layer.form.folds or layer.input_sharing() == "group":
@@ -126,11 +135,18 @@ class _Kept(NamedTuple):
             are filled with other numbers.
         weight: Weight as the library reads it.
         grid: Scale and zero point of a static input, or None.
+        layer: The whole layer as the library reads it, or None for scales by position, for which
+            it has no such call.
     """
 
     sources: tuple[object, ...]
     weight: library.Weight
     grid: tuple[Tensor, Tensor] | None
+    layer: library.Layer | None
+
+    def has_moved(self) -> bool:
+        """Whether a tensor has other memory by now."""
+        return (self.layer or self.weight).has_moved()
 
 
 _KEPT: WeakKeyDictionary[PackedLinear, _Kept] = WeakKeyDictionary()
@@ -141,10 +157,25 @@ def _kept(layer: PackedLinear) -> _Kept:
     sources = (layer.derived, *layer._buffers.values())
     kept = _KEPT.get(layer)
     same = kept is not None and all(map(operator.is_, kept.sources, sources))
-    if kept is None or not same or kept.weight.has_moved():
+    if kept is None or not same or kept.has_moved():
         grid = layer.input_grid(layer.codes) if layer.form.inputs == "static" else None
-        kept = _KEPT[layer] = _Kept(sources, _new_weight(layer), grid)
+        weight = _new_weight(layer)
+        kept = _KEPT[layer] = _Kept(sources, weight, grid, _called(layer, weight, grid))
     return kept
+
+
+def _called(
+    layer: PackedLinear, weight: library.Weight, grid: tuple[Tensor, Tensor] | None
+) -> library.Layer | None:
+    form = layer.form
+    if form.inputs == "position":
+        return None
+    if not layer.has_integer_product():
+        sums = "steps" if form.folds else "float"
+    else:
+        sums = "scaled" if not form.folds and layer.input_sharing() == "all" else "integer"
+    order = layer.order if form.ordered else None
+    return library.Layer(weight, form.input_bits, grid, form.ratio, sums, order)
 
 
 def _weight(layer: PackedLinear) -> library.Weight:

@@ -8,8 +8,9 @@ in registers. In the notation of `base.py`:
   native_rows.h); for many rows it unpacks the weight into tiles (`integer_tiles`). Sums of runs are
   added in float32 for an input in bf16, and in float64 for any other. The output in float64 is then
   rounded once, to what `compute_in_float64` of a simulated layer gives.
-- `token_grids` finds the grid of each row of an input that has scales of tokens, and
-  `token_product` finds it and multiplies.
+- `token_grids` finds the grid of each row of an input that has scales of tokens.
+- `linear` is a whole layer in one call: it looks for numbers that are not finite, finds the grids
+  of tokens, multiplies as one of these products does, and adds the bias (native_layer.h).
 - `quantized_input` quantizes and dequantizes an input for products of floating-point numbers.
 - `float_product` multiplies a float input with the dequantized weight, which it makes in registers.
   It serves few rows of inputs whose channels differ in scale, and NormalFloat.
@@ -67,11 +68,25 @@ class _Weight(ctypes.Structure):
     )
 
 
-class Weight:
-    """A packed weight as `native.c` reads it.
+class _Held:
+    """Keeps the tensors whose memory the library reads."""
 
-    The library reads the memory of the tensors, so this object keeps references to them. One of
-    `uniform` and `normal_float` adds the scales.
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []
+        self._places: list[int] = []
+
+    def has_moved(self) -> bool:
+        """Whether a tensor has other memory by now, as one that is shared with a process has."""
+        return [x.data_ptr() for x in self._held] != self._places
+
+    def _hold(self, x: Tensor) -> int:
+        self._held.append(x)
+        self._places.append(x.data_ptr())
+        return self._places[-1]
+
+
+class Weight(_Held):
+    """A packed weight as `native.c` reads it. One of `uniform` and `normal_float` adds the scales.
 
     Args:
         codes: Packed codes, [out, bytes] uint8, as `formats` describes them.
@@ -82,8 +97,7 @@ class Weight:
     """
 
     def __init__(self, codes: Tensor, width: int, bits: int, group: int) -> None:
-        self._held: list[Tensor] = []
-        self._places: list[int] = []
+        super().__init__()
         self.width, self.out = width, codes.shape[0]
         self.at = _Weight(
             codes=self._hold(codes),
@@ -137,15 +151,6 @@ class Weight:
         paired = self.at.group % PAIRED == 0 and self.width % PAIRED == 0
         return bool(self.at.bits == LOOKED_UP and paired)
 
-    def has_moved(self) -> bool:
-        """Whether a tensor has other memory by now, as one that is shared with a process has."""
-        return [x.data_ptr() for x in self._held] != self._places
-
-    def _hold(self, x: Tensor) -> int:
-        self._held.append(x)
-        self._places.append(x.data_ptr())
-        return self._places[-1]
-
 
 def takes(width: int, bits: int, group: int) -> bool:
     """Whether every group of channels begins at a byte of its own.
@@ -156,6 +161,66 @@ def takes(width: int, bits: int, group: int) -> bool:
         group: Number of channels in a group.
     """
     return group >= width or group * bits % 8 == 0
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of native.c: the same fields in the same order."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("weight", "order", "scale", "zero")),
+        *((name, _number) for name in ("by_channel", "bits", "integer", "in_steps", "scaled")),
+        ("ratio", ctypes.c_float),
+    )
+
+
+class Layer(_Held):
+    """A weight with what is made of its input, as `native.c` reads it.
+
+    Args:
+        weight: Uniform or NormalFloat weight.
+        input_bits: Bit width of the input's codes, 2 to 8.
+        grid: Scale and zero point of the input, float32, both one number or both [in] in the order
+            of the weight's channels; None for a grid of each row.
+        ratio: Clipping ratio of a row's range, for a grid of each row.
+        sums: "integer" for `integer_product`, and "scaled" for it times the input's scale, which is
+            then that of all channels. "float" for the product of what `quantized_input` returns, by
+            `rounded_product` if `x` is in bf16 and the weight `is_paired`, else by `float_product`.
+            "steps" for the same with an input in steps.
+        order: Channel of the input that each channel of the weight is, [in] int32; None if they are
+            the same.
+    """
+
+    def __init__(
+        self,
+        weight: Weight,
+        input_bits: int,
+        grid: tuple[Tensor, Tensor] | None,
+        ratio: float,
+        sums: str,
+        order: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.integer = sums in ("integer", "scaled")
+        self._at = _Layer(
+            weight=_at(weight),
+            bits=input_bits,
+            integer=self.integer,
+            in_steps=sums == "steps",
+            scaled=sums == "scaled",
+            ratio=ratio,
+        )
+        if order is not None:
+            self._at.order = self._hold(order)
+        if grid is not None:
+            scale, zero_point = (part.contiguous() for part in grid)
+            self._at.scale, self._at.zero = self._hold(scale), self._hold(zero_point)
+            self._at.by_channel = scale.numel() > 1
+        self.at = ctypes.addressof(self._at)
+
+    def has_moved(self) -> bool:
+        """Whether a tensor has other memory by now, the weight's included."""
+        return super().has_moved() or self.weight.has_moved()
 
 
 class _Input(ctypes.Structure):
@@ -207,39 +272,54 @@ def integer_product(
     return y
 
 
-def token_product(
-    weight: Weight,
-    x: Tensor,
-    ratio: float,
-    input_bits: int,
-    order: Tensor | None = None,
-    library: str | None = None,
-) -> Tensor:
-    """Computes the product with an input that has a scale per token.
+# Types of inputs and outputs, as native_layer.h numbers them.
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_FINE = 2
+_NOT_FINITE = 2
 
-    It is `integer_product` with the grids of `token_grids`, times the scale of each row, in one
-    call: a small layer would wait for three.
+
+def linear(
+    layer: Layer, x: Tensor, bias: Tensor | None, library: str | None = None
+) -> Tensor | None:
+    """Computes the output of a layer.
+
+    It is the product that the layer names, plus the bias, in the type of the product's sums, and
+    then rounded once.
 
     Args:
-        weight: Uniform weight.
-        x: Finite input, [rows, in].
-        ratio, input_bits: As for `token_grids`.
-        order, library: As for `integer_product`.
+        layer: Layer.
+        x: Input, [rows, in], not in float64 unless sums are of integers.
+        bias: Bias, [out] float32 or None.
+        library: As for `integer_product`.
 
     Returns:
-        Output without a bias, [rows, out], of the type that `integer_product` returns.
+        Output, [rows, out]: bf16, float32 or float64 as `x` is, and float32 for any other type.
+        None if a number of `x` is NaN or infinite.
 
     Raises:
         RunError: If there is not enough memory.
     """
-    inputs, held = _input(x, input_bits)
-    inputs.order = _of(order)
-    y = _sums(weight, held)
+    fine = x.dtype == torch.float64
+    if x.dtype not in _TYPES:
+        x = x.float()
+    x = x.contiguous()
+    rows = x.shape[0]
+    y = torch.empty(rows, layer.weight.out, dtype=torch.float64 if fine else x.dtype)
+    if not rows:
+        return y
+    few = rows <= FEW_ROWS
+    # PyTorch's memory is faster where there is much of it, and slower to get.
+    sums = y if fine or (not layer.integer and x.dtype == torch.float32) else None
+    if sums is None and not few:
+        sums = _sums(layer.weight, x)
     functions = library_of(library) if library else _library()
-    few = len(x) <= FEW_ROWS
-    if len(x) and functions.token_product(
-        _at(weight), ctypes.addressof(inputs), ratio, few, _of(y)
-    ):
+    kind = _FINE if fine else _TYPES[x.dtype]
+    failed = functions.linear(
+        layer.at, x.data_ptr(), rows, kind, few, _of(bias), _of(sums), y.data_ptr()
+    )
+    if failed == _NOT_FINITE:
+        return None
+    if failed:
         raise RunError(_NO_MEMORY)
     return y
 
@@ -506,7 +586,7 @@ def library_of(name: str) -> ctypes.CDLL:
         "integer_rows": [_pointer] * 3,
         "integer_tiles": [_pointer] * 3,
         "token_grids": [_pointer, ctypes.c_float, *[_pointer] * 2],
-        "token_product": [*[_pointer] * 2, ctypes.c_float, _number, _pointer],
+        "linear": [*[_pointer] * 2, *[_number] * 3, *[_pointer] * 3],
         "quantized_input": [_pointer, _number, _pointer],
         "float_rows": [_pointer, _number, *[_pointer] * 2],
         "rounded_rows": [_pointer, _number, *[_pointer] * 2],
@@ -517,7 +597,7 @@ def library_of(name: str) -> ctypes.CDLL:
     }
     can_fail = (
         *("attend", "integer_rows", "integer_tiles", "quantized_input", "rounded_rows"),
-        "token_product",
+        "linear",
     )
     for function_name, types in arguments.items():
         function = getattr(library, function_name, None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qvlm.packing.absmax import kept_absmax_levels, kept_levels
 from qvlm.packing.formats import unit
-from qvlm.packing.kernels.base import Kernel
+from qvlm.packing.kernels.base import Kernel, require_finite
 from qvlm.packing.kernels.rounding import bf16_operands
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class _Triton(Kernel):
 
     def linear(self, layer: PackedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Computes the output with its bias in the dtype of `x`."""
+        require_finite(layer, x)
         layer.use_layout(None)
         if not len(x):  # a launch has at least one program
             return x.new_empty(0, layer.out_features)

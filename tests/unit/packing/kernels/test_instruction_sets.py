@@ -201,25 +201,92 @@ def test_the_hadamard_transform_is_its_definition(dtype: torch.dtype, instructio
     assert native.walsh_hadamard(torch.empty(0, 4)).shape == (0, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize("grid", ["token", "tensor", "channel"])
 @pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 70])
-def test_a_product_of_tokens_is_its_three_steps(
-    rows: int, dtype: torch.dtype, instruction_set: str
+def test_a_layer_is_its_steps(
+    rows: int, grid: str, dtype: torch.dtype, instruction_set: str
 ) -> None:
+    """Grids of tokens, sums, the input's scale and the bias; nothing else is rounded."""
     torch.manual_seed(rows)
     for bits, out, width, group in ((4, 33, 128, 32), (8, 16, 96, 96), (5, 7, 40, 40)):
         codes = pack(torch.randint(0, 2**bits, (out, width), dtype=torch.uint8), bits)
         scale, zero = torch.rand(out, width // group), torch.randint(0, 2**bits, (out, 1))
         zero = zero.expand(scale.shape).to(torch.uint8).contiguous()
         weight = native.Weight(codes, width, bits, group).uniform(scale, zero)
-        x = torch.randn(rows, width).to(dtype)
-        grid = native.token_grids(x, 0.9, bits)
-        expected = native.integer_product(weight, x, *grid, bits).mul_(grid[0])
-        assert torch.equal(native.token_product(weight, x, 0.9, bits), expected)
-        order = torch.randperm(width)
+        x, order = torch.randn(rows, width).to(dtype), torch.randperm(width)
+        given = own = None
+        if grid != "token":
+            shape = () if grid == "tensor" else (width,)
+            own = given = (0.1 + torch.rand(shape), torch.randint(0, 2**bits, shape).float())
+        used = own or native.token_grids(x, 0.9, bits)
+        sums = "integer" if grid == "channel" else "scaled"
         shuffled = torch.empty_like(x).index_copy_(1, order, x)
-        found = native.token_product(weight, shuffled, 0.9, bits, order.int())
-        assert torch.equal(found, expected)
+        for bias in (None, torch.randn(out)):
+            expected = native.integer_product(weight, x, *used, bits)
+            if sums == "scaled":
+                expected.mul_(used[0])
+            if bias is not None:
+                expected.add_(bias)
+            for entry, by in ((x, None), (shuffled, order.int())):
+                layer = native.Layer(weight, bits, given, 0.9, sums, by)
+                found = native.linear(layer, entry, bias)
+                assert found is not None
+                assert torch.equal(found.to(dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid", ["token", "tensor", "channel"])
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 70])
+def test_a_layer_of_floats_is_its_steps(
+    rows: int, grid: str, dtype: torch.dtype, instruction_set: str
+) -> None:
+    """The quantized input, the product with what the codes stand for, and the bias."""
+    torch.manual_seed(rows)
+    for bits, out, width, group in ((4, 33, 128, 64), (8, 16, 96, 96), (5, 7, 40, 40)):
+        codes = pack(torch.randint(0, 2**bits, (out, width), dtype=torch.uint8), bits)
+        groups = out, width // group
+        uniform = native.Weight(codes, width, bits, group).uniform(
+            torch.rand(groups), torch.randint(0, 2**bits, groups, dtype=torch.uint8)
+        )
+        levels = torch.linspace(-1, 1, max(2**bits, 16))
+        normal = native.Weight(codes, width, bits, group).normal_float(
+            levels, torch.rand(out * groups[1]), None, torch.zeros(256), 0.0, 1
+        )
+        x = torch.randn(rows, width).to(dtype)
+        given = None
+        if grid != "token":
+            shape = () if grid == "tensor" else (width,)
+            given = (0.1 + torch.rand(shape), torch.randint(0, 2**bits, shape).float())
+        used = given or native.token_grids(x, 0.9, bits)
+        for weight, sums in ((uniform, "float"), (uniform, "steps"), (normal, "float")):
+            rounds = dtype == torch.bfloat16 and weight.is_paired()
+            x_hat = native.quantized_input(x, *used, bits, in_steps=sums == "steps")
+            multiply = native.rounded_product if rounds else native.float_product
+            layer = native.Layer(weight, bits, given, 0.9, sums, None)
+            for bias in (None, torch.randn(out)):
+                expected = multiply(weight, x_hat)
+                if bias is not None:
+                    expected.add_(bias)
+                found = native.linear(layer, x, bias)
+                assert found is not None
+                assert torch.equal(found, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_layer_notices_what_is_not_finite(dtype: torch.dtype, instruction_set: str) -> None:
+    codes = torch.zeros(3, 40, dtype=torch.uint8)
+    weight = native.Weight(codes, 40, 8, 40).uniform(torch.ones(3, 1), codes[:, :1].contiguous())
+    layer = native.Layer(weight, 8, None, 1.0, "scaled", None)
+    largest = torch.finfo(torch.bfloat16).max / 2
+    for rows in (1, 30_000):  # in one thread and in several
+        x = torch.full((rows, 40), largest, dtype=dtype)
+        assert native.linear(layer, x, None) is not None
+        for value in (float("nan"), float("inf"), -float("inf")):
+            for place in (0, rows * 40 - 1, rows * 20 + 7):
+                wrong = x.clone()
+                wrong.view(-1)[place] = value
+                assert native.linear(layer, wrong, None) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -112,12 +112,7 @@ def test_sums_are_exact(
     # Any grid of the input, not only one that a range of its values gives.
     monkeypatch.setattr(packed, "input_grid", lambda x: (input_scale, zero_point))
 
-    def token_product(
-        weight: native.Weight, x: Tensor, ratio: float, bits: int, order: None
-    ) -> Tensor:
-        return native.integer_product(weight, x, input_scale, zero_point, bits).mul_(input_scale)
-
-    monkeypatch.setattr(native, "token_product", token_product)
+    monkeypatch.setattr(native, "token_grids", lambda x, ratio, bits: (input_scale, zero_point))
 
     v = codes.double() - zero.double().repeat_interleave(group, 1)[:, :width]
     v *= scale.double().repeat_interleave(group, 1)[:, :width]
