@@ -201,6 +201,18 @@ def test_the_hadamard_transform_is_its_definition(dtype: torch.dtype, instructio
     assert native.walsh_hadamard(torch.empty(0, 4)).shape == (0, 4)
 
 
+Grid = tuple[Tensor, Tensor]
+
+
+def grids(kind: str, x: Tensor, bits: int) -> tuple[Grid | None, Grid]:
+    """The grid that a layer is given for an input [rows, in], and the one that it then has."""
+    if kind == "token":
+        return None, native.token_grids(x, 0.9, bits)
+    shape = () if kind == "tensor" else x.shape[1:]
+    own = 0.1 + torch.rand(shape), torch.randint(0, 2**bits, shape).float()
+    return own, own
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
 @pytest.mark.parametrize("grid", ["token", "tensor", "channel"])
 @pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 70])
@@ -215,11 +227,7 @@ def test_a_layer_is_its_steps(
         zero = zero.expand(scale.shape).to(torch.uint8).contiguous()
         weight = native.Weight(codes, width, bits, group).uniform(scale, zero)
         x, order = torch.randn(rows, width).to(dtype), torch.randperm(width)
-        given = own = None
-        if grid != "token":
-            shape = () if grid == "tensor" else (width,)
-            own = given = (0.1 + torch.rand(shape), torch.randint(0, 2**bits, shape).float())
-        used = own or native.token_grids(x, 0.9, bits)
+        given, used = grids(grid, x, bits)
         sums = "integer" if grid == "channel" else "scaled"
         shuffled = torch.empty_like(x).index_copy_(1, order, x)
         for bias in (None, torch.randn(out)):
@@ -254,11 +262,7 @@ def test_a_layer_of_floats_is_its_steps(
             levels, torch.rand(out * groups[1]), None, torch.zeros(256), 0.0, 1
         )
         x = torch.randn(rows, width).to(dtype)
-        given = None
-        if grid != "token":
-            shape = () if grid == "tensor" else (width,)
-            given = (0.1 + torch.rand(shape), torch.randint(0, 2**bits, shape).float())
-        used = given or native.token_grids(x, 0.9, bits)
+        given, used = grids(grid, x, bits)
         for weight, sums in ((uniform, "float"), (uniform, "steps"), (normal, "float")):
             rounds = dtype == torch.bfloat16 and weight.is_paired()
             x_hat = native.quantized_input(x, *used, bits, in_steps=sums == "steps")
