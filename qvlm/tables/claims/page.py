@@ -9,6 +9,7 @@ from qvlm.tables.claims.catalog import CLAIMS, OWN, Claim
 from qvlm.tables.claims.components import Estimate, Prior, Spread
 from qvlm.tables.claims.design import ASSUMED, MODELS, SPLIT, Design
 from qvlm.tables.claims.plan import model_of
+from qvlm.tables.claims.trainings import trainings_part
 from qvlm.tables.labels import FP
 from qvlm.tables.report import signed
 
@@ -51,6 +52,7 @@ def page(records: Sequence[Record], made_with: str) -> str:
     answers, spreads, estimates = made.answers, made.spreads, made.estimates
     parts = [HEAD, verdicts_table(made, CLAIMS)]
     parts += ["## Our own claims", OURS, verdicts_table(made, OWN)]
+    parts += trainings_part(answers)
     parts += ["## Where the uncertainty comes from", MODEL, parts_table(spreads, estimates)]
     parts += _priors(made.priors)
     parts += ["## What ran", *_ran(answers, spreads)]
@@ -135,10 +137,13 @@ def _ran(answers: Answers, spreads: dict[Key, Spread]) -> list[str]:
             lines.append(f"{model}: not measured.")
             continue
         trainings, draws, questions = min(shapes)
-        lines.append(
+        line = (
             f"{model}: {questions} questions of {wanted.questions}, {draws} draws of "
             f"{wanted.draws}, {trainings} trainings of {wanted.trainings}. {_covered(*min(shapes))}"
         )
+        if others := sum(model_of(name) == model for name in answers.trainings) - trainings:
+            line += f" Trainings with fewer draws, which are shown by themselves: {others}."
+        lines.append(line)
     header = ["model", "training", "weights", "accuracy in full precision", "cells"]
     return [table(header, rows, left=3), bullets(lines)] if rows else [bullets(lines)]
 

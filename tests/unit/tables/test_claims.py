@@ -134,6 +134,29 @@ def test_the_page_compares_methods_over_trainings_and_draws(make: Make) -> None:
     assert " 3 x 4 |" in text
 
 
+def test_each_training_is_shown_by_itself(make: Make) -> None:
+    one = [make("mini_llava", method, draw, 0.8) for method in ("RTN", QVLM) for draw in range(3)]
+    assert "After each training" not in claims.page(one, "make claims")
+    sister = [make("mini_llava-seed1", method, 0, share) for method, share in SISTER.items()]
+    text = claims.page([*one, *sister], "make claims")
+    part = text.partition("## After each training")[2].partition("## ")[0]
+    header, *rows = (cells(line) for line in part.splitlines() if line.startswith("|"))
+    assert header == ["method", "mini_llava", "mini_llava-seed1"]
+    found = {line[0]: line[1:] for line in rows}
+    right = {record.method: 100 * record.predictions["correct"].mean() for record in sister}
+    assert found["RTN"] == [
+        f"{100 * one[0].predictions['correct'].mean():.2f}",
+        f"{right['RTN']:.2f}",
+    ]
+    ahead = right[QVLM] - right["RTN"]
+    assert found[QVLM][1].startswith(f"{right[QVLM]:.2f} ({ahead:+.1f}, ")
+    assert found["AWQ"][0] == "not measured"
+    assert "Trainings with fewer draws, which are shown by themselves: 1." in text
+
+
+SISTER = {"RTN": 0.8, QVLM: 0.6, "AWQ": 0.7}
+
+
 def test_our_own_claims_are_a_family_of_their_own(make: Make) -> None:
     shares = {"RoCo": 0.8, "RoCo, per token": 0.9, "AWQ": 0.7, QVLM: 0.8}
     records = [
