@@ -82,10 +82,11 @@ def arrange(records: Sequence[Record]) -> tuple[list[Record], Cells, list[str]]:
     usual, others = usual_parameters(records)
     kept, aside = one_setting(usual, ["quantizer", "calibration.seed"])
     others += aside
-    by_words: dict[str, list[Record]] = defaultdict(list)
+    by_words: dict[tuple[str, bool], list[Record]] = defaultdict(list)
     for record in kept:
-        full_precision = record.bit_widths.is_full_precision
-        by_words[FP if full_precision else activations(record)].append(record)
+        words = FP if record.bit_widths.is_full_precision else activations(record)
+        # Such a method has these scales whatever the quantizer's option says.
+        by_words[words, record.method.endswith(PER_TOKEN)].append(record)
     kept = []
     for own in by_words.values():
         alike, aside = one_setting(own, ["calibration.seed"])

@@ -35,6 +35,7 @@ from qvlm.tables import (
     table2_real,
     table5,
     table6,
+    table_real,
 )
 from qvlm.tables.answers import folder_of, read_answers, read_facts
 from qvlm.tables.command import Table, texts_of, write_files
@@ -126,6 +127,7 @@ PAGES = (
     *map(_of, (table1.TABLE, table2.TABLE, table2_real.TABLE, table5.TABLE, ablation.TABLE)),
     Page("table4", _table4),
     _by(table6.NAME, table6.texts_of),
+    _by(table_real.NAME, table_real.texts_of),
     _by(calibration.NAME, calibration.texts_of),
     _by("claims", claims.texts_of),
     Page("audit", _audit, answered=False),

@@ -73,6 +73,16 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     )
 
 
+def test_scales_of_tokens_by_the_option_and_by_a_method_are_both_shown(tmp_path: Path) -> None:
+    """The option says "per channel" of a method that has scales of tokens whatever it says."""
+    records = [planted(tmp_path, "per_token", kl=3.0)]
+    records += [planted(tmp_path, method=f"{name}, per token") for name in ("GPTQ", "RoCo")]
+    text = page(records, "make table-real")
+    assert text.partition("## Refused rows")[2].lstrip().startswith("None.")
+    for record in records:
+        assert NOT_MEASURED not in cells_of(text, record.method, "per token")[-1]
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
