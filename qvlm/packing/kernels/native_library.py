@@ -288,18 +288,18 @@ def linear(
 
     Args:
         layer: Layer.
-        x: Input, [rows, in], not in float64 unless sums are of integers.
+        x: Input, [rows, in].
         bias: Bias, [out] float32 or None.
         library: As for `integer_product`.
 
     Returns:
-        Output, [rows, out]: bf16, float32 or float64 as `x` is, and float32 for any other type.
-        None if a number of `x` is NaN or infinite.
+        Output, [rows, out]: bf16 or float32 as `x` is, float64 if it is and sums are of integers,
+        and float32 otherwise. None if a number of `x` is NaN or infinite.
 
     Raises:
         RunError: If there is not enough memory.
     """
-    fine = x.dtype == torch.float64
+    fine = x.dtype == torch.float64 and layer.integer
     if x.dtype not in _TYPES:
         x = x.float()
     x = x.contiguous()

@@ -243,7 +243,7 @@ def test_a_layer_is_its_steps(
                 assert torch.equal(found.to(dtype), expected.to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("grid", ["token", "tensor", "channel"])
 @pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 70])
 def test_a_layer_of_floats_is_its_steps(
@@ -274,7 +274,7 @@ def test_a_layer_of_floats_is_its_steps(
                     expected.add_(bias)
                 found = native.linear(layer, x, bias)
                 assert found is not None
-                assert torch.equal(found, expected.to(dtype))
+                assert torch.equal(found.to(dtype), expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
